@@ -1,0 +1,229 @@
+"""What a model is (LLMConfig and its presets) and what a run is (every flag, defined once).
+
+Nothing here imports the rest of the project, and everything else may import this.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import asdict, dataclass, fields
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. Scripts print it as one line on stderr and exit with 2."""
+
+
+# ---------------------------------------------------------------------------------------------
+# the model
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Architecture of one decoder. The default is `weakwater-30m`: 28,975,616 parameters.
+
+    The fields describe a Llama (with `qk_norm`: a Qwen3) exactly, so that weights can be
+    exported without renaming or change. Raises UserError when the numbers make no sense.
+    """
+
+    vocab_size: int = 6400
+    dim: int = 512  # width of the residual stream, C
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
+    hidden_dim: int = 1408  # width inside SwiGLU
+    max_seq_len: int = 1024  # the longest context the model is meant for, in tokens
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    qk_norm: bool = False  # RMSNorm on each head's query and key before RoPE, as in Qwen3
+    dropout: float = 0.0  # on the embedding and on each residual branch, in training only
+
+    def __post_init__(self):
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_seq_len"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"LLMConfig.{name} must be a whole number of at least 1, not {value!r}")
+        for name in ("tie_embeddings", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"LLMConfig.{name} must be True or False, not {getattr(self, name)!r}")
+        for name in ("rope_theta", "norm_eps", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"LLMConfig.{name} must be a finite number, not {value!r}")
+        if self.dim % self.n_heads:
+            raise UserError(
+                f"LLMConfig: dim {self.dim} is not divisible by n_heads {self.n_heads}: every head has the same width"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(
+                f"LLMConfig: n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}: "
+                "each key/value head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"LLMConfig: head width {self.head_dim} (dim / n_heads) is odd: RoPE rotates pairs of dimensions"
+            )
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise UserError("LLMConfig: rope_theta and norm_eps must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LLMConfig.dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.n_heads
+
+    def to_dict(self) -> dict:
+        """Plain types, as stored in a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "LLMConfig":
+        """The inverse of `to_dict`. Raises UserError on a field this version does not know."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise UserError(f"LLMConfig: unknown field {', '.join(sorted(map(str, unknown)))}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "LLMConfig":
+        """A named architecture from PRESETS, with single fields overridden."""
+        if name not in PRESETS:
+            raise UserError(f"--preset {name}: not one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+PRESETS = {
+    "nano": dict(dim=64, n_layers=2, n_heads=2, hidden_dim=192),  # for tests
+    "demo": dict(dim=192, n_layers=4, n_heads=6, hidden_dim=512),  # minutes on a laptop CPU
+    "weakwater-5m": dict(dim=256, n_layers=5, n_heads=4, hidden_dim=704),
+    "weakwater-30m": dict(),
+    "weakwater-30m-gqa": dict(n_layers=10, n_kv_heads=2, hidden_dim=1280, qk_norm=True),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# a run
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One command-line flag. `steers` marks those that change the course of the training
+    (the losses that follow), which therefore may not differ between a run and its resumption."""
+
+    kind: type  # int, float, str, bool
+    default: object
+    help: str
+    choices: tuple = ()
+    everyday: bool = False
+    steers: bool = False
+    low: float | None = None  # smallest value allowed
+    high: float | None = None  # largest value allowed
+
+
+FLAGS = {
+    # what goes in and out
+    "data_path": Flag(str, None, "training data: a JSONL file (plain, .gz, .xz, .zst), a folder or a glob", everyday=True),
+    "val_path": Flag(str, None, "validation data in the same form (default: 0.5 %% of data_path, chosen by hash)", everyday=True),
+    "tokenizer_path": Flag(str, "weakwater_tokenizer", "folder of the tokenizer", everyday=True),
+    "out_dir": Flag(str, "out", "where weights, checkpoints, logs, charts and the token cache go", everyday=True),
+    "init_from": Flag(str, None, "weights to start from ('none': from scratch)", everyday=True),
+    "preset": Flag(str, None, "architecture, when training from scratch", choices=tuple(PRESETS), everyday=True, steers=True),
+    "resume": Flag(bool, False, "go on from the newest whole checkpoint in out_dir", everyday=True),
+    # how much, how fast
+    "max_seq_len": Flag(int, 512, "tokens in a row", everyday=True, steers=True, low=2),
+    "min_tokens": Flag(int, 0, "skip conversations with fewer tokens", everyday=True, steers=True, low=0),
+    "max_tokens": Flag(int, None, "skip conversations with more tokens", everyday=True, steers=True, low=1),
+    "epochs": Flag(int, 1, "passes over the data", everyday=True, steers=True, low=1),
+    "max_steps": Flag(int, 0, "stop after this many optimizer steps (0: no limit)", everyday=True, steers=True, low=0),
+    "batch_size": Flag(int, 84, "rows of max_seq_len tokens in a micro-batch, on each device", everyday=True, steers=True, low=1),
+    "accumulation_steps": Flag(int, 2, "micro-batches in an optimizer step, on each device", everyday=True, steers=True, low=1),
+    "learning_rate": Flag(float, 5e-4, "peak learning rate", everyday=True, steers=True, low=0),
+    "dtype": Flag(str, "auto", "precision of the matrix products", choices=("auto", "bf16", "fp16", "fp32"), everyday=True),
+    "device": Flag(str, "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"), everyday=True),
+    "use_wandb": Flag(bool, False, "also log to Weights & Biases (works offline)", everyday=True),
+    # optimizer and schedule
+    "lr_schedule": Flag(str, "cosine", "shape of the learning rate", choices=("constant", "cosine", "trapezoid"), steers=True),
+    "warmup_ratio": Flag(float, 0.0, "share of the steps over which the rate rises from 0", steers=True, low=0, high=1),
+    "decay_ratio": Flag(float, 0.2, "share of the steps over which a trapezoid falls", steers=True, low=0, high=1),
+    "min_lr_ratio": Flag(float, 0.1, "final learning rate / peak (cosine, trapezoid)", steers=True, low=0, high=1),
+    "optimizer": Flag(str, "adamw", "muon: Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon"), steers=True),
+    "weight_decay": Flag(float, 0.1, "decoupled weight decay, on matrices only", steers=True, low=0),
+    "grad_clip": Flag(float, 1.0, "largest gradient norm (0: no clipping)", steers=True, low=0),
+    "dropout": Flag(float, 0.0, "dropout on the embedding and each residual branch", steers=True, low=0, high=0.99),
+    "tag_weight": Flag(float, 1.0, "loss weight of <think> </think> <answer> </answer>", steers=True, low=0),
+    "think_weight": Flag(float, 1.0, "loss weight of the text inside <think>", steers=True, low=0),
+    # machine
+    "compile": Flag(bool, False, "torch.compile each block (needs a C++ compiler on CPU)", steers=True),
+    "gradient_checkpointing": Flag(bool, False, "recompute activations in the backward pass: less memory, more time"),
+    "deterministic": Flag(bool, False, "deterministic kernels only (slower on CUDA)", steers=True),
+    "seed": Flag(int, 42, "seed of weights, order and dropout", steers=True, low=0),
+    "order": Flag(str, "shuffled", "order of the documents in each epoch", choices=("shuffled", "file"), steers=True),
+    "cache_dir": Flag(str, None, "folder of the token cache (default: out_dir/cache)"),
+    "max_bad_ratio": Flag(float, 0.01, "stop when more than this share of the lines is malformed", low=0, high=1),
+    # watching and saving
+    "log_interval": Flag(int, 10, "steps between log lines", low=1),
+    "eval_interval": Flag(int, 500, "steps between validations (0: only at the end)", low=0),
+    "eval_tokens": Flag(int, 200_000, "validation tokens scored each time (0: all)", low=0),
+    "save_interval": Flag(int, 500, "steps between checkpoints", low=1),
+    "keep_checkpoints": Flag(int, 2, "how many of the newest checkpoints to keep", low=1),
+    "wandb_project": Flag(str, "weakwater", "Weights & Biases project"),
+}
+
+DISTILL_ONLY = ("tag_weight", "think_weight")
+CHAT_ONLY = ("min_tokens", "max_tokens")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that reports a mistake in one line and exits with 2."""
+
+    def error(self, message: str):
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_args(stage: str, description: str, argv: list[str] | None = None, leave_out: tuple = (), **defaults):
+    """The arguments of one training stage as a namespace.
+
+    `defaults` are the stage's own default values; `leave_out` names flags that do not apply to it.
+    The namespace also carries `stage` and `command`, the line that would run the same again.
+    Exits with 2, after one line on stderr, on an unknown flag or a value out of range.
+    """
+    parser = OneLineParser(prog=f"{stage}.py", description=description, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    everyday = parser.add_argument_group("everyday")
+    advanced = parser.add_argument_group("advanced")
+    for name, flag in FLAGS.items():
+        if name in leave_out:
+            continue
+        group = everyday if flag.everyday else advanced
+        default = defaults.get(name, flag.default)
+        if flag.kind is bool:
+            group.add_argument(f"--{name}", action="store_true", help=flag.help)
+            continue
+        shown = flag.help if default is None else f"{flag.help} (default: {default})"
+        group.add_argument(f"--{name}", type=flag.kind, default=default, choices=flag.choices or None,
+                           metavar=None if flag.choices else flag.kind.__name__.upper(), help=shown)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    for name, flag in FLAGS.items():
+        value = getattr(args, name, None)
+        if value is None or flag.kind not in (int, float):
+            continue
+        if not math.isfinite(value) or (flag.low is not None and value < flag.low) or (
+                flag.high is not None and value > flag.high):
+            limits = f"at least {flag.low}" if flag.high is None else f"between {flag.low} and {flag.high}"
+            parser.error(f"--{name} {value}: must be {limits}")
+    if args.data_path is None:
+        parser.error("--data_path is needed: a JSONL file, a folder or a glob")
+    if getattr(args, "max_tokens", None) is not None and args.min_tokens > args.max_tokens:
+        parser.error(f"--min_tokens {args.min_tokens} is greater than --max_tokens {args.max_tokens}")
+    args.stage = stage
+    args.command = " ".join(["python", f"{stage}.py", *map(_quoted, argv)])
+    return args
+
+
+def _quoted(word: str) -> str:
+    return word if word and all(c.isalnum() or c in "-_./=,:@+" for c in word) else '"' + word.replace('"', '\\"') + '"'
