@@ -6,7 +6,7 @@ Nothing here imports the rest of the project, and everything else may import thi
 import argparse
 import math
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 
 class UserError(ValueError):
@@ -78,6 +78,10 @@ class LLMConfig:
     def to_dict(self) -> dict:
         """Plain types, as stored in a checkpoint."""
         return asdict(self)
+
+    def for_run(self, max_seq_len: int, dropout: float) -> "LLMConfig":
+        """The same architecture with a run's dropout, and room for its rows (RoPE has no weights to grow)."""
+        return replace(self, max_seq_len=max(self.max_seq_len, max_seq_len), dropout=dropout)
 
     @classmethod
     def from_dict(cls, values: dict) -> "LLMConfig":

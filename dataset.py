@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 import weakref
 import zlib
@@ -174,3 +173,726 @@ def text_hash(record: dict) -> int:
 def is_held_out(hashes):
     """True where a text hash (int or array) falls in the 0.5 % that validate when no --val_path is given."""
     return hashes % 200 == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. encoding
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAG_PATTERN = re.compile("|".join(map(re.escape, TAGS)))
+THINK_PATTERN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+
+# what a token is: the loss weight of each kind is chosen when a step is made, so it is no part of the cache
+CONTEXT, REPLY, TAG, THINK = range(4)
+
+
+def load_tokenizer(path: str):
+    """The tokenizer in a folder, as transformers' AutoTokenizer reads it (nothing is downloaded).
+
+    Raises UserError when the folder is missing, damaged, or not a fast tokenizer with an end token.
+    """
+    from transformers import AutoTokenizer  # takes a second to import: only where one is loaded
+
+    if not os.path.isdir(path):
+        raise UserError(f"--tokenizer_path {path}: no such folder (train_tokenizer.py makes one)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # each damage has an exception of its own, some of them plain Exception
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"--tokenizer_path {path}: not a tokenizer that can be loaded: {reason[0]}") from None
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(f"--tokenizer_path {path}: not a fast tokenizer (it has no tokenizer.json)")
+    TextEncoder.of(tokenizer)  # what it lacks is said now
+    return tokenizer
+
+
+class TextEncoder:
+    """Turns text into ids that never include a control token, and conversations into ids and kinds.
+
+    Text is encoded by a copy of the tokenizer without its added tokens; `<s>`, `</s>` and the tags are
+    put in by construction. So no message can forge the end of a turn, whatever it says.
+    """
+
+    _made = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, tokenizer) -> "TextEncoder":
+        """The encoder of a tokenizer, made once."""
+        if tokenizer not in cls._made:
+            cls._made[tokenizer] = cls(tokenizer)
+        return cls._made[tokenizer]
+
+    def __init__(self, tokenizer):
+        from tokenizers import Tokenizer
+
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+        self.fingerprint = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
+        self.plain = Tokenizer.from_str(json.dumps(state))
+        vocabulary = tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eos_id = tokenizer.eos_token_id
+        if self.eos_id is None:
+            raise UserError("the tokenizer has no end token (eos_token in its tokenizer_config.json)")
+        self.bos_id = tokenizer.bos_token_id
+        if self.bos_id is None:  # Qwen's has none: its turns begin with <|im_start|>; else the end token also begins
+            self.bos_id = vocabulary.get("<|im_start|>", self.eos_id)
+        self.tag_ids = {tag: vocabulary[tag] for tag in TAGS if tag in vocabulary}
+        self.control_ids = {self.bos_id, self.eos_id, *self.tag_ids.values()}
+        names = {id_: token for token, id_ in vocabulary.items()}
+        self.control_pattern = re.compile("|".join(re.escape(names[i]) for i in sorted(self.control_ids)))
+        self.newline, *headers = self.encode(["\n", *(f"{role}\n" for role in ROLES)])
+        self.headers = {role: [self.bos_id, *ids] for role, ids in zip(ROLES, headers, strict=True)}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without any control id, encoded on all cores at once."""
+        ids = [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+        for index, text in enumerate(texts):
+            if not self.control_ids.isdisjoint(ids[index]):  # a vocabulary that has "<s>" as an ordinary piece
+                ids[index] = self._encode_broken(text)
+        return ids
+
+    def _encode_broken(self, text: str) -> list[int]:
+        """Ids of a text in which each control string is broken in two after its first character."""
+        cuts = [0, *(match.start() + 1 for match in self.control_pattern.finditer(text)), len(text)]
+        pieces = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        encodings = self.plain.encode_batch_fast(pieces, add_special_tokens=False)
+        ids = [i for encoding in encodings for i in encoding.ids]
+        if not self.control_ids.isdisjoint(ids):
+            raise UserError("this tokenizer turns ordinary text into its control tokens: it cannot be used")
+        return ids
+
+    def encode_texts(self, texts: list[str]) -> list["Encoded"]:
+        """Pretraining documents: `<s>` text `</s>`, every token but the first a target."""
+        return [Encoded(ids=[self.bos_id, *ids, self.eos_id], kinds=None, replies=[(len(ids) + 2, len(ids) + 1,
+                        len(text.encode("utf-8")))]) for text, ids in zip(texts, self.encode(texts), strict=True)]
+
+    def encode_conversations(self, conversations: list[list[dict]]) -> list["Encoded"]:
+        """Conversations in the chat format; many at once, since one batch is encoded on all cores."""
+        segments = [self._segments(m) for conversation in conversations for m in conversation]
+        plain = iter(self.encode([text for message in segments for text, kind in message if kind is not None]))
+        encoded, messages = [], iter(segments)
+        for conversation in conversations:
+            ids, kinds, replies = [], [], []
+            for message in conversation:
+                begin = len(ids)
+                ids += self.headers[message["role"]]
+                kinds += [CONTEXT] * (len(ids) - begin)
+                for text, kind in next(messages):
+                    if kind is None:
+                        piece_ids, piece_kinds = self._encode_tagged(text)
+                    elif kind == TAG and text in self.tag_ids:
+                        next(plain)
+                        piece_ids, piece_kinds = [self.tag_ids[text]], [TAG]
+                    else:
+                        piece_ids = next(plain)
+                        piece_kinds = [kind] * len(piece_ids)
+                    ids += piece_ids
+                    kinds += piece_kinds
+                answered = message["role"] == "assistant"
+                ids += [self.eos_id, *self.newline]
+                kinds += [REPLY if answered else CONTEXT] + [CONTEXT] * len(self.newline)
+                if answered:
+                    targets = sum(kind != CONTEXT for kind in kinds[begin:])
+                    replies.append((len(ids), targets, len(message["content"].encode("utf-8"))))
+            encoded.append(Encoded(ids, kinds, replies))
+        return encoded
+
+    def _segments(self, message: dict) -> list[tuple[str, int | None]]:
+        """A message's content as (text, kind) to be encoded apart; kind None: tags are in it as ordinary text."""
+        text = message["content"]
+        if message["role"] != "assistant":
+            return [(text, CONTEXT)]
+        present = [match.span() for match in TAG_PATTERN.finditer(text)]
+        if not present:
+            return [(text, REPLY)]
+        if len(self.tag_ids) < len(TAGS):
+            return [(text, None)]
+        segments, begin = [], 0
+        thoughts = [match.span(1) for match in THINK_PATTERN.finditer(text)]
+        for start, end in [*present, (len(text), len(text))]:
+            if start > begin:
+                thinking = any(a <= begin < b for a, b in thoughts)
+                segments.append((text[begin:start], THINK if thinking else REPLY))
+            if end > start:
+                segments.append((text[start:end], TAG))
+            begin = end
+        return segments
+
+    def _encode_tagged(self, text: str) -> tuple[list[int], list[int]]:
+        """A reply whose tags are no single ids: what a token is follows from where its characters stand."""
+        kind_of_char = np.full(len(text), REPLY, dtype=np.uint8)
+        for match in THINK_PATTERN.finditer(text):
+            kind_of_char[match.start(1):match.end(1)] = THINK
+        for match in TAG_PATTERN.finditer(text):
+            kind_of_char[match.start():match.end()] = TAG
+        ids, kinds = [], []
+        pieces, begin = [], 0
+        for match in TAG_PATTERN.finditer(text):  # of four tags some may be single ids
+            if match.group() in self.tag_ids:
+                pieces += [(begin, match.start(), None), (match.start(), match.end(), self.tag_ids[match.group()])]
+                begin = match.end()
+        for start, end, tag_id in [*pieces, (begin, len(text), None)]:
+            if tag_id is not None:
+                ids, kinds = [*ids, tag_id], [*kinds, TAG]
+            elif end > start:
+                encoding = self.plain.encode(text[start:end], add_special_tokens=False)
+                if not self.control_ids.isdisjoint(encoding.ids):
+                    raise UserError("this tokenizer turns ordinary text into its control tokens: it cannot be used")
+                for token, (a, b) in zip(encoding.ids, encoding.offsets, strict=True):
+                    covered = kind_of_char[start + a:max(start + b, start + a + 1)]
+                    ids.append(token)
+                    kinds.append(TAG if (covered == TAG).any() else int(covered[0]) if len(covered) else REPLY)
+        return ids, kinds
+
+
+@dataclass
+class Encoded:
+    """One document: ids, the kind of each (None: text, all targets but the first), and for each reply
+    (for text: the one whole) where it ends, its number of targets and its UTF-8 bytes."""
+
+    ids: list[int]
+    kinds: list[int] | None
+    replies: list[tuple[int, int, int]]
+
+
+def encode_chat(tokenizer, conversations: list[dict],
+                add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+    """Ids of a conversation and its loss mask: 1 on the assistant's content and its `</s>`, 0 elsewhere.
+
+    `conversations` is the list of {"role", "content"} messages. With `add_generation_prompt` the ids end
+    in the header of the reply to come. Raises UserError on a message that is not valid, a lone surrogate included.
+    """
+    try:
+        _check_conversation(conversations)
+    except MalformedRecord as error:
+        raise UserError(f"conversation refused: {error}") from None
+    encoder = TextEncoder.of(tokenizer)
+    encoded = encoder.encode_conversations([conversations])[0]
+    ids, mask = encoded.ids, [int(kind != CONTEXT) for kind in encoded.kinds]
+    if add_generation_prompt:
+        header = encoder.headers["assistant"]
+        ids, mask = ids + header, mask + [0] * len(header)
+    return ids, mask
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. the token cache
+
+DOCUMENT = np.dtype([("start", "<i8"), ("reply", "<i8"), ("hash", "<u8"), ("weight", "<f4"), ("file", "<u4"),
+                     ("line", "<i8")])
+REPLIES = np.dtype([("end", "<i8"), ("targets", "<i8"), ("bytes", "<i8")])
+CACHE_FORMAT = 1  # part of the fingerprint: raise it when anything above changes what is stored
+
+
+class TokenCache:
+    """All documents of a data set, encoded, as flat memory-mapped arrays in one folder.
+
+    tokens (uint16; uint32 above 65,536 entries) · kinds (uint8, chat only) · documents (DOCUMENT, one more
+    than there are: the last one's start is the end) · replies (REPLIES). `meta` holds the counts.
+    Raises UserError, naming the file, when one is missing, truncated or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            sums = self.meta["crc32"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'meta.json'}: damaged: {error}") from None
+        for name, expected in sums.items():
+            file = folder / name
+            if not file.is_file() or _crc32(file) != expected:
+                raise UserError(f"{file}: missing, truncated or damaged")
+        self.is_chat = self.meta["kind"] == "chat"
+        self.tokens = self._map("tokens.bin", np.dtype(self.meta["token_type"]))
+        self.kinds = self._map("kinds.bin", np.dtype(np.uint8)) if self.is_chat else None
+        self.documents = self._map("documents.bin", DOCUMENT)
+        self.replies = self._map("replies.bin", REPLIES)
+
+    def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
+        file = self.folder / name
+        if file.stat().st_size == 0:
+            return np.empty(0, dtype)
+        return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _crc32(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def open_cache(path: str, tokenizer, kind: str, cache_dir: str) -> TokenCache:
+    """The token cache of the files behind `path`, made if there is none.
+
+    The folder's name is a fingerprint of the files (path, size, time of change), the tokenizer and the
+    settings. A damaged cache is named and made again; a half-made one never bears the name.
+    Raises UserError when the data cannot be read, holds no record, or the disk is full.
+    """
+    files = find_files(path)
+    encoder = TextEncoder.of(tokenizer)
+    described = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    key = json.dumps([CACHE_FORMAT, kind, encoder.fingerprint, encoder.bos_id, encoder.eos_id, described])
+    folder = Path(cache_dir) / hashlib.sha256(key.encode("utf-8")).hexdigest()[:16]
+    if folder.is_dir():
+        try:
+            return TokenCache(folder)
+        except UserError as error:
+            print(f"token cache refused: {error}; making it again", flush=True)
+            shutil.rmtree(folder)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        _build_cache(files, encoder, kind, partial)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process made the same one first
+                raise
+    except OSError as error:
+        raise UserError(f"{partial}: the token cache cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return TokenCache(folder)
+
+
+def _build_cache(files: list[Path], encoder: TextEncoder, kind: str, folder: Path) -> None:
+    """Encode all files into `folder`, a block of lines at a time, so that memory does not grow with the data."""
+    folder.mkdir(parents=True)
+    token_type = np.dtype("<u2" if encoder.vocab_size <= 65536 else "<u4")
+    meta = {"kind": kind, "token_type": token_type.str, "files": [str(f) for f in files],
+            "lines": 0, "empty": 0, "malformed": 0, "examples": []}
+    names = ["tokens.bin", "documents.bin", "replies.bin"] + (["kinds.bin"] if kind == "chat" else [])
+    out = {name: open(folder / name, "wb") for name in names}
+    n_tokens = n_documents = n_replies = 0
+    progress = Progress("tokenising")
+    try:
+        for block in _record_blocks(files, kind, meta):
+            records = [record for _, _, record in block]
+            if kind == "text":
+                encoded = encoder.encode_texts([record["text"] for record in records])
+            else:
+                encoded = encoder.encode_conversations([record["conversations"] for record in records])
+            documents, replies = np.zeros(len(block), DOCUMENT), []
+            for row, (file, line, record), document in zip(documents, block, encoded, strict=True):
+                row["start"], row["reply"] = n_tokens, n_replies + len(replies)
+                row["hash"], row["weight"] = text_hash(record), record.get("weight", 1.0)
+                row["file"], row["line"] = file, line
+                replies += [(n_tokens + end, targets, size) for end, targets, size in document.replies]
+                n_tokens += len(document.ids)
+            np.array([i for d in encoded for i in d.ids], token_type).tofile(out["tokens.bin"])
+            if kind == "chat":
+                np.array([k for d in encoded for k in d.kinds], np.uint8).tofile(out["kinds.bin"])
+            documents.tofile(out["documents.bin"])
+            np.array(replies, REPLIES).tofile(out["replies.bin"])
+            n_documents, n_replies = n_documents + len(block), n_replies + len(replies)
+            progress.show(f"{n_documents:,} documents, {n_tokens:,} tokens")
+        end = np.zeros(1, DOCUMENT)
+        end["start"], end["reply"] = n_tokens, n_replies
+        end.tofile(out["documents.bin"])
+        for stream in out.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+    finally:
+        for stream in out.values():
+            stream.close()
+    progress.show(f"{n_documents:,} documents, {n_tokens:,} tokens", last=True)
+    meta["crc32"] = {name: _crc32(folder / name) for name in names}
+    with open(folder / "meta.json", "w", encoding="utf-8") as stream:
+        json.dump(meta, stream, ensure_ascii=False, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _record_blocks(files: list[Path], kind: str, meta: dict, block_bytes: int = 1 << 22):
+    """Blocks of (file index, line number, record), about `block_bytes` of JSON each; the rest is counted in `meta`."""
+    block, size = [], 0
+    for index, file in enumerate(files):
+        for number, line in read_lines(file):
+            meta["lines"] += 1
+            try:
+                record = parse_record(line, kind)
+            except MalformedRecord as error:
+                meta["malformed"] += 1
+                if len(meta["examples"]) < 5:
+                    meta["examples"].append(f"{file}:{number}: {error}")
+                continue
+            if not record["text" if kind == "text" else "conversations"]:
+                meta["empty"] += 1
+                continue
+            block.append((index, number, record))
+            size += len(line)
+            if size >= block_bytes:
+                yield block
+                block, size = [], 0
+    if block:
+        yield block
+
+
+class Progress:
+    """A line about a long task every few seconds, and one at its end with the time it took."""
+
+    def __init__(self, what: str, every: float = 5.0):
+        self.what, self.every = what, every
+        self.begin = self.shown = time.monotonic()
+
+    def show(self, state: str, last: bool = False) -> None:
+        """Print `state`, if enough time has passed or it is the last."""
+        now = time.monotonic()
+        if last or now - self.shown >= self.every:
+            self.shown = now
+            print(f"{self.what}: {state}, {now - self.begin:.1f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. selection
+
+
+@dataclass
+class Documents:
+    """Chosen documents of a cache, as parallel arrays with one entry each.
+
+    index: number in the cache · length: tokens kept, from its start · targets, bytes: of what is kept ·
+    weight: the record's own · hash: of its text. `counts` says what became of the others.
+    """
+
+    cache: TokenCache
+    index: np.ndarray
+    length: np.ndarray
+    targets: np.ndarray
+    bytes: np.ndarray
+    weight: np.ndarray
+    hash: np.ndarray
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, chosen: np.ndarray) -> "Documents":
+        """Those where `chosen` (a mask or indices) says so."""
+        return Documents(self.cache, self.index[chosen], self.length[chosen], self.targets[chosen],
+                         self.bytes[chosen], self.weight[chosen], self.hash[chosen], dict(self.counts))
+
+    def name(self, document: int) -> str:
+        """file:line of a document, for messages."""
+        row = self.cache.documents[self.index[document]]
+        return f"{self.cache.meta['files'][row['file']]}:{row['line']}"
+
+    def fingerprint(self) -> str:
+        """Identifies what is trained on, by content, wherever the files lie now."""
+        digest = hashlib.sha256()
+        for array in (self.hash, self.length, self.weight):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def load_documents(path: str, tokenizer, kind: str, cache_dir: str, max_seq_len: int, min_tokens: int = 0,
+                   max_tokens: int | None = None, max_bad_ratio: float = 0.01, say=print) -> Documents:
+    """The documents behind `path` that fit the settings; `kind` is "text" or "chat".
+
+    Conversations are chosen by their whole length (min_tokens..max_tokens). One longer than max_seq_len
+    loses whole last turns; one whose first reply does not fit, or that has no reply, is skipped. Text is
+    never skipped for its length. Everything left out is counted (Documents.counts); `say` prints a line.
+    Raises UserError when too many lines are malformed or nothing is left.
+    """
+    cache = open_cache(path, tokenizer, kind, cache_dir)
+    meta = cache.meta
+    counts = {"lines": meta["lines"], "malformed": meta["malformed"], "empty": meta["empty"]}
+    for example in meta["examples"]:
+        say(f"malformed: {example}")
+    if meta["malformed"] > max_bad_ratio * meta["lines"]:
+        raise UserError(f"{path}: {meta['malformed']:,} of {meta['lines']:,} lines are malformed, more than "
+                        f"--max_bad_ratio {max_bad_ratio} (the first: {meta['examples'][0]})")
+    table = cache.documents
+    start, first = np.array(table["start"]), np.array(table["reply"])
+    full_length, n_replies = np.diff(start), np.diff(first)
+    replies = cache.replies
+    weight, hashes = np.array(table["weight"][:-1]), np.array(table["hash"][:-1])
+    if kind == "text":
+        kept_replies = n_replies
+        reasons = np.where(weight == 0, "weight 0", "")
+    else:
+        limit = np.repeat(start[:-1] + max_seq_len, n_replies)
+        fits = np.concatenate(([0], np.cumsum(replies["end"] <= limit)))
+        kept_replies = fits[first[1:]] - fits[first[:-1]]
+        reasons = np.select(
+            [full_length < min_tokens, full_length > (max_tokens or np.inf), n_replies == 0, kept_replies == 0,
+             weight == 0],
+            ["fewer than min_tokens", "more than max_tokens", "no assistant turn", "first reply does not fit",
+             "weight 0"], "")
+        counts["lost last turns"] = int(((kept_replies < n_replies) & (reasons == "")).sum())
+    for reason in np.unique(reasons[reasons != ""]):
+        counts[str(reason)] = int((reasons == reason).sum())
+    index = np.flatnonzero(reasons == "")
+    if not len(index):
+        raise UserError(f"{path}: no document is left ({_in_words(counts)})")
+    begin, end = first[index], first[index] + kept_replies[index]
+    targets = np.concatenate(([0], np.cumsum(replies["targets"])))
+    sizes = np.concatenate(([0], np.cumsum(replies["bytes"])))
+    return Documents(cache, index, replies["end"][end - 1] - start[index], targets[end] - targets[begin],
+                     sizes[end] - sizes[begin], weight[index], hashes[index], counts)
+
+
+def load_splits(path: str, val_path: str | None, tokenizer, kind: str, cache_dir: str, max_seq_len: int,
+                min_tokens: int = 0, max_tokens: int | None = None,
+                max_bad_ratio: float = 0.01, say=print) -> tuple[Documents, Documents]:
+    """(training documents, validation documents), with no text on both sides, and a printed account of all lines.
+
+    Without `val_path` the documents whose text's hash falls in 0.5 % validate, at least one.
+    """
+    options = (tokenizer, kind, cache_dir, max_seq_len, min_tokens, max_tokens, max_bad_ratio, say)
+    documents = load_documents(path, *options)
+    if val_path is None:
+        held_out = is_held_out(documents.hash)
+        if not held_out.any():
+            held_out = documents.hash == documents.hash.min()
+        train, val = documents.take(~held_out), documents.take(held_out)
+    else:
+        train, val = documents, load_documents(val_path, *options)
+        say(f"validation data: {val_path}: {_in_words(val.counts)}")
+        held_out = np.isin(train.hash, val.hash)
+        train.counts["also in the validation data"] = int(held_out.sum())
+        train = train.take(~held_out)
+    _, once = np.unique(val.hash, return_index=True)
+    train.counts["doubles in validation"] = len(val) - len(once)
+    val = val.take(np.sort(once))
+    if not len(train):
+        raise UserError(f"{path}: nothing is left to train on beside {len(val)} validation document(s): "
+                        "more data, or another --val_path, is needed")
+    say(f"data: {path}: {_in_words(train.counts)}; {len(train):,} train ({int(train.length.sum()):,} tokens), "
+        f"{len(val):,} validate ({int(val.length.sum()):,} tokens)")
+    return train, val
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    lines, *rest = counts.items()
+    return f"{lines[1]:,} lines" + "".join(f", {number:,} {what}" for what, number in rest if number or what in (
+        "malformed", "empty"))
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. steps
+
+
+@dataclass
+class MicroBatch:
+    """One packed buffer for `model(**micro_batch.to(device))`: tokens (1, T) of the documents (or pieces of
+    documents) of `lengths`, and what its N predicting positions should predict, with which loss weight."""
+
+    tokens: np.ndarray
+    lengths: list[int]
+    target_index: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    def to(self, device) -> dict:
+        """The model's keyword arguments, as tensors on `device`."""
+        import torch  # here, so that training a tokenizer does not cost the memory of torch
+
+        arrays = dict(tokens=self.tokens[None], target_index=self.target_index, targets=self.targets,
+                      weights=self.weights)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if torch.device(device).type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return {"lengths": self.lengths} | {n: t.to(device, non_blocking=True) for n, t in tensors.items()}
+
+
+@dataclass
+class Step:
+    """One optimizer step: this rank's micro-batches, and the loss weight and tokens of all ranks together."""
+
+    micro_batches: list[MicroBatch]
+    total_weight: float
+    pieces: list["Piece"]
+
+    @property
+    def tokens(self) -> int:
+        """Positions computed, all of them real tokens."""
+        return sum(length for _, _, length in self.pieces)
+
+
+Piece = tuple[int, int, int]  # document, first token, number of tokens
+
+
+def make_micro_batch(documents: Documents, pieces: list[Piece], kind_weights: np.ndarray | None) -> MicroBatch:
+    """Lay pieces of documents end to end. A token predicts the next of its document, also where that stands in
+    another row; the last token of a document predicts nothing.
+
+    `kind_weights` (4,) is the loss weight of each kind, to be multiplied by the record's own weight;
+    None leaves every target at weight 1, for evaluation.
+    """
+    cache, starts = documents.cache, documents.cache.documents["start"]
+    tokens, index, targets, weights = [], [], [], []
+    position = 0
+    for document, offset, length in pieces:
+        begin = int(starts[documents.index[document]]) + offset
+        predicting = min(length, int(documents.length[document]) - offset - 1)
+        tokens.append(cache.tokens[begin:begin + length])
+        following = cache.tokens[begin + 1:begin + 1 + predicting]
+        if cache.is_chat:
+            kinds = cache.kinds[begin + 1:begin + 1 + predicting]
+        else:
+            kinds = np.full(predicting, REPLY, np.uint8)
+        if kind_weights is None:
+            weight = (kinds != CONTEXT).astype(np.float32)
+        else:
+            weight = kind_weights[kinds] * documents.weight[document]
+        counted = np.flatnonzero(weight)
+        index.append(position + counted)
+        targets.append(following[counted])
+        weights.append(weight[counted])
+        position += length
+    return MicroBatch(np.concatenate(tokens).astype(np.int64), [length for _, _, length in pieces],
+                      np.concatenate(index), np.concatenate(targets).astype(np.int64),
+                      np.concatenate(weights).astype(np.float32))
+
+
+class StepLoader:
+    """Optimizer steps by (epoch, number), so that resuming is asking for the next one.
+
+    A step is chosen as a whole, batch_size × accumulation_steps × ranks × max_seq_len tokens, and only then
+    cut into micro-batches: the same documents and so the same gradient, however it is cut.
+
+    Text: the documents of an epoch, in its order, are one stream cut into rows of max_seq_len tokens; a
+    document that does not end in its row goes on in the next. Chat: whole documents, taken in order as long
+    as they fit; one that does not is kept back for the next step. Nothing is ever padded.
+    """
+
+    LOOK_AHEAD = 256  # conversations that may be kept back at a time; they fill the gaps of later steps
+
+    def __init__(self, documents: Documents, max_seq_len: int, batch_size: int, accumulation_steps: int, seed: int,
+                 order: str = "shuffled", rank: int = 0, world_size: int = 1, tag_weight: float = 1.0,
+                 think_weight: float = 1.0):
+        self.documents, self.max_seq_len, self.seed, self.order = documents, max_seq_len, seed, order
+        self.micro_batches_per_rank, self.rank = accumulation_steps, rank
+        self.n_micro_batches = accumulation_steps * world_size
+        self.micro_batch_tokens = batch_size * max_seq_len
+        self.step_tokens = self.micro_batch_tokens * self.n_micro_batches
+        self.kind_weights = np.array([0.0, 1.0, tag_weight, think_weight], np.float32)  # by kind
+        self.tokens_per_epoch = int(documents.length.sum())
+        self._epoch = None
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Number of optimizer steps in an epoch; for conversations it depends a little on their order."""
+        if not self.documents.cache.is_chat:
+            return math.ceil(self.tokens_per_epoch / self.step_tokens)
+        self._prepare(epoch)
+        return len(self._plan)
+
+    def step(self, epoch: int, number: int) -> Step:
+        """Step `number`, from 0, of an epoch."""
+        self._prepare(epoch)
+        per_micro_batch = self._cut_rows(number) if self._plan is None else self._share_out(self._plan[number])
+        all_pieces = [piece for pieces in per_micro_batch for piece in pieces]
+        total_weight = sum(map(self._weight, all_pieces))
+        mine = per_micro_batch[self.rank * self.micro_batches_per_rank:][:self.micro_batches_per_rank]
+        mine = [pieces for pieces in mine if pieces]
+        weights = self.kind_weights
+        if not mine:  # an epoch's last step may be too small for all ranks, but each must take part in the exchange
+            mine, weights = [all_pieces[:1]], np.zeros_like(weights)
+        micro_batches = [make_micro_batch(self.documents, pieces, weights) for pieces in mine]
+        return Step(micro_batches, total_weight or 1.0, all_pieces)  # without any target the loss is 0, not 0/0
+
+    def _prepare(self, epoch: int) -> None:
+        """The order of an epoch, and from it the stream (text) or the plan of steps (chat)."""
+        if epoch == self._epoch:
+            return
+        self._epoch = epoch
+        self._order = np.arange(len(self.documents))
+        if self.order == "shuffled":
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
+        if self.documents.cache.is_chat:
+            self._plan = self._plan_epoch()
+        else:
+            self._plan, self._ends = None, np.cumsum(self.documents.length[self._order])
+
+    def _plan_epoch(self) -> list[list[int]]:
+        """Documents of each step: first those kept back before, then the next in order, while they fit."""
+        lengths, shortest = self.documents.length.tolist(), int(self.documents.length.min())
+        coming, kept_back, plan = iter(self._order.tolist()), [], []
+        document = next(coming, None)
+        while document is not None or kept_back:
+            room, chosen, still_kept = self.step_tokens, [], []
+            for kept in kept_back:
+                fits = lengths[kept] <= room
+                (chosen if fits else still_kept).append(kept)
+                room -= lengths[kept] if fits else 0
+            kept_back = still_kept
+            while document is not None and room >= shortest and len(kept_back) < self.LOOK_AHEAD:
+                fits = lengths[document] <= room
+                (chosen if fits else kept_back).append(document)
+                room -= lengths[document] if fits else 0
+                document = next(coming, None)
+            plan.append(chosen)
+        return plan
+
+    def _share_out(self, chosen: list[int]) -> list[list[Piece]]:
+        """Whole documents over the step's micro-batches, the longest first, each to the emptiest so far: all
+        come out within a document's length of each other (Graham 1969, longest processing time first)."""
+        shares = [[] for _ in range(self.n_micro_batches)]
+        fill = [0] * self.n_micro_batches
+        for document in sorted(chosen, key=lambda d: -self.documents.length[d]):
+            emptiest = fill.index(min(fill))
+            length = int(self.documents.length[document])
+            shares[emptiest].append((document, 0, length))
+            fill[emptiest] += length
+        return shares
+
+    def _cut_rows(self, number: int) -> list[list[Piece]]:
+        """The stretch of the epoch's stream that is this step, cut at rows, documents and micro-batches."""
+        begin = number * self.step_tokens
+        end = min(begin + self.step_tokens, self.tokens_per_epoch)
+        first, last = np.searchsorted(self._ends, [begin, end], side="right")
+        rows = np.arange(begin, end, self.max_seq_len)
+        inside = self._ends[first:last]
+        cuts = np.union1d(np.append(rows, end), inside[inside < end])
+        order = np.searchsorted(self._ends, cuts[:-1], side="right")
+        documents = self._order[order]
+        offsets = cuts[:-1] - (self._ends[order] - self.documents.length[documents])
+        micro_batch = (cuts[:-1] - begin) // self.micro_batch_tokens
+        shares = [[] for _ in range(self.n_micro_batches)]
+        for share, document, offset, length in zip(
+                micro_batch.tolist(), documents.tolist(), offsets.tolist(), np.diff(cuts).tolist(), strict=True):
+            shares[share].append((document, offset, length))
+        return shares
+
+    def _weight(self, piece: Piece) -> float:
+        """Sum of the loss weights of a piece's targets."""
+        document, offset, length = piece
+        cache = self.documents.cache
+        predicting = min(length, int(self.documents.length[document]) - offset - 1)
+        if not cache.is_chat:
+            return predicting * float(self.documents.weight[document])
+        begin = int(cache.documents["start"][self.documents.index[document]]) + offset + 1
+        per_kind = np.bincount(cache.kinds[begin:begin + predicting], minlength=4)
+        return float(per_kind @ self.kind_weights.astype(np.float64)) * float(self.documents.weight[document])
+
+
+def evaluation_batches(documents: Documents, max_seq_len: int, batch_tokens: int,
+                       max_tokens: int = 0) -> Iterator[MicroBatch]:
+    """Every document alone from its `<s>`, in disjoint windows of max_seq_len tokens, all targets at weight 1.
+
+    Buffers hold up to `batch_tokens` tokens. `max_tokens` > 0 ends after the document that reaches it;
+    `evaluated(documents, max_tokens)` says which those are.
+    """
+    pieces, filled = [], 0
+    for document in range(evaluated(documents, max_tokens)):
+        length = int(documents.length[document])
+        for offset in range(0, length, max_seq_len):
+            window = min(max_seq_len, length - offset)
+            if pieces and filled + window > batch_tokens:
+                yield make_micro_batch(documents, pieces, None)
+                pieces, filled = [], 0
+            pieces.append((document, offset, window))
+            filled += window
+    if pieces:
+        yield make_micro_batch(documents, pieces, None)
+
+
+def evaluated(documents: Documents, max_tokens: int) -> int:
+    """How many of the first documents hold `max_tokens` tokens (0: all)."""
+    if not max_tokens:
+        return len(documents)
+    return min(len(documents), int(np.searchsorted(np.cumsum(documents.length), max_tokens)) + 1)

@@ -1,0 +1,61 @@
+"""Optimizers and learning-rate schedules."""
+
+import math
+
+import torch
+
+from Config import UserError
+from model import WeakWater
+
+
+def make_optimizers(model: WeakWater, name: str, learning_rate: float,
+                    weight_decay: float) -> list[torch.optim.Optimizer]:
+    """[AdamW], or [Muon, AdamW] with Muon on the matrices inside the layers.
+
+    AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101), betas 0.9 and 0.95, decay on matrices only.
+    Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), its update scaled to AdamW's size
+    (Moonlight, arXiv:2502.16982), so that one learning rate serves both.
+    """
+    named = dict(model.named_parameters())  # tied weights appear once
+    hidden = [p for n, p in named.items() if p.ndim == 2 and n.startswith("model.layers.")] if name == "muon" else []
+    taken = {id(p) for p in hidden}
+    rest = [p for p in named.values() if id(p) not in taken]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    if name != "muon":
+        return [adamw]
+    muon = torch.optim.Muon(hidden, lr=learning_rate, weight_decay=weight_decay, momentum=0.95,
+                            adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
+
+
+def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_ratio: float = 0.0,
+                  decay_ratio: float = 0.2, min_lr_ratio: float = 0.1) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total_steps`.
+
+    After a linear warm-up over warmup_ratio of the steps: constant; cosine from the peak to
+    peak · min_lr_ratio (arXiv:1608.03983); or trapezoid, the peak until the last decay_ratio of the steps and
+    then a straight line down (Hägele et al. 2024, arXiv:2405.18392).
+    """
+    warmup = round(warmup_ratio * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    if schedule == "cosine":
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    elif schedule == "trapezoid":
+        decay = max(1, round(decay_ratio * total_steps))
+        share = min(1.0, (total_steps - step) / decay)
+    else:
+        raise UserError(f"--lr_schedule {schedule}: not one of constant, cosine, trapezoid")
+    return peak * (min_lr_ratio + (1 - min_lr_ratio) * share)
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:
+    """Give every parameter group the rate of this step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = value

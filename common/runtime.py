@@ -1,0 +1,245 @@
+"""The machine and the process: device, precision, seed, processes, compilation, signals, exit codes."""
+
+import contextlib
+import os
+import platform
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from Config import UserError
+
+
+class TrainingStopped(Exception):
+    """Training ended before its time; `code` is the exit code and the message is for the user."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call a script's `main` and turn how it ends into an exit code: 0 done, 2 the user's mistake (one line on
+    stderr), 130 after Ctrl-C; TrainingStopped brings its own."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles start in another
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except TrainingStopped as stopped:
+        print(str(stopped), file=sys.stderr, flush=True)
+        return stopped.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        print(f"error: out of memory ({reason}): halve --batch_size and double --accumulation_steps, or add "
+              "--gradient_checkpointing", file=sys.stderr, flush=True)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------
+# device and precision
+
+
+def pick_device(name: str) -> tuple[torch.device, str]:
+    """The device for --device and the reason for it. Raises UserError when it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+        reason = "the first of cuda, mps, cpu that is here"
+    else:
+        if not available[name]:
+            raise UserError(f"--device {name}: not available on this machine")
+        reason = "as asked"
+    if name == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise UserError(f"process {index} has no GPU: {torch.cuda.device_count()} here")
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index), f"{torch.cuda.get_device_name(index)}, {reason}"
+    return torch.device(name), reason
+
+
+def cpu_flags() -> set[str]:
+    """Instruction-set flags of the CPU, as far as the system tells (Linux)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("flags"):
+                return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
+    """("bf16" | "fp16" | "fp32", the reason for it) for --dtype on a device."""
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU has it"
+        return "fp16", "the GPU has no bf16"
+    if device.type == "cpu":
+        fast = cpu_flags() & {"avx512_bf16", "amx_bf16"}
+        if fast:
+            return "bf16", f"the CPU has {' and '.join(sorted(fast)).upper()}"
+        return "fp32", "the CPU has neither AVX512_BF16 nor AMX"
+    return "fp32", "the safe choice on this device"
+
+
+def autocast(device: torch.device, dtype: str):
+    """Context in which matrix products run in `dtype`; weights stay float32."""
+    if dtype == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if dtype == "bf16" else torch.float16)
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Dense matrix FLOP/s of known GPUs in half precision (NVIDIA's data sheets), else None."""
+    if device.type != "cuda" or dtype == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+             "RTX 4090": 165.2e12, "RTX 3090": 71e12, "A10": 125e12, "T4": 65e12}
+    return next((peak for part, peak in known.items() if part in name), None)
+
+
+def set_seed(seed: int, deterministic: bool) -> None:
+    """Seed torch and, if asked, allow deterministic kernels only."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_flash_sdp(False)  # their backward passes add in no fixed order
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout for one optimizer step on one rank: resuming then needs no generator's state."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def compile_blocks(model, device: torch.device) -> str:
+    """torch.compile each block in place (names in the state dict stay), or say why that cannot be done."""
+    if device.type == "cpu":
+        try:
+            torch.compile(lambda x: x * 2 + 1)(torch.ones(8))
+        except Exception as error:  # no C++ compiler has many ways to show
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"off: torch.compile does not work on this machine ({reason[:120]}); going on without it"
+    for block in model.model.layers:
+        block.compile()
+    return f"each of {len(model.model.layers)} blocks, on first use"
+
+
+def describe_machine(device: torch.device) -> str:
+    """One line for the log: torch, Python, processor, threads."""
+    return (f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} "
+            f"{platform.machine()}, device {device}, {torch.get_num_threads()} threads")
+
+
+# ---------------------------------------------------------------------------------------------
+# processes
+
+
+class Ranks:
+    """The processes of one run: one, or those that torchrun started."""
+
+    def __init__(self):
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.is_main = self.rank == 0
+
+    def start(self, device: torch.device) -> None:
+        """Join the others: NCCL on CUDA, gloo elsewhere."""
+        if self.world_size > 1:
+            # long, since the others wait while the first makes the token cache
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+            self.device = device
+
+    def wrap(self, model):
+        """The model, or its DistributedDataParallel over all ranks."""
+        if self.world_size == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def gradient_sync(self, model, now: bool):
+        """Context of one micro-batch: gradients are exchanged only with the step's last one."""
+        return contextlib.nullcontext() if now or self.world_size == 1 else model.no_sync()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over all ranks."""
+        if self.world_size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world_size > 1:
+            self.sum(torch.zeros(1))
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """The first rank does the work (makes the cache), the others then find it done, in silence."""
+        if self.is_main:
+            try:
+                yield
+            finally:
+                self.barrier()
+        else:
+            self.barrier()
+            with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+                yield
+
+
+# ---------------------------------------------------------------------------------------------
+# signals
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask for a stop after the optimizer step under way; a second one stops at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.before = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        print("\nstopping after this step (again: at once)", file=sys.stderr, flush=True)
+
+
+def stop_by_signal(number: int, args, done: int) -> None:
+    """End a run whose state has just been saved: exit code 130 or 143, and the command that goes on."""
+    number = number or signal.SIGTERM  # 0: it reached another rank only
+    command = args.command + ("" if args.resume else " --resume")
+    raise TrainingStopped(f"stopped by {signal.Signals(number).name} after step {done}; the state is saved. "
+                          f"To go on: {command}", 128 + number)

@@ -1,0 +1,185 @@
+"""Stage 4: R1 distillation: learning to think, inside <think>...</think>, before answering.
+
+one GPU      python distill.py --data_path data/r1_1024.jsonl
+two cores    python distill.py --data_path data/r1_1024.jsonl --batch_size 4 --accumulation_steps 1
+go on        the same command with --resume
+
+Reads the conversations of a teacher whose replies are <think>...</think><answer>...</answer>, starts from
+out/SFT_long.pth and writes out/distill.pth. The loss of the four tags can be raised with --tag_weight and that of
+the thought changed with --think_weight; both are found by position, whatever the tokenizer makes of the tags.
+"""
+
+import math
+import sys
+import time
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from common import checkpoint, runtime
+from common.optim import learning_rate, make_optimizers, set_learning_rate
+from common.runlog import Meter, RunLog, describe_run
+from common.scoring import score
+from Config import parse_args
+from dataset import StepLoader, TextEncoder, evaluated, evaluation_batches, load_splits, load_tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    # ---- arguments ----------------------------------------------------------------------------
+    args = parse_args("distill", __doc__, argv,
+                      max_seq_len=1024, min_tokens=0, batch_size=21, accumulation_steps=8, learning_rate=1e-4)
+    out = Path(args.out_dir)
+    args.init_from = args.init_from or str(out / "SFT_long.pth")
+
+    # ---- device, precision, seed --------------------------------------------------------------
+    ranks = runtime.Ranks()
+    device, device_reason = runtime.pick_device(args.device)
+    dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
+    ranks.start(device)
+    runtime.set_seed(args.seed, args.deterministic)
+    resumed = checkpoint.begin(args, ranks)
+    log = RunLog(args.out_dir, args.stage, ranks.is_main)
+    log.print(f"{args.command}\n{runtime.describe_machine(device)}")
+    log.print(f"device {device}: {device_reason}\ndtype {dtype}: {dtype_reason}")
+
+    # ---- tokenizer and data -------------------------------------------------------------------
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    encoder = TextEncoder.of(tokenizer)
+    with ranks.main_first():
+        train, val = load_splits(args.data_path, args.val_path, tokenizer, "chat", args.cache_dir or str(out / "cache"),
+                                 args.max_seq_len, args.min_tokens, args.max_tokens, args.max_bad_ratio, log.print)
+    loader = StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed, args.order,
+                        ranks.rank, ranks.world_size, args.tag_weight, args.think_weight)
+    epoch_ends = list(accumulate(loader.steps_in_epoch(epoch) for epoch in range(args.epochs)))
+    total_steps = min(epoch_ends[-1], args.max_steps or epoch_ends[-1])
+
+    # ---- model and starting weights -----------------------------------------------------------
+    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder, "SFT_long.py")
+    net.to(device).train()
+    net.model.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        log.print(f"compile: {runtime.compile_blocks(net, device)}")
+    model = ranks.wrap(net)
+    for line in inherited + describe_run(net, loader, val, args, ranks.world_size, total_steps):
+        log.print(line)
+
+    # ---- optimizer and schedule ---------------------------------------------------------------
+    optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    log.print(f"{args.optimizer}, {args.lr_schedule} schedule, peak learning rate {args.learning_rate}")
+
+    # ---- resume -------------------------------------------------------------------------------
+    settings = checkpoint.steering_settings(args, dtype, device.type, ranks.world_size, train.fingerprint(),
+                                            encoder.fingerprint, start_sha256)
+    done = tokens = 0
+    best_loss, val_scores = math.inf, {}
+    if resumed:
+        checkpoint.compare_settings(resumed["settings"], settings)
+        checkpoint.restore(resumed, optimizers, scaler)
+        done, tokens, best_loss, val_scores = (resumed[k] for k in ("step", "tokens", "best_loss", "val_scores"))
+    log.cut_back(done)
+    if args.use_wandb:
+        log.start_wandb(args.wandb_project, settings)
+
+    def save_weights(path: Path) -> None:
+        if ranks.is_main:
+            meta = {"stage": args.stage, "step": done, "tokens": tokens, "val": val_scores, "command": args.command,
+                    "tokenizer_sha256": encoder.fingerprint, "init_from_sha256": start_sha256, "settings": settings}
+            checkpoint.save_weights(path, net, meta)
+
+    def save_all() -> None:
+        if ranks.is_main:
+            state = {"step": done, "tokens": tokens, "best_loss": best_loss, "val_scores": val_scores,
+                     "model": net.state_dict(), "config": net.config.to_dict(), "settings": settings,
+                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                     "scaler": scaler.state_dict(), "start_sha256": start_sha256}
+            checkpoint.save_state(state, args.out_dir, args.stage, args.keep_checkpoints)
+            save_weights(out / f"{args.stage}.pth")
+
+    if done >= total_steps:
+        save_weights(out / f"{args.stage}.pth")  # a kill may have come between the last state and the weights
+        log.print(f"finished before, at step {done}: nothing to train; the weights are in {out / args.stage}.pth")
+        return
+
+    # ---- the loop -----------------------------------------------------------------------------
+    meter = Meter()
+    peak = runtime.peak_flops(device, dtype)
+    flops_per_token = net.flops_per_token(min(args.max_seq_len, loader.tokens_per_epoch / len(train)))
+    with runtime.StopSignal() as signal:
+        for step in range(done, total_steps):
+            begin = time.perf_counter()
+            epoch = bisect_right(epoch_ends, step)
+            number = step - (epoch_ends[epoch - 1] if epoch else 0)
+            lr = learning_rate(step, total_steps, args.learning_rate, args.lr_schedule, args.warmup_ratio,
+                               args.decay_ratio, args.min_lr_ratio)
+            set_learning_rate(optimizers, lr)
+            runtime.seed_step(args.seed, step, ranks.rank)
+            batch = loader.step(epoch, number)
+
+            # forward, scaled backward, clip, step: these lines are the same in every stage
+            loss_sum = torch.zeros((), device=device)
+            for count, micro_batch in enumerate(batch.micro_batches, start=1):
+                with ranks.gradient_sync(model, now=count == len(batch.micro_batches)):
+                    with runtime.autocast(device, dtype):
+                        loss = model(**micro_batch.to(device)) / batch.total_weight
+                    scaler.scale(loss * ranks.world_size).backward()  # DDP takes the mean over ranks, we the sum
+                loss_sum += loss.detach()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
+            seen = ranks.sum(torch.stack([loss_sum, torch.full_like(loss_sum, signal.number)]))
+            loss, stop, norm = torch.cat([seen, grad_norm.unsqueeze(0)]).tolist()  # the step's one synchronisation
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                save_all()
+                checkpoint.stop_at_non_finite(args, step, loss, norm, batch, train, net, device,
+                                               ranks.is_main)
+            if math.isfinite(norm):
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
+            else:  # fp16 overflowed: the scaler lowers its scale, and this step leaves the weights as they are
+                log.print(f"step {step + 1}: gradient overflow in fp16, step skipped at scale {scaler.get_scale():g}")
+            scaler.update()
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+
+            done, tokens = step + 1, tokens + batch.tokens
+            meter.add(batch.tokens, time.perf_counter() - begin)
+            last = done == total_steps
+            if last or (args.eval_interval and done % args.eval_interval == 0):
+                val_scores = score(net, evaluation_batches(val, args.max_seq_len, loader.micro_batch_tokens,
+                                                           args.eval_tokens),
+                                   val.bytes[:evaluated(val, args.eval_tokens)].sum(), device,
+                                   lambda: runtime.autocast(device, dtype), ranks)
+                if val_scores["loss"] < best_loss:
+                    best_loss = val_scores["loss"]
+                    save_weights(out / f"{args.stage}_best.pth")
+                fresh = {"val_loss": val_scores["loss"], "val_ppl": val_scores["ppl"], "val_bpb": val_scores["bpb"]}
+            else:
+                fresh = {}
+            if last or fresh or done % args.log_interval == 0:
+                rate, left = meter.rate(), meter.minutes(epoch_ends[epoch] - done)
+                line = (f"Epoch:[{epoch + 1}/{args.epochs}]({number + 1}/{loader.steps_in_epoch(epoch)}) "
+                        f"loss:{loss:.3f} lr:{lr:.12f} epoch_Time:{left:.1f}min tokens/s:{rate:,.0f} "
+                        f"grad_norm:{norm:.3f}")
+                line += f" mfu:{rate * flops_per_token / peak / ranks.world_size:.1%}" if peak else ""
+                line += "".join(f" {name}:{value:.4f}" for name, value in fresh.items())
+                log.print(line)
+                log.metrics(step=done, epoch=epoch + 1, loss=loss, lr=lr, tokens=tokens, tokens_per_second=rate,
+                            grad_norm=norm, minutes_left=left, **fresh)
+            if last or stop or done % args.save_interval == 0:
+                save_all()
+                log.charts()
+            if stop and not last:
+                runtime.stop_by_signal(signal.number, args, done)
+
+    # ---- summary ------------------------------------------------------------------------------
+    log.print(f"done: {done:,} steps, {tokens:,} tokens, {meter.all_seconds / 60:.1f} min of training; validation loss "
+              f"{val_scores['loss']:.4f}, PPL {val_scores['ppl']:.2f}, bits per byte {val_scores['bpb']:.4f}; "
+              f"weights in {out / args.stage}.pth")
+    log.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run(main))

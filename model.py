@@ -1,0 +1,339 @@
+"""The network: a LLaMA-style decoder, written out.
+
+    tokens → embedding → n_layers × [RMSNorm → attention → + · RMSNorm → SwiGLU → +] → RMSNorm → logits
+
+Module names are those of transformers' Llama (of Qwen3 with `qk_norm`), so that the state dict
+loads there strictly and without renaming.
+
+A tensor's name ends in its shape where that helps: B batch, T tokens, C model width (dim), V vocabulary,
+H query heads, K key/value heads, D head width, S cache slots, N tokens with a loss.
+
+Attention comes in three forms, all the same function of the same weights:
+rows (B, T) that are each causal; one packed buffer (1, T) in which documents stand end to end and
+none sees another; and decoding, a few new tokens against a cache.
+"""
+
+import inspect
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from Config import LLMConfig, UserError
+
+try:  # variable-length flash attention, CUDA only
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding, rotate-half form (Su et al. 2021, arXiv:2104.09864).
+
+    Dimension i of a head is paired with i + D/2, as in transformers' Llama; position p turns the
+    pair by the angle p · theta^(-2i/D).
+    """
+
+    def __init__(self, head_dim: int, theta: float, max_seq_len: int):
+        super().__init__()
+        frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+        angle = torch.outer(torch.arange(max_seq_len).float(), frequency)
+        angle_SD = torch.cat((angle, angle), dim=-1)
+        # tables, not weights: kept out of the state dict, and in float32 until they are used
+        self.register_buffer("cos_SD", angle_SD.cos(), persistent=False)
+        self.register_buffer("sin_SD", angle_SD.sin(), persistent=False)
+
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for positions (B, T): each (B, T, 1, D), to be broadcast over heads."""
+        return self.cos_SD[positions].unsqueeze(2).to(dtype), self.sin_SD[positions].unsqueeze(2).to(dtype)
+
+
+def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each head's pairs of dimensions by the angles behind cos and sin."""
+    first, second = x_BTHD.chunk(2, dim=-1)
+    return x_BTHD * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, S, K, D).
+
+    Each row of the batch stands at its own position, so prompts of unequal length decode together:
+    a row's slots beyond its position hold rubbish that the mask hides and later tokens overwrite.
+    """
+
+    def __init__(self, config: LLMConfig, batch_size: int, max_length: int, device, dtype: torch.dtype):
+        shape = (config.n_layers, batch_size, max_length, config.n_kv_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_length = max_length
+        self.rows = torch.arange(batch_size, device=device).unsqueeze(1)  # (B, 1)
+
+    def update(self, layer: int, k_BTKD, v_BTKD, positions, length: int):
+        """Store new keys and values at `positions` (B, T); return all of the first `length` slots, (B, S, K, D)."""
+        self.keys[layer][self.rows, positions] = k_BTKD.to(self.keys.dtype)
+        self.values[layer][self.rows, positions] = v_BTKD.to(self.values.dtype)
+        return self.keys[layer, :, :length], self.values[layer, :, :length]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, config: LLMConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x_BTC, cos, sin, lengths=None, cache=None, positions=None, length=0, mask=None):
+        c = self.config
+        B, T, _ = x_BTC.shape
+        q = self.q_proj(x_BTC).view(B, T, c.n_heads, c.head_dim)
+        k = self.k_proj(x_BTC).view(B, T, c.n_kv_heads, c.head_dim)
+        v = self.v_proj(x_BTC).view(B, T, c.n_kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        # under autocast q and k come out of the rotation in float32: back to the precision of v
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, positions, length)
+            out = attend(q, k.to(q.dtype), v.to(q.dtype), causal=False, mask=mask)
+        elif lengths is not None:
+            out = attend_packed(q, k, v, lengths)
+        else:
+            out = attend(q, k, v, causal=True)
+        return self.o_proj(out.reshape(B, T, c.n_heads * c.head_dim))
+
+
+def attend(q_BTHD, k_BSKD, v_BSKD, causal: bool, mask=None) -> torch.Tensor:
+    """Scaled dot-product attention, (B, T, H, D). K and V are never copied out to H heads: the kernel groups."""
+    return F.scaled_dot_product_attention(
+        q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2),
+        attn_mask=mask, is_causal=causal, enable_gqa=q_BTHD.shape[2] != k_BSKD.shape[2],
+    ).transpose(1, 2)
+
+
+@torch.compiler.disable  # the documents' lengths differ in every buffer: compiled, each would be a new graph
+def attend_packed(q_BTHD, k_BTKD, v_BTKD, lengths: list[int]) -> torch.Tensor:
+    """Causal attention inside each document of a packed buffer: (1, T, H, D), sum(lengths) == T.
+
+    On CUDA in half precision one variable-length flash kernel does it all. Elsewhere each document is
+    attended to alone, where short ones also cost less. `split` and not slices: its gradient is one
+    concatenation, theirs a full-size zero tensor for each document.
+    """
+    if use_varlen(q_BTHD):
+        cu_lengths = F.pad(torch.tensor(lengths, device=q_BTHD.device).cumsum(0), (1, 0)).int()
+        grouped = {"enable_gqa": True} if q_BTHD.shape[2] != k_BTKD.shape[2] else {}
+        longest = max(lengths)
+        return varlen_attn(q_BTHD[0], k_BTKD[0], v_BTKD[0], cu_lengths, cu_lengths, longest, longest,
+                           **VARLEN_CAUSAL, **grouped).unsqueeze(0)
+    parts = zip(q_BTHD.split(lengths, 1), k_BTKD.split(lengths, 1), v_BTKD.split(lengths, 1), strict=True)
+    return torch.cat([attend(q, k, v, causal=True) for q, k, v in parts], dim=1)
+
+
+def use_varlen(q: torch.Tensor) -> bool:
+    """Whether the variable-length flash kernel applies; its backward pass is not deterministic."""
+    return (varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+            and not torch.are_deterministic_algorithms_enabled())
+
+
+# torch 2.10 said is_causal=True where later versions say window_size=(-1, 0): look back without limit, never ahead
+VARLEN_CAUSAL = {}
+if varlen_attn is not None:
+    VARLEN_CAUSAL = ({"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters
+                     else {"is_causal": True})
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: LLMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention and SwiGLU, each behind a norm and added to the stream."""
+
+    def __init__(self, config: LLMConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = SwiGLU(config)
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTC, cos, sin, lengths=None, cache=None, positions=None, length=0, mask=None):
+        attended = self.self_attn(self.input_layernorm(x_BTC), cos, sin, lengths, cache, positions, length, mask)
+        x_BTC = x_BTC + self.dropout(attended)
+        return x_BTC + self.dropout(self.mlp(self.post_attention_layernorm(x_BTC)))
+
+
+class Decoder(nn.Module):
+    """Everything below the output projection: tokens (B, T) → hidden states (B, T, C)."""
+
+    def __init__(self, config: LLMConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.max_seq_len)
+        self.dropout = nn.Dropout(config.dropout)
+        self.gradient_checkpointing = False
+
+    def forward(self, tokens, lengths=None, positions=None, cache=None):
+        B, T = tokens.shape
+        limit, longest = self.rotary.cos_SD.shape[0], max(lengths) if lengths is not None else T
+        if longest > limit:
+            raise UserError(f"a sequence of {longest} tokens is longer than the model's max_seq_len of {limit}")
+        length, mask = 0, None
+        if lengths is not None:
+            if B != 1 or sum(lengths) != T:
+                raise UserError(f"a packed buffer is (1, sum(lengths)) = (1, {sum(lengths)}), not ({B}, {T})")
+            positions = packed_positions(lengths, tokens.device)
+        elif positions is None:
+            positions = torch.arange(T, device=tokens.device).unsqueeze(0)
+        elif cache is not None:
+            length = int(positions.max()) + 1
+            if length > min(limit, cache.max_length):
+                raise UserError(f"position {length} is beyond the cache ({cache.max_length}) or max_seq_len ({limit})")
+            # (B, 1, T, S): a token sees the slots up to its own position, in every head
+            mask = torch.arange(length, device=tokens.device) <= positions[:, None, :, None]
+        x_BTC = self.dropout(self.embed_tokens(tokens))
+        cos, sin = self.rotary(positions, x_BTC.dtype)
+        for block in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x_BTC = checkpoint(block, x_BTC, cos, sin, lengths, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC, cos, sin, lengths, cache, positions, length, mask)
+        return self.norm(x_BTC)
+
+
+def packed_positions(lengths: list[int], device) -> torch.Tensor:
+    """Positions (1, T) that restart at 0 with each document."""
+    return torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device, non_blocking=True)
+
+
+class WeakWater(nn.Module):
+    """The language model. `model(tokens (B, T))` gives logits (B, T, V).
+
+    lengths            the documents in a packed buffer (1, T): each is attended to alone, from position 0
+    positions, cache   decoding: tokens (B, T) stand at positions (B, T); their keys and values go into the cache
+    target_index,      training: the positions (N,) in the flattened buffer that predict, the ids (N,) they should
+    targets, weights   predict, and the loss weight (N,) of each. Returns the weighted *sum* of the cross-entropies
+                       in nats, a float32 scalar, and no logits.
+
+    Raises UserError when a sequence is longer than the config's max_seq_len.
+    """
+
+    def __init__(self, config: LLMConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, 0.02); projections into the residual stream smaller by sqrt(2 · layers), so that the
+        stream's variance does not grow with depth (GPT-2, Radford et al. 2019)."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, Block):
+            for projection in (module.self_attn.o_proj, module.mlp.down_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
+
+    def forward(self, tokens, lengths=None, positions=None, cache=None, target_index=None, targets=None, weights=None):
+        hidden_BTC = self.model(tokens, lengths, positions, cache)
+        if targets is None:
+            return self.lm_head(hidden_BTC)
+        hidden_NC = hidden_BTC.flatten(0, 1)[target_index]  # positions without a target cost no logits
+        return LinearCrossEntropy.apply(hidden_NC, self.lm_head.weight, targets, weights)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters by part; tied weights count once, with the embedding."""
+        parts = {"embedding": self.model.embed_tokens.weight.numel(), "attention": 0, "mlp": 0, "norm": 0}
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parts["norm"] += parameter.numel()
+            elif ".self_attn." in name:
+                parts["attention"] += parameter.numel()
+            elif ".mlp." in name:
+                parts["mlp"] += parameter.numel()
+        parts["lm_head"] = 0 if self.config.tie_embeddings else self.lm_head.weight.numel()
+        return parts
+
+    def flops_per_token(self, context: float) -> float:
+        """Training FLOPs per token, forward and backward: 6N + 12·L·T·C, with N the parameters in matrix products
+        and T the `context`, the tokens in a row (PaLM, Chowdhery et al. 2022, appendix B; causality not deducted)."""
+        parts = self.num_parameters()
+        head = self.config.vocab_size * self.config.dim
+        return 6 * (parts["attention"] + parts["mlp"] + head) + 12 * self.config.n_layers * context * self.config.dim
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Weighted sum of cross-entropies of softmax(hidden (N, C) @ weight (V, C)ᵀ), without the (N, V) logits in memory.
+
+    A block of rows at a time: logits, loss and at once both gradients, then the logits are dropped. With a
+    vocabulary of 150,000 the logits of one micro-batch would fill a 24 GB card. (The idea: Liger kernel,
+    Hsu et al. 2024, arXiv:2410.10989.)
+    """
+
+    BLOCK_LOGITS = 2**24  # logits at a time: 64 MiB in float32
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, loss_weights):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            weight_VC = weight.to(dtype)
+            rows = max(64, LinearCrossEntropy.BLOCK_LOGITS // weight.shape[0])
+            total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(dtype, torch.float32))
+            needs_grad = any(ctx.needs_input_grad)
+            grad_hidden = torch.empty_like(hidden) if needs_grad else None
+            grad_weight = torch.zeros_like(weight) if needs_grad else None
+            for start in range(0, hidden.shape[0], rows):
+                block = slice(start, start + rows)
+                hidden_NC, target_N1 = hidden[block].to(dtype), targets[block].unsqueeze(1)
+                loss_weight_N1 = loss_weights[block].unsqueeze(1).to(total.dtype)
+                log_prob_NV = F.log_softmax(hidden_NC @ weight_VC.t(), dim=-1, dtype=total.dtype)
+                total -= (log_prob_NV.gather(1, target_N1) * loss_weight_N1).sum()
+                if needs_grad:  # d loss / d logits = (softmax - one_hot) · weight
+                    grad_NV = log_prob_NV.exp_().mul_(loss_weight_N1)
+                    grad_NV.scatter_add_(1, target_N1, -loss_weight_N1)
+                    grad_NV = grad_NV.to(dtype)
+                    grad_hidden[block] = grad_NV @ weight_VC
+                    grad_weight += grad_NV.t() @ hidden_NC
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_total, grad_weight * grad_total, None, None
