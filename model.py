@@ -206,12 +206,12 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
 
-    def forward(self, tokens, lengths=None, positions=None, cache=None):
+    def forward(self, tokens, lengths=None, positions=None, cache=None, length=0):
         B, T = tokens.shape
         limit, longest = self.rotary.cos_SD.shape[0], max(lengths) if lengths is not None else T
         if longest > limit:
             raise UserError(f"a sequence of {longest} tokens is longer than the model's max_seq_len of {limit}")
-        length, mask = 0, None
+        mask = None
         if lengths is not None:
             if B != 1 or sum(lengths) != T:
                 raise UserError(f"a packed buffer is (1, sum(lengths)) = (1, {sum(lengths)}), not ({B}, {T})")
@@ -219,7 +219,7 @@ class Decoder(nn.Module):
         elif positions is None:
             positions = torch.arange(T, device=tokens.device).unsqueeze(0)
         elif cache is not None:
-            length = int(positions.max()) + 1
+            length = length or int(positions.max()) + 1  # asking the device waits for it
             if length > min(limit, cache.max_length):
                 raise UserError(f"position {length} is beyond the cache ({cache.max_length}) or max_seq_len ({limit})")
             # (B, 1, T, S): a token sees the slots up to its own position, in every head
@@ -243,7 +243,8 @@ class WeakWater(nn.Module):
     """The language model. `model(tokens (B, T))` gives logits (B, T, V).
 
     lengths            the documents in a packed buffer (1, T): each is attended to alone, from position 0
-    positions, cache   decoding: tokens (B, T) stand at positions (B, T); their keys and values go into the cache
+    positions, cache   decoding: tokens (B, T) stand at positions (B, T); their keys and values go into the cache;
+    length             the largest position + 1, where the caller knows it
     target_index,      training: the positions (N,) in the flattened buffer that predict, the ids (N,) they should
     targets, weights   predict, and the loss weight (N,) of each. Returns the weighted *sum* of the cross-entropies
                        in nats, a float32 scalar, and no logits.
@@ -269,8 +270,9 @@ class WeakWater(nn.Module):
             for projection in (module.self_attn.o_proj, module.mlp.down_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
 
-    def forward(self, tokens, lengths=None, positions=None, cache=None, target_index=None, targets=None, weights=None):
-        hidden_BTC = self.model(tokens, lengths, positions, cache)
+    def forward(self, tokens, lengths=None, positions=None, cache=None, length=0, target_index=None, targets=None,
+                weights=None):
+        hidden_BTC = self.model(tokens, lengths, positions, cache, length)
         if targets is None:
             return self.lm_head(hidden_BTC)
         hidden_NC = hidden_BTC.flatten(0, 1)[target_index]  # positions without a target cost no logits

@@ -1,0 +1,110 @@
+"""Exact answers: is what a reply says the right answer, in whatever way it is written?"""
+
+import math
+import re
+import unicodedata
+from fractions import Fraction
+
+BEFORE_NFKC = [(re.compile(pattern), by) for pattern, by in (
+    ("[²³]", ""),  # an exponent (cm²) is no answer, and would become an ordinary digit
+    ("[¼-¾⅐-⅞]", lambda fraction: " " + unicodedata.normalize("NFKC", fraction.group())),  # 1½ is no 11/2
+    (r"(?<=\d)，(?=\d)", "; "),  # this comma parts numbers, 1,000 has the other
+)]
+FOR_NUMBERS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
+    ("[−–]", "-"),
+    (r"\$|\\[,;! ]", ""),
+    (r"\\%", "%"),
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1/\2)"),
+    (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # 1,000
+    (r"(?<=m)\^?\{?[23]\}?", ""),  # cm^2
+    (r"百分之\s*([\d.]+)", r"\1%"),
+    (r"(\d+)\s*分之\s*(\d+)", r"\2/\1"),
+    (r"\s*[/⁄]\s*", "/"),
+    (r"\((-?[\d.]+)\)(?=/)", r"\1"),  # ((3)/(4)) is (3/4)
+    (r"(?<=/)\(([\d.]+)\)", r"\1"),
+    (r"-\(([\d.]+/[\d.]+)\)", r"-\1"),
+    (r"(?<=\d)\s*又\s*(?=\d)", " "),  # 1又1/2 is 1 1/2
+)]
+NUMBER = re.compile(r"""
+    (?P<minus>(?<![\d)%])-)?                                              # in 5-3 it is no sign
+    (?: (?P<whole>\d+)(?:\s+|\s*\()(?P<over>\d+)/(?P<under>\d+)           # 1 1/2 and 1(1/2)
+      | (?P<top>\d+(?:\.\d+)?|\.\d+)(?:/(?P<bottom>\d+(?:\.\d+)?))? )     # 7, 0.75, .5, 3/4
+    (?P<percent>\s*%)?""", re.VERBOSE | re.ASCII)
+MARKER = re.compile(r"答案\s*(?:[是为:])\s*:?")
+THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
+WELL_FORMED = re.compile(r"\s*<think>.*</think>\s*<answer>.*\S.*</answer>\s*", re.DOTALL)
+TAG = re.compile("</?(?:think|answer)>")
+
+
+def normalise(text: str) -> str:
+    """NFKC (fullwidth digits, percent and colon become ASCII), mending what that does to ½, ² and ，."""
+    for pattern, by in BEFORE_NFKC:
+        text = pattern.sub(by, text)
+    return unicodedata.normalize("NFKC", text)
+
+
+def to_fraction(match: re.Match) -> Fraction | None:
+    """The exact value of a match of NUMBER; None for a division by zero."""
+    try:
+        if match["whole"]:
+            value = int(match["whole"]) + Fraction(int(match["over"]), int(match["under"]))
+        else:
+            value = Fraction(match["top"]) / Fraction(match["bottom"] or 1)
+    except (ZeroDivisionError, ValueError):  # ValueError: thousands of digits, which Python will not read
+        return None
+    return (-value if match["minus"] else value) / (100 if match["percent"] else 1)
+
+
+def for_numbers(text: str) -> str:
+    """Normalised text with every way of writing a number brought to those NUMBER reads."""
+    for pattern, by in FOR_NUMBERS:
+        text = pattern.sub(by, text)
+    return text
+
+
+def bare(text: str) -> str:
+    """Normalised text without whitespace and final punctuation, to compare answers that are no numbers."""
+    return re.sub(r"\s", "", text).rstrip("。.!?,;:、")
+
+
+def read_answer(answer: str) -> Fraction | str:
+    """The right answer: a number if the whole of it is one (20, -3, 3/4, ((3)/(4)), 1(1/2), 10%), else bare text."""
+    text = normalise(answer)
+    match = NUMBER.fullmatch(for_numbers(text).strip("() \t\r\n").rstrip("。."))
+    value = to_fraction(match) if match else None
+    return bare(text) if value is None else value
+
+
+def read_reply(reply: str, is_number: bool) -> Fraction | str | None:
+    """What a reply gives as its answer; None where it gives no number and `is_number` asks for one.
+
+    Looked at is the last <answer>, else the reply without its <think>; of that, if there is a "答案：", "答案是" or
+    "答案为", the rest of the line after the last one. A number is there the first (behind the last = if there is one);
+    without such a marker it is the last number in the text. 3/4, 0.75 and 75% are the same number. An answer that
+    is no number is all the text looked at, without whitespace and final punctuation.
+    """
+    blocks = ANSWER.findall(reply)
+    text = normalise(blocks[-1] if blocks else THOUGHT.sub("", reply))
+    *before, last = MARKER.split(text)
+    if before:
+        text = last.strip().partition("\n")[0]
+    if not is_number:
+        return bare(text)
+    text = for_numbers(text)
+    matches = NUMBER.finditer(text.rpartition("=")[2] if before else text)
+    values = [value for match in matches if (value := to_fraction(match)) is not None]
+    return values[0 if before else -1] if values else None
+
+
+def is_well_formed(reply: str) -> bool:
+    """One <think>…</think>, one <answer>…</answer> with something in it, in this order, and only whitespace outside."""
+    return len(TAG.findall(reply)) == 4 and WELL_FORMED.fullmatch(reply) is not None
+
+
+def wilson(correct: int, n: int, z: float = 1.959964) -> list[float]:
+    """The 95 % interval of a share (Wilson 1927): honest near 0 and 1 and for small n, as p ± 2σ is not."""
+    share, shrink = correct / n, 1 / (1 + z * z / n)
+    middle = (share + z * z / (2 * n)) * shrink
+    reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) * shrink
+    return [max(0.0, middle - reach), min(1.0, middle + reach)]

@@ -1,0 +1,274 @@
+"""Decoding: prompts in, ids and text out. Pure functions over a key/value cache, after gpt-fast's generate.py.
+
+    prefill            all prompts into the cache at once    → logits (B, V) after the last token of each
+    decode_one_token   one more token in each row            → logits (B, V)
+    adjust, sample     logits (B, V) → scores (B, V) → ids (B,)
+    stream, generate   the loop over these, as it goes or at its end
+    StreamDecoder      ids → text, never a part of a character
+
+A tensor's name ends in its shape where that helps: B rows, T tokens, V vocabulary.
+Mixed precision is the caller's: run the whole loop inside one `runtime.autocast`, which then casts the
+weights once and not for every token.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from Config import UserError
+from model import KVCache, WeakWater
+
+GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is the argmax to within float32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The defaults draw nothing: temperature 0 is greedy. Raises UserError."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature}: must be at least 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p}: must be greater than 0 and at most 1 (1 turns it off)")
+        if self.top_k < 0:
+            raise UserError(f"--top_k {self.top_k}: must be at least 0 (0 turns it off)")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"--repetition_penalty {self.repetition_penalty}: must be greater than 0 (1 turns it off)")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the highest score is taken, without chance."""
+        return self.temperature < GREEDY_BELOW
+
+
+# ---------------------------------------------------------------------------------------------
+# the network
+
+
+@torch.inference_mode()
+def prefill(model: WeakWater, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
+    """Put all prompts into an empty cache; logits (B, V) after the last token of each, at least float32.
+
+    Shorter prompts are padded on the right. What the padding leaves in the cache is never seen: it stands
+    beyond the row's position, and the row's own next tokens overwrite it.
+    """
+    device = model.lm_head.weight.device
+    longest = max(map(len, prompts))
+    tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    positions_BT = torch.arange(longest, device=device).expand(len(prompts), longest)
+    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    hidden_BTC = model.model(tokens_BT, positions=positions_BT, cache=cache, length=longest)
+    hidden_BC = hidden_BTC[cache.rows[:, 0], last_B]  # only these need logits: (B, T, V) would fill a GPU
+    return _at_least_float32(model.lm_head(hidden_BC))
+
+
+@torch.inference_mode()
+def decode_one_token(model: WeakWater, token_B: torch.Tensor, position_B: torch.Tensor, cache: KVCache,
+                     length: int) -> torch.Tensor:
+    """Put one token of each row into the cache at its position; logits (B, V) after it, at least float32.
+
+    `length` is the largest position + 1, which the device would have to be asked for.
+    """
+    logits_B1V = model(token_B[:, None], positions=position_B[:, None], cache=cache, length=length)
+    return _at_least_float32(logits_B1V[:, 0])
+
+
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------
+# the choice of a token
+
+
+def adjust(logits_BV: torch.Tensor, sampling: Sampling, seen_BV: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits (B, V) → scores (B, V), -inf where a token is ruled out. The steps, and their order, of transformers:
+
+    repetition penalty  the logit of a token that stands in the prompt or the output so far (`seen`) is divided by
+                        the penalty if positive, else multiplied (CTRL, Keskar et al. 2019, arXiv:1909.05858; the
+                        multiplication is transformers' mend: dividing would favour tokens with negative logits)
+    temperature         scores are divided by it (greedy: by 1)
+    top-k               the k highest stay, and those equal to the k-th (Fan et al. 2018, arXiv:1805.04833)
+    top-p               the fewest tokens stay whose probabilities sum to at least p (Holtzman et al. 2019,
+                        arXiv:1904.09751): of the sorted tail, whatever sums to at most 1 - p goes
+    """
+    scores = logits_BV
+    if seen_BV is not None and sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        scores = torch.where(seen_BV, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    if sampling.greedy:
+        return scores
+    scores = scores / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        kth_B1 = scores.topk(sampling.top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < kth_B1, -math.inf)
+    if sampling.top_p < 1:
+        ascending_BV, index_BV = scores.sort()
+        dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        dropped_BV[:, -1] = False
+        scores = scores.masked_fill(dropped_BV.scatter(1, index_BV, dropped_BV), -math.inf)
+    return scores
+
+
+def sample(scores_BV: torch.Tensor, greedy: bool, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Ids (B,): the highest score, or one drawn from softmax(scores). Never waits for the device.
+
+    The draw: the first of V exponential clocks, clock v ticking at rate p(v), rings at v with probability p(v)
+    (gpt-fast does so because torch.multinomial waits for the device).
+    """
+    if greedy:
+        return scores_BV.argmax(-1)
+    probability_BV = scores_BV.softmax(-1)
+    clock_BV = torch.empty_like(probability_BV).exponential_(generator=generator)
+    return (probability_BV / clock_BV).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# the loop
+
+
+@dataclass
+class Generation:
+    """What one prompt was continued with, and why it ended there.
+
+    ids are without the stop token; reason is "eos" (a stop token), "length" (max_new_tokens) or "context"
+    (prompt and ids fill the model's max_seq_len).
+    """
+
+    ids: list[int]
+    reason: str
+
+
+@torch.inference_mode()
+def stream(model: WeakWater, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, stop_ids: Iterable[int],
+           vocab_size: int | None = None, generator: torch.Generator | None = None,
+           sync_every: int = 1) -> Iterator[tuple[int, list[int], str | None]]:
+    """Continue a batch of prompts; yields (row, new ids, None or the reason the row ended), as in Generation.
+
+    Tokens are brought to the host `sync_every` at a time, the loop's only wait for the device. Rows that have
+    ended then leave the batch. Ids from `vocab_size` on (a model may have more rows than its tokenizer entries)
+    are never sampled. `generator` stands on the model's device.
+
+    Raises UserError when a prompt is empty or leaves no room in the context, or the weights give no finite logits.
+    """
+    context, device = model.config.max_seq_len, model.lm_head.weight.device
+    stop_ids, vocab_size = set(stop_ids), vocab_size or model.config.vocab_size
+    if not all(0 < len(prompt) < context for prompt in prompts):
+        raise UserError(f"a prompt must have 1 to {context - 1} tokens, not {max(map(len, prompts))}")
+    filled = [len(prompt) for prompt in prompts]  # by prompt: tokens so far, and how many there may be
+    limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
+    rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
+    cache = KVCache(model.config, len(prompts), max(limits), device, _cache_dtype(model))
+    seen_BV = _seen(prompts, vocab_size, device) if sampling.repetition_penalty != 1 else None
+    token_B, position_B = None, torch.tensor(filled, device=device)
+    logits_BV = prefill(model, prompts, cache)
+    if not torch.isfinite(logits_BV).all():
+        raise UserError("the model's logits are not finite: its weights are broken, or fp16 overflows (--dtype fp32)")
+    while rows:
+        chosen, longest = [], max(filled[row] for row in rows)
+        for step in range(min(sync_every, *(limits[row] - filled[row] for row in rows))):
+            if token_B is not None:
+                logits_BV = decode_one_token(model, token_B, position_B, cache, longest + step)
+                position_B = position_B + 1
+            token_B = sample(adjust(logits_BV[:, :vocab_size], sampling, seen_BV), sampling.greedy, generator)
+            if seen_BV is not None:
+                seen_BV.scatter_(1, token_B[:, None], True)
+            chosen.append(token_B)
+        going_on = []
+        for index, (row, ids) in enumerate(zip(rows, torch.stack(chosen, 1).tolist(), strict=True)):
+            filled[row] += len(ids)
+            stop = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+            if stop is not None:
+                yield row, ids[:stop], "eos"
+            elif filled[row] == limits[row]:
+                yield row, ids, "length" if len(prompts[row]) + max_new_tokens <= context else "context"
+            else:
+                yield row, ids, None
+                going_on.append(index)
+        if len(going_on) < len(rows):
+            rows = [rows[index] for index in going_on]
+            keep = torch.tensor(going_on, dtype=torch.long, device=device)
+            token_B, position_B = token_B[keep], position_B[keep]
+            seen_BV = seen_BV[keep] if seen_BV is not None else None
+            cache.keys, cache.values, cache.rows = cache.keys[:, keep], cache.values[:, keep], cache.rows[:len(keep)]
+
+
+def generate(model: WeakWater, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+             stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
+             sync_every: int = 16) -> list[Generation]:
+    """Continue a batch of prompts to the end of each; arguments and errors are those of `stream`."""
+    done = [Generation([], "") for _ in prompts]
+    for row, ids, reason in stream(model, prompts, max_new_tokens, sampling, stop_ids, vocab_size, generator,
+                                   sync_every):
+        done[row].ids += ids
+        done[row].reason = reason or ""
+    return done
+
+
+def _cache_dtype(model: WeakWater) -> torch.dtype:
+    """The precision in which keys and values will come: autocast's where it is on, else the weights'."""
+    kind = model.lm_head.weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.lm_head.weight.dtype
+
+
+def _seen(prompts: list[list[int]], vocab_size: int, device) -> torch.Tensor:
+    """(B, V), true where a token stands in the prompt."""
+    seen_BV = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        seen_BV[row, torch.tensor(prompt)] = True
+    return seen_BV.to(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# text
+
+
+class StreamDecoder:
+    """Ids, one at a time, → pieces of text that end at whole characters and join to the decoded whole.
+
+    A byte-level token may end in the middle of a character; its text then decodes to U+FFFD at the end and is
+    held back until the next tokens complete it. Joined, the pieces are tokenizer.decode(all ids,
+    skip_special_tokens=True), exactly so for byte-level tokenizers.
+    """
+
+    LONGEST = 16  # ids held back at most: a character has 4 bytes, so what is longer is no character
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.before: list[int] = []  # the ids shown last: some decoders treat the very first token differently
+        self.held: list[int] = []
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """The text that has become certain with this token; often "" in the middle of a character."""
+        self.held.append(token)
+        text = self._decode(self.before + self.held)
+        if not text.endswith("\ufffd"):
+            return self._show(len(self.held))
+        if len(self.held) < self.LONGEST:
+            return ""
+        # rubbish: show all but the shortest end that stands alone, whatever bytes may follow it
+        for cut in range(len(self.held) - 1, 0, -1):
+            if self._decode(self.before + self.held[:cut]) + self._decode(self.held[cut:]) == text:
+                return self._show(cut)
+        return self._show(len(self.held))
+
+    def flush(self) -> str:
+        """The rest, at the end; an incomplete character shows as U+FFFD."""
+        return self._show(len(self.held))
+
+    def _show(self, count: int) -> str:
+        """The text of the first `count` ids held back."""
+        shown = self._decode(self.before)
+        text = self._decode(self.before + self.held[:count])
+        self.before, self.held = self.held[:count] or self.before, self.held[count:]
+        return text[len(shown):]

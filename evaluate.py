@@ -1,0 +1,273 @@
+"""Score the weights of any stage: loss, perplexity and bits per byte of a file, exact answers to questions.
+
+a file       python evaluate.py --model_mode 0 --data_path data/pretrain_val.jsonl
+questions    python evaluate.py --model_mode 2 --data_path data/math.jsonl --max_questions 500
+any weights  python evaluate.py --checkpoint out/SFT_best.pth --data_path data/sft_val.jsonl --max_tokens 512
+
+The records' keys decide: {"text"} and {"conversations"} have a loss, {"question", "answer"} are answered greedily and
+compared exactly (common/answers.py says how). --data_path may be a file, a folder or a glob, and may be given more than
+once. The last line on stdout is one JSON object with everything.
+"""
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from common import runtime
+from common.answers import is_well_formed, read_answer, read_reply, wilson
+from common.generation import Generation, Sampling, generate
+from common.scoring import score
+from Config import FLAGS, UserError
+from dataset import (
+    MalformedRecord,
+    encode_chat,
+    evaluated,
+    evaluation_batches,
+    find_files,
+    load_documents,
+    read_lines,
+)
+from eval_model import Loaded, load_weights, model_parser, number
+
+SCORE_TOKENS = 16_384  # tokens in a buffer when a loss is computed
+
+SCORE_TOKENS = 16_384  # tokens in a buffer when a loss is computed
+
+
+# ---------------------------------------------------------------------------------------------
+# files
+
+
+def kind_of(file: Path) -> str:
+    """ "question", "chat" or "text", by the keys of the first record that has any of them. Raises UserError."""
+    for _, line in read_lines(file):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        keys = set(record) if isinstance(record, dict) else set()
+        for kind, needed in (("question", {"question", "answer"}), ("chat", {"conversations"}), ("text", {"text"})):
+            if needed <= keys:
+                return kind
+    raise UserError(f'{file}: no record with "text", with "conversations", or with "question" and "answer"')
+
+
+def parse_question(line: bytes) -> dict:
+    """A line as {"question", "answer", maybe "source"}. Raises MalformedRecord with the reason."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MalformedRecord(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise MalformedRecord("not an object")
+    for key in ("question", "answer"):
+        value = record.get(key)
+        if key == "answer" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            record[key] = value = str(value)
+        if not isinstance(value, str) or not value.strip():
+            raise MalformedRecord(f'no "{key}"')
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise MalformedRecord(f'"{key}" has a lone surrogate, which is no text')
+    if read_answer(record["answer"]) == "":
+        raise MalformedRecord('"answer" is nothing but punctuation')
+    return record
+
+
+def read_questions(files: list[Path], max_bad_ratio: float) -> list[dict]:
+    """All questions in the files, each with its "file" and "line". Raises UserError when too many are malformed."""
+    questions, malformed = [], []
+    for file in files:
+        for line_number, line in read_lines(file):
+            try:
+                questions.append(parse_question(line) | {"file": str(file), "line": line_number})
+            except MalformedRecord as error:
+                malformed.append(f"{file}:{line_number}: {error}")
+    for example in malformed[:5]:
+        print(f"malformed: {example}")
+    n_lines = len(questions) + len(malformed)
+    print(f"questions: {n_lines:,} lines, {len(malformed):,} malformed")
+    if not questions or len(malformed) > max_bad_ratio * n_lines:
+        raise UserError(f"{len(malformed):,} of {n_lines:,} lines are malformed, more than --max_bad_ratio "
+                        f"{max_bad_ratio} (the first: {malformed[0]})")
+    return questions
+
+
+def write_jsonl(records: list[dict], path: Path) -> None:
+    """Write records to a file, whole or not at all. Raises UserError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# scores
+
+
+def score_file(loaded: Loaded, file: Path, kind: str, args) -> dict:
+    """Loss, perplexity and bits per byte of one file, as `score` gives them, and what was left out."""
+    documents = load_documents(str(file), loaded.tokenizer, kind, str(Path(args.out_dir) / "cache"), args.max_seq_len,
+                               args.min_tokens, args.max_tokens, args.max_bad_ratio)
+    chosen = evaluated(documents, args.eval_tokens)
+    batches = evaluation_batches(documents, args.max_seq_len, max(SCORE_TOKENS, args.max_seq_len), args.eval_tokens)
+    begin = time.perf_counter()
+    scores = score(loaded.model, batches, documents.bytes[:chosen].sum(), loaded.device, loaded.autocast)
+    rate = int(documents.length[:chosen].sum()) / (time.perf_counter() - begin)
+    if not math.isfinite(scores["ppl"]):
+        raise UserError(f"{loaded.path}: loss {scores['loss']} on {file}: the weights are broken, or fp16 overflows "
+                        "(--dtype fp32)")
+    print(f"{file}: {kind}, {chosen:,} of {len(documents):,} documents, {scores['targets']:,} targets: loss "
+          f"{scores['loss']:.4f}, PPL {scores['ppl']:.2f}, bits per byte {scores['bpb']:.4f} ({rate:,.0f} tokens/s)")
+    return {"file": str(file), "kind": kind, "documents": chosen, **scores, "counts": documents.counts}
+
+
+def total_of(scores: list[dict]) -> dict:
+    """The same scores over all files together: every target counts once, whichever file it is in."""
+    targets, n_bytes = (sum(s[key] for s in scores) for key in ("targets", "bytes"))
+    nats = sum(s["loss"] * s["targets"] for s in scores)
+    loss = nats / max(targets, 1)
+    return {"loss": loss, "ppl": math.exp(loss), "bpb": nats / math.log(2) / max(n_bytes, 1),
+            "targets": targets, "bytes": n_bytes}
+
+
+def answer_all(loaded: Loaded, questions: list[dict], args) -> list[Generation]:
+    """A greedy reply to each question, batched; one that leaves no room in the context gets none ("context")."""
+    if loaded.continues_text:
+        prompts = [[loaded.encoder.bos_id, *ids] for ids in loaded.encoder.encode([q["question"] for q in questions])]
+    else:
+        prompts = [encode_chat(loaded.tokenizer, [{"role": "user", "content": q["question"]}], True)[0]
+                   for q in questions]
+    replies = [Generation([], "context") for _ in questions]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < loaded.model.config.max_seq_len]
+    fitting.sort(key=lambda i: -len(prompts[i]))  # alike lengths together, and the largest batch first
+    sync_every = 1 if loaded.device.type == "cpu" else 16  # elsewhere waiting costs more than tokens past the end
+    begin, n_tokens = time.perf_counter(), 0
+    for start in range(0, len(fitting), args.batch_size):
+        chosen = fitting[start:start + args.batch_size]
+        with loaded.autocast():
+            batch = generate(loaded.model, [prompts[i] for i in chosen], args.max_new_tokens, Sampling(),
+                             {loaded.encoder.eos_id}, loaded.encoder.vocab_size, sync_every=sync_every)
+        for i, reply in zip(chosen, batch, strict=True):
+            replies[i] = reply
+        n_tokens += sum(len(reply.ids) for reply in batch)
+        print(f"answered {start + len(chosen):,} of {len(questions):,} questions, "
+              f"{n_tokens / (time.perf_counter() - begin):,.0f} tokens/s", flush=True)
+    return replies
+
+
+def compare(loaded: Loaded, questions: list[dict], replies: list[Generation]) -> list[dict]:
+    """One record for each question: the reply as it is, what was read from it, and whether that is right."""
+    records = []
+    for question, reply in zip(questions, replies, strict=True):
+        text = loaded.tokenizer.decode(reply.ids)  # special tokens too: a reply that holds one is not well-formed
+        expected = read_answer(question["answer"])
+        read = read_reply(text, is_number=not isinstance(expected, str))
+        asked = {key: question[key] for key in ("question", "answer", "source", "file", "line") if key in question}
+        records.append(asked | {
+            "reply": text, "read": None if read is None else str(read), "correct": read == expected,
+            "well_formed": is_well_formed(text) and reply.reason == "eos", "ended": reply.reason,
+            "tokens": len(reply.ids)})
+    return records
+
+
+def summary(records: list[dict]) -> dict:
+    """Accuracy with its 95 % interval, shares and means over the records of `compare`."""
+    n, correct = len(records), sum(r["correct"] for r in records)
+    result = {"questions": n, "correct": correct, "accuracy": correct / n, "interval95": wilson(correct, n),
+              "well_formed": sum(r["well_formed"] for r in records) / n,
+              "ended": sum(r["ended"] == "eos" for r in records) / n,
+              "mean_tokens": sum(r["tokens"] for r in records) / n}
+    asked = Counter(str(r["source"]) for r in records if "source" in r)
+    right = Counter(str(r["source"]) for r in records if "source" in r and r["correct"])
+    result["by_source"] = {source: {"questions": asked[source], "correct": right[source],
+                                    "accuracy": right[source] / asked[source]} for source in sorted(asked)}
+    return result
+
+
+def exact_answers(loaded: Loaded, files: list[Path], questions: list[dict], args) -> dict:
+    """Ask, compare, write the generations, print and return the summary."""
+    path = generations_path(loaded, files, args)
+    begin = time.perf_counter()
+    records = compare(loaded, questions, answer_all(loaded, questions, args))
+    seconds = time.perf_counter() - begin
+    write_jsonl(records, path)
+    exact = summary(records) | {"tokens_per_second": sum(r["tokens"] for r in records) / seconds,
+                                "max_new_tokens": args.max_new_tokens, "seed": args.seed, "generations": str(path)}
+    low, high = exact["interval95"]
+    print(f"exact answers: {exact['correct']:,} of {exact['questions']:,}, {exact['accuracy']:.2%} "
+          f"(95 % interval {low:.2%} to {high:.2%}); well-formed {exact['well_formed']:.1%}, ended by </s> "
+          f"{exact['ended']:.1%}, {exact['mean_tokens']:.1f} tokens on average, "
+          f"{exact['tokens_per_second']:,.0f} tokens/s")
+    for source, part in exact["by_source"].items():
+        print(f"  {source}: {part['correct']:,} of {part['questions']:,}, {part['accuracy']:.2%}")
+    print(f"generations written to {path}")
+    return exact
+
+
+def generations_path(loaded: Loaded, files: list[Path], args) -> Path:
+    """Where the generations go. The default names the weights and the data, so that scoring the same again replaces it.
+
+    Raises UserError where --generations names a file that is there, or the folder cannot be made.
+    """
+    if args.generations is not None and Path(args.generations).exists():
+        raise UserError(f"--generations {args.generations} is there already: remove it or choose another name")
+    data = files[0].name.split(".jsonl")[0] + (f"_and_{len(files) - 1}_more" if len(files) > 1 else "")
+    path = Path(args.generations or Path(args.out_dir) / "eval" / f"{loaded.path.stem}_{data}.jsonl")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be made: {error}") from None
+    return path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = model_parser("evaluate.py", __doc__)
+    parser.add_argument("--data_path", action="append", required=True, help="a JSONL file, folder or glob; repeatable")
+    parser.add_argument("--max_seq_len", type=number(int, 2), help="window of the loss (default: the model's context)")
+    parser.add_argument("--min_tokens", type=number(int, 0), default=0, help="skip shorter conversations")
+    parser.add_argument("--max_tokens", type=number(int, 1), help="skip longer conversations")
+    parser.add_argument("--eval_tokens", type=number(int, 0), default=0, help="loss of the first tokens (default: all)")
+    parser.add_argument("--max_questions", type=number(int, 0), default=0, help="draw so many by --seed (default: all)")
+    parser.add_argument("--max_new_tokens", type=number(int, 1), default=512, help="longest reply (default: 512)")
+    parser.add_argument("--batch_size", type=number(int, 1), default=64, help="questions at a time (default: 64)")
+    parser.add_argument("--generations", metavar="PATH", help="the replies as JSONL (default: in out_dir/eval)")
+    parser.add_argument("--max_bad_ratio", type=number(float, 0, 1), default=FLAGS["max_bad_ratio"].default,
+                        help=FLAGS["max_bad_ratio"].help)
+    args = parser.parse_args(argv)
+    files = list(dict.fromkeys(file for path in args.data_path for file in find_files(path)))
+    kinds = {file: kind_of(file) for file in files}
+    asking = [file for file in files if kinds[file] == "question"]
+    loaded = load_weights(args)
+    context = loaded.model.config.max_seq_len
+    args.max_seq_len = args.max_seq_len or context
+    if args.max_seq_len > context:
+        raise UserError(f"--max_seq_len {args.max_seq_len} is more than the model's context of {context}")
+    if asking:
+        generations_path(loaded, asking, args)  # refused now and not after the work
+    print("\n".join(loaded.described), flush=True)
+
+    result = {"checkpoint": str(loaded.path), "stage": loaded.stage, "device": str(loaded.device),
+              "dtype": loaded.dtype, "max_seq_len": args.max_seq_len}
+    scores = [score_file(loaded, file, kinds[file], args) for file in files if file not in asking]
+    if scores:
+        result |= total_of(scores) | {"files": scores}
+    if asking:
+        questions = read_questions(asking, args.max_bad_ratio)
+        if args.max_questions and args.max_questions < len(questions):
+            chosen = sorted(random.Random(args.seed).sample(range(len(questions)), args.max_questions))
+            questions = [questions[i] for i in chosen]
+        result["exact"] = exact_answers(loaded, asking, questions, args)
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run(main))

@@ -1,0 +1,137 @@
+"""Law 1: the network is transformers' Llama (Qwen3 with qk_norm): parameters, logits, losses and gradients."""
+
+import pytest
+import torch
+
+from Config import LLMConfig, UserError
+from model import WeakWater
+
+VARIANTS = {
+    "llama, tied, MHA": dict(),
+    "llama, untied, MHA": dict(tie_embeddings=False),
+    "llama, tied, GQA": dict(n_heads=4, n_kv_heads=2),
+    "llama, untied, one KV head": dict(n_heads=4, n_kv_heads=1, tie_embeddings=False, rope_theta=500.0, norm_eps=1e-3),
+    "qwen3, tied, GQA": dict(n_heads=4, n_kv_heads=2, qk_norm=True),
+    "qwen3, untied, MHA": dict(qk_norm=True, tie_embeddings=False),
+}
+LENGTHS = [1, 23, 7, 33]
+
+
+def twins(variant: str, dtype: torch.dtype):
+    """(our model, transformers' with the same weights), all weights random, those of the norms too.
+
+    Not its eager attention, whose softmax is float32 whatever the model is.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(1)
+    c = LLMConfig.preset("nano", vocab_size=97, max_seq_len=64, **VARIANTS[variant])
+    ours = WeakWater(c)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    same = dict(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, head_dim=c.head_dim,
+                num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim,
+                max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
+                rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, attn_implementation="sdpa")
+    theirs = Qwen3ForCausalLM(Qwen3Config(**same)) if c.qk_norm else LlamaForCausalLM(LlamaConfig(**same))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours.to(dtype), theirs.to(dtype)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the law's share of the largest value."""
+    tolerance = 1e-9 if a.dtype == torch.float64 else 1e-5
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+@pytest.mark.parametrize("preset, expected", [
+    (None, 28_975_616), ("weakwater-30m", 28_975_616), ("weakwater-5m", 5_655_296), ("weakwater-30m-gqa", 29_503_232),
+    ("nano", 6400 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64) + 64)])
+def test_parameter_counts(preset, expected):
+    """Every preset has the parameters it is named for, and the printed parts add up to them."""
+    with torch.device("meta"):
+        model = WeakWater(LLMConfig.preset(preset) if preset else LLMConfig())
+    assert sum(p.numel() for p in model.parameters()) == expected
+    assert sum(model.num_parameters().values()) == expected
+
+
+def test_untied_head_is_counted():
+    """An output projection of its own is a part of its own."""
+    parts = WeakWater(LLMConfig.preset("nano", tie_embeddings=False)).num_parameters()
+    assert parts["lm_head"] == parts["embedding"] == 6400 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_gradients(variant, dtype):
+    """Rows: logits, the loss of the training path, and every gradient equal transformers'."""
+    ours, theirs = twins(variant, dtype)
+    tokens = torch.randint(0, 97, (3, 64))
+    logits = theirs(tokens).logits
+    assert close(ours(tokens), logits)
+
+    index = torch.cat([torch.arange(63) + 64 * row for row in range(3)])  # all but each row's last predict
+    targets, weights = tokens[:, 1:].flatten(), torch.rand(3 * 63, dtype=dtype)
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
+    (nats * weights).sum().backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    for checkpointing in (False, True):
+        ours.train().model.gradient_checkpointing = checkpointing
+        ours.zero_grad()
+        loss = ours(tokens, target_index=index, targets=targets, weights=weights)
+        assert close(loss, (nats * weights).sum().to(loss.dtype))
+        loss.backward()
+        assert {n for n, _ in ours.named_parameters()} == set(expected)
+        for name, parameter in ours.named_parameters():
+            assert close(parameter.grad, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_logits(variant, dtype):
+    """Packed: each document has the logits that transformers gives it alone."""
+    ours, theirs = twins(variant, dtype)
+    documents = [torch.randint(0, 97, (1, n)) for n in LENGTHS]
+    packed = ours(torch.cat(documents, 1), lengths=LENGTHS).split(LENGTHS, 1)
+    for document, logits in zip(documents, packed, strict=True):
+        assert close(logits, theirs(document).logits)
+
+
+@pytest.mark.parametrize("wrong, reason", [
+    (dict(dim=66, n_heads=4), "dim 66 is not divisible by n_heads 4"),
+    (dict(n_heads=8, n_kv_heads=3), "n_heads 8 is not divisible by n_kv_heads 3"),
+    (dict(dim=60, n_heads=4), "head width 15"),
+    (dict(n_kv_heads=0), "n_kv_heads must be a whole number of at least 1"),
+    (dict(vocab_size=0), "vocab_size must be"),
+    (dict(n_layers=-1), "n_layers must be"),
+    (dict(hidden_dim=1.5), "hidden_dim must be"),
+    (dict(max_seq_len=True), "max_seq_len must be"),
+    (dict(dropout=1.0), "dropout must be in"),
+    (dict(dropout=float("nan")), "dropout must be a finite number"),
+    (dict(norm_eps=0.0), "norm_eps must be greater than 0"),
+    (dict(rope_theta=-1.0), "rope_theta and norm_eps must be greater"),
+    (dict(rope_theta="1e4"), "rope_theta must be a finite number"),
+    (dict(tie_embeddings=1), "tie_embeddings must be True or False"),
+])
+def test_senseless_configs_are_refused(wrong, reason):
+    """A config that makes no sense is refused with the reason."""
+    with pytest.raises(UserError, match=reason):
+        LLMConfig(**wrong)
+
+
+def test_unknown_names_are_refused():
+    """An unknown preset and an unknown field are named."""
+    with pytest.raises(UserError, match="7b.*weakwater-30m"):
+        LLMConfig.preset("7b")
+    with pytest.raises(UserError, match="experts"):
+        LLMConfig.from_dict(LLMConfig().to_dict() | {"experts": 8})
+    assert LLMConfig.from_dict(LLMConfig().to_dict()) == LLMConfig()
+
+
+def test_too_long_a_sequence_is_refused():
+    """A sequence beyond max_seq_len, packed or not, and lengths that do not add up are refused."""
+    model = WeakWater(LLMConfig.preset("nano", vocab_size=97, max_seq_len=16))
+    model(torch.zeros(1, 32, dtype=torch.long), lengths=[16, 16])
+    for tokens, lengths in ((17, None), (20, [3, 17]), (20, [10, 9])):
+        with pytest.raises(UserError, match="longer than the model's max_seq_len|packed buffer"):
+            model(torch.zeros(1, tokens, dtype=torch.long), lengths=lengths)

@@ -1,0 +1,93 @@
+"""Law 2: cached decoding gives the full forward's logits at every position; prompts of unequal length in a batch
+give what each gives alone."""
+
+import pytest
+import torch
+
+from common.generation import Sampling, decode_one_token, generate, prefill
+from Config import LLMConfig
+from model import KVCache, WeakWater
+
+VARIANTS = {
+    "tied": dict(),
+    "untied": dict(tie_embeddings=False),
+    "gqa": dict(n_heads=4, n_kv_heads=2),
+    "gqa and qk_norm": dict(n_heads=4, n_kv_heads=1, qk_norm=True),
+}
+# RMSNorm is in float32 whatever the model is in (as in transformers), so float64 is no exacter than this
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
+
+
+def nano(dtype=torch.float32, **changes) -> WeakWater:
+    """A nano model whose weights are large enough for its logits to differ from token to token."""
+    torch.manual_seed(7)
+    model = WeakWater(LLMConfig.preset("nano", **{"vocab_size": 331, "max_seq_len": 48} | changes))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4 if weight.dim() == 2 else 1)
+    return model.to(dtype).eval()
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 331, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_cached_logits_are_those_of_the_full_forward_at_every_position(variant, dtype):
+    model = nano(dtype, **VARIANTS[variant])
+    sequences = prompts_of(40, 40, 40)
+    prompt_lengths = [1, 17, 30]
+    full_BTV = model(torch.tensor(sequences))
+    tolerance = TOLERANCE[dtype] * full_BTV.abs().max()
+    cache = KVCache(model.config, 3, 48, "cpu", dtype)
+    logits_BV = prefill(model, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
+    position_B = torch.tensor(prompt_lengths)
+    for _ in range(10):
+        expected_BV = full_BTV[torch.arange(3), position_B - 1]
+        assert (logits_BV - expected_BV).abs().max() <= tolerance
+        token_B = torch.tensor([s[p] for s, p in zip(sequences, position_B.tolist(), strict=True)])
+        logits_BV = decode_one_token(model, token_B, position_B, cache, int(position_B.max()) + 1)
+        position_B = position_B + 1
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_several_new_tokens_at_once_against_a_cache(variant, dtype):
+    model = nano(dtype, **VARIANTS[variant])
+    tokens_BT = torch.tensor(prompts_of(24, 24))
+    positions_BT = torch.arange(24).expand(2, 24)
+    full_BTV = model(tokens_BT)
+    cache = KVCache(model.config, 2, 48, "cpu", dtype)
+    parts = [model(tokens_BT[:, a:b], positions=positions_BT[:, a:b], cache=cache)
+             for a, b in ((0, 5), (5, 6), (6, 24))]
+    assert (torch.cat(parts, 1) - full_BTV).abs().max() <= TOLERANCE[dtype] * full_BTV.abs().max()
+
+
+@pytest.mark.parametrize("sync_every", [1, 5])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(variant, penalty, sync_every):
+    model = nano(torch.float64, **VARIANTS[variant])
+    prompts = prompts_of(1, 40, 7, 19, 33)
+    sampling = Sampling(repetition_penalty=penalty)
+    # stop tokens that some rows meet early, so that rows leave the batch at different times
+    free = generate(model, prompts, 20, sampling, stop_ids=())
+    stop_ids = {free[0].ids[3], free[3].ids[9]}
+    together = generate(model, prompts, 20, sampling, stop_ids, sync_every=sync_every)
+    alone = [generate(model, [prompt], 20, sampling, stop_ids, sync_every=1)[0] for prompt in prompts]
+    assert together == alone
+    assert {g.reason for g in together} >= {"eos", "context"}
+
+
+@torch.inference_mode()
+def test_greedy_decoding_is_the_argmax_of_the_full_forward():
+    model = nano(torch.float64)
+    (prompt,) = prompts_of(9)
+    generation = generate(model, [prompt], 25, Sampling(), stop_ids=())[0]
+    logits_TV = model(torch.tensor([prompt + generation.ids]))[0]
+    assert generation.ids == logits_TV[len(prompt) - 1:-1].argmax(-1).tolist()
+    assert generation.reason == "length"

@@ -1,0 +1,252 @@
+"""Law 4: a packed buffer is its documents one by one: loss, gradients, logits; and the loss is the cross-entropy."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import runtime
+from common.scoring import score
+from Config import LLMConfig
+from dataset import StepLoader, evaluated, evaluation_batches, load_documents
+from model import LinearCrossEntropy, WeakWater
+
+VARIANTS = {
+    "tied": dict(),
+    "untied, GQA": dict(n_heads=4, n_kv_heads=2, tie_embeddings=False),
+    "tied, GQA, qk_norm": dict(n_heads=4, n_kv_heads=2, qk_norm=True),
+}
+LENGTHS = [5, 1, 33, 2, 64, 17, 64]
+
+
+def make_model(dtype=torch.float64, vocab_size=97, max_seq_len=64, **changes) -> WeakWater:
+    """A nano model whose attention is far from uniform: weights ten times as large as at the start."""
+    torch.manual_seed(3)
+    model = WeakWater(LLMConfig.preset("nano", vocab_size=vocab_size, max_seq_len=max_seq_len, **changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model.to(dtype).train()
+
+
+def make_buffer(dtype=torch.float64, lengths=LENGTHS):
+    """(tokens (1, T), target_index, targets, weights); about half of the positions predict, last ones of documents
+    too (a document that goes on in the next row)."""
+    total = sum(lengths)
+    index = torch.randperm(total)[: total // 2].sort().values
+    return (torch.randint(0, 97, (1, total)), index, torch.randint(0, 97, (len(index),)),
+            torch.rand(len(index), dtype=dtype) * 3)
+
+
+def loss_and_gradients(model, buffers) -> tuple[float, dict]:
+    """Loss summed over (tokens, lengths, target_index, targets, weights), and the gradients."""
+    model.zero_grad()
+    total = 0.0
+    for tokens, lengths, index, targets, weights in buffers:
+        loss = model(tokens, lengths=lengths, target_index=index, targets=targets, weights=weights)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def one_by_one(tokens, index, targets, weights, lengths=LENGTHS):
+    """The documents of a buffer, each a buffer of its own without `lengths`."""
+    begin = 0
+    for length in lengths:
+        inside = (index >= begin) & (index < begin + length)
+        yield tokens[:, begin:begin + length], None, index[inside] - begin, targets[inside], weights[inside]
+        begin += length
+
+
+def assert_same(a, b, tolerance: float):
+    """Two (loss, gradients) agree to `tolerance` of each tensor's largest value."""
+    assert abs(a[0] - b[0]) <= tolerance * abs(b[0])
+    for name, expected in b[1].items():
+        assert (a[1][name] - expected).abs().max() <= tolerance * expected.abs().max(), name
+
+
+# RMSNorm computes in float32, as transformers' does: where a product's last bit in float64 differs, the float32
+# beside may too, so float64 agrees to 1e-7 at worst (and mostly to 1e-12)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_is_one_by_one(variant, checkpointing):
+    """Loss and every gradient of a packed buffer are the sums over its documents alone."""
+    model = make_model(**VARIANTS[variant])
+    buffer = make_buffer()
+    expected = loss_and_gradients(model, one_by_one(*buffer))
+    assert expected[0] > 0 and all(g.abs().max() > 0 for g in expected[1].values())
+    model.model.gradient_checkpointing = checkpointing
+    assert_same(loss_and_gradients(model, [(buffer[0], LENGTHS, *buffer[1:])]), expected, 1e-7)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_document_sees_another(variant):
+    """Changing one document changes no other's logits, and no earlier token of its own."""
+    model = make_model(**VARIANTS[variant])
+    tokens = make_buffer()[0]
+    before = model(tokens, lengths=LENGTHS)
+    begin, end = sum(LENGTHS[:2]), sum(LENGTHS[:3])
+    changed = tokens.clone()
+    changed[:, begin + 9:end] = (changed[:, begin + 9:end] + 1) % 97
+    difference = (model(changed, lengths=LENGTHS) - before).abs().amax(-1)[0]
+    assert difference[begin + 9:end].min() > 1e-3
+    difference[begin + 9:end] = 0
+    assert difference.max() <= 1e-7
+
+
+def test_positions_restart():
+    """The same document has the same logits wherever it stands; rows of equal length are the buffer they make."""
+    model = make_model()
+    document = torch.randint(0, 97, (1, 20))
+    packed = model(torch.cat([document[:, :7], document, document], 1), lengths=[7, 20, 20])
+    alone = model(document)
+    for begin in (7, 27):
+        assert (packed[:, begin:begin + 20] - alone).abs().max() <= 1e-7 * alone.abs().max()
+    rows = torch.randint(0, 97, (3, 20))
+    difference = model(rows).flatten(0, 1) - model(rows.reshape(1, 60), lengths=[20] * 3)[0]
+    assert difference.abs().max() <= 1e-7 * alone.abs().max()
+
+
+def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
+    """What StepLoader lays out, conversations whole and text cut at rows, is worth its documents alone."""
+    for kind, file in (("text", "pretrain"), ("chat", "r1")):
+        documents = load_documents(str(data_dir / f"{file}.jsonl"), tokenizer, kind, str(cache_dir), 256)
+        model = make_model(vocab_size=800, max_seq_len=256)
+        loader = StepLoader(documents, 256, 3, 1, seed=1, tag_weight=3.0, think_weight=0.5)
+        step = loader.step(0, 0)
+        batch = step.micro_batches[0].to("cpu")
+        alone, total, begin = [], 0.0, 0
+        for document, offset, length in loader.step(0, 0).pieces:
+            row = documents.cache.documents[documents.index[document]]
+            ids = documents.cache.tokens[row["start"] + offset:row["start"] + documents.length[document]]
+            ids = torch.from_numpy(ids[:length + 1].astype(np.int64))  # with the token that the piece's last predicts
+            inside = (batch["target_index"] >= begin) & (batch["target_index"] < begin + length)
+            index = batch["target_index"][inside] - begin
+            weights = batch["weights"][inside].double()
+            alone.append((ids[None, :length], None, index, ids[index + 1], weights))
+            total, begin = total + weights.sum().item(), begin + length
+        assert len(alone) > 5 and total == pytest.approx(step.total_weight, rel=1e-6)
+        packed = (batch["tokens"], batch["lengths"], batch["target_index"], batch["targets"], batch["weights"].double())
+        assert_same(loss_and_gradients(model, [packed]), loss_and_gradients(model, alone), 1e-7)
+
+
+# ---------------------------------------------------------------------------------------------
+# the loss
+
+
+@pytest.mark.parametrize("block_rows", [64, 10_000], ids=["several blocks", "one block"])
+@pytest.mark.parametrize("n", [0, 1, 64, 200])
+def test_linear_cross_entropy(monkeypatch, n, block_rows):
+    """Loss and both gradients are F.cross_entropy's with weights, in float64 and float32, also for no rows."""
+    monkeypatch.setattr(LinearCrossEntropy, "BLOCK_LOGITS", block_rows * 131)
+    torch.manual_seed(n)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        hidden = torch.randn(n, 16, dtype=dtype, requires_grad=True)
+        weight = torch.randn(131, 16, dtype=dtype, requires_grad=True)
+        targets, weights = torch.randint(0, 131, (n,)), torch.rand(n, dtype=dtype)
+        weights[::3] = 0
+        loss = LinearCrossEntropy.apply(hidden, weight, targets, weights)
+        got = [loss, *torch.autograd.grad(loss * 0.7, (hidden, weight))]
+        loss = (F.cross_entropy(hidden @ weight.t(), targets, reduction="none") * weights).sum()
+        expected = [loss, *torch.autograd.grad(loss * 0.7, (hidden, weight))]
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape and torch.isfinite(a).all()
+            assert (a - b).abs().sum() <= tolerance * b.abs().sum()
+        assert torch.equal(LinearCrossEntropy.apply(hidden.detach(), weight.detach(), targets, weights), got[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_cross_entropy_under_autocast(dtype):
+    """Under autocast the products are in half precision and the loss in float32: as exact as those products."""
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(300, 64, requires_grad=True), (torch.randn(131, 64) * 0.2).requires_grad_()
+    targets, weights = torch.randint(0, 131, (300,)), torch.rand(300)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = LinearCrossEntropy.apply(hidden, weight, targets, weights)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    exact = (F.cross_entropy(hidden @ weight.t(), targets, reduction="none") * weights).sum()
+    expected = torch.autograd.grad(exact, (hidden, weight))
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert loss.dtype == torch.float32 and abs(loss - exact) <= tolerance * exact
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() <= tolerance * b.norm()
+
+
+def test_no_target_no_loss():
+    """A buffer in which nothing predicts has loss 0 and gradients 0, not NaN."""
+    empty = torch.zeros(0, dtype=torch.long)
+    buffer = (torch.randint(0, 97, (1, sum(LENGTHS))), LENGTHS, empty, empty, torch.zeros(0, dtype=torch.float64))
+    loss, gradients = loss_and_gradients(make_model(), [buffer])
+    assert loss == 0 and all((g == 0).all() for g in gradients.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# compiled
+
+
+def test_compiled_blocks():
+    """Compiled blocks give what plain ones give, rows and packed, checkpointed or not; and buffers with other
+    numbers of documents and tokens compile nothing new (after some recompilations torch gives up, in silence)."""
+    model, plain = make_model(torch.float32, n_layers=1), make_model(torch.float32, n_layers=1)
+    said = runtime.compile_blocks(model, torch.device("cpu"))
+    if said.startswith("off"):
+        pytest.skip(said)
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(5)
+    graphs = []
+    for lengths in ([64, 64], [3, 50, 7], [1, 2, 3, 4, 5], [64], [9] * 11, [17, 30], [5, 1, 33, 2, 64, 17, 64]):
+        tokens, *loss_on = make_buffer(torch.float32, lengths)
+        buffer = [(tokens, lengths, *loss_on)]
+        assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
+    model.model.gradient_checkpointing = True
+    assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# validation
+
+
+@pytest.mark.parametrize("kind, file", [("text", "pretrain"), ("chat", "sft")])
+@pytest.mark.parametrize("batch_tokens", [64, 500, 10**6])
+def test_evaluation_windows(tokenizer, data_dir, cache_dir, kind, file, batch_tokens):
+    """Each target of each document once and at weight 1, in disjoint windows from its `<s>`, however they are batched;
+    loss and bits per byte are those of the documents one by one."""
+    window = 64 if kind == "text" else 1024
+    documents = load_documents(str(data_dir / f"{file}.jsonl"), tokenizer, kind, str(cache_dir), 1024)
+    documents = documents.take(np.arange(0, len(documents), 7))
+    model = make_model(torch.float32, vocab_size=800, max_seq_len=window)
+    limit = 3000
+    n = evaluated(documents, limit)
+    assert documents.length[:n - 1].sum() < limit <= documents.length[:n].sum()
+    assert evaluated(documents, 0) == len(documents) == evaluated(documents, 10**9)
+    batches = list(evaluation_batches(documents, window, batch_tokens, limit))
+    assert all(len(b.tokens) <= max(batch_tokens, window) for b in batches)
+    assert max(max(b.lengths) for b in batches) <= window
+    got = score(model, batches, documents.bytes[:n].sum(), "cpu", lambda: runtime.autocast("cpu", "fp32"))
+
+    records = [json.loads(line) for line in (data_dir / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()]
+    nats = targets = n_bytes = 0
+    for document in range(n):
+        row = documents.cache.documents[documents.index[document]]
+        span = slice(row["start"], row["start"] + documents.length[document])
+        ids = torch.from_numpy(documents.cache.tokens[span].astype(np.int64))
+        counted = torch.ones(len(ids)) if kind == "text" else torch.from_numpy(documents.cache.kinds[span] > 0).float()
+        for begin in range(0, len(ids) - 1, window):
+            following = ids[begin + 1:begin + window + 1]
+            logits = model(ids[None, begin:begin + window][:, :len(following)])[0]
+            mask = counted[begin + 1:begin + window + 1]
+            nats += (F.cross_entropy(logits, following, reduction="none") * mask).sum().item()
+            targets += int(mask.sum())
+        record = records[row["line"] - 1]
+        said = [record["text"]] if kind == "text" else [
+            m["content"] for m in record["conversations"] if m["role"] == "assistant"]
+        n_bytes += len("".join(said).encode("utf-8"))
+    assert got["targets"] == targets == documents.targets[:n].sum() and got["bytes"] == n_bytes
+    assert got["loss"] == pytest.approx(nats / targets, rel=1e-5)
+    assert got["ppl"] == pytest.approx(math.exp(nats / targets), rel=1e-4)
+    assert got["bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)

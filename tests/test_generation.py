@@ -1,0 +1,206 @@
+"""Sampling, the decoding loop, and text that streams in whole characters."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from common.generation import Sampling, StreamDecoder, adjust, generate, sample, stream
+from Config import LLMConfig, UserError
+from model import WeakWater
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return WeakWater(LLMConfig.preset("nano", vocab_size=300, max_seq_len=40)).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir):
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+# ---- the choice of a token ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.8, 1.3])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 1000])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-9])
+def test_scores_equal_those_of_transformers(penalty, temperature, top_k, top_p):
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(4, 50, generator=generator) * 3
+    logits[0, 10:20] = logits[0].max()  # ties
+    prompt = torch.randint(0, 50, (4, 12), generator=generator)
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
+    if top_k:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, prompt, True)
+    ours = adjust(logits, Sampling(temperature, top_p, top_k, penalty), seen)
+    assert torch.equal(ours, processors(prompt, logits))
+
+
+def test_greedy_is_the_argmax_after_the_repetition_penalty():
+    logits, seen = torch.tensor([[3.0, 2.9, -1.0]]), torch.tensor([[True, False, False]])
+    assert sample(adjust(logits, Sampling()), greedy=True).tolist() == [0]
+    assert sample(adjust(logits, Sampling(repetition_penalty=1.1), seen), greedy=True).tolist() == [1]
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]).log()
+    drawn = sample(logits.expand(40_000, 5), False, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=5) / 40_000
+    assert torch.allclose(shares, logits.exp(), atol=0.01)
+    assert shares[4] == 0
+
+
+@pytest.mark.parametrize("values", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_p=0),
+                                    dict(top_p=1.1), dict(top_k=-1), dict(repetition_penalty=0)])
+def test_sampling_refuses_nonsense(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        Sampling(**values)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-6, 1e-4, 1e30])
+def test_extreme_temperatures_give_tokens(model, temperature):
+    ids = generate(model, [[1, 5]], 5, Sampling(temperature), ())[0].ids
+    assert len(ids) == 5
+    if temperature < 1e-3:
+        assert ids == generate(model, [[1, 5]], 5, Sampling(0), ())[0].ids
+
+
+# ---- the loop -------------------------------------------------------------------------------
+
+
+def test_a_seed_repeats_a_generation_and_another_does_not(model):
+    def draw(seed):
+        return generate(model, [[1, 5, 9], [4]], 30, Sampling(1.0), (), generator=torch.Generator().manual_seed(seed))
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(model):
+    hot = Sampling(temperature=100.0)
+    free = generate(model, [[1, 5]] * 8, 30, hot, (), generator=torch.Generator().manual_seed(0))
+    held = generate(model, [[1, 5]] * 8, 30, hot, (), vocab_size=200, generator=torch.Generator().manual_seed(0))
+    assert max(max(g.ids) for g in free) >= 200 > max(max(g.ids) for g in held)
+
+
+def test_reasons_to_stop(model):
+    prompts = [[1] * 30, [1] * 39, [1, 2]]
+    first = generate(model, prompts, 12, Sampling(), ())
+    assert [(len(g.ids), g.reason) for g in first] == [(10, "context"), (1, "context"), (12, "length")]
+    stopped = generate(model, prompts[2:], 12, Sampling(), {first[2].ids[0]})[0]
+    assert (stopped.ids, stopped.reason) == ([], "eos")
+
+
+def test_prompts_that_leave_no_room_are_refused(model):
+    for prompts in ([[]], [[1] * 40], [[1], [1] * 41]):
+        with pytest.raises(UserError, match="1 to 39 tokens"):
+            generate(model, prompts, 5, Sampling(), ())
+
+
+def test_broken_weights_are_named(model):
+    broken = WeakWater(model.config).eval()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        generate(broken, [[1]], 5, Sampling(), ())
+
+
+def test_stream_yields_token_by_token_and_joins_to_generate(model):
+    steps = list(stream(model, [[1, 2], [3]], 6, Sampling(), ()))
+    assert [(row, len(ids)) for row, ids, _ in steps] == [(0, 1), (1, 1)] * 6
+    joined = [sum((ids for r, ids, _ in steps if r == row), []) for row in (0, 1)]
+    assert joined == [g.ids for g in generate(model, [[1, 2], [3]], 6, Sampling(), (), sync_every=4)]
+
+
+def test_autocast_decodes_in_a_cache_of_its_own_precision(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        half = generate(model, [[1, 2, 3]], 8, Sampling(), ())[0]
+    assert len(half.ids) == 8
+
+
+# ---- text -----------------------------------------------------------------------------------
+
+
+def pieces_of(tokenizer, ids: list[int]) -> list[str]:
+    decoder = StreamDecoder(tokenizer)
+    return [decoder.push(token) for token in ids] + [decoder.flush()]
+
+
+def test_characters_and_emoji_arrive_whole(tokenizer):
+    text = "鳄鱼🐊 and 👩‍👩‍👧 naïve ✨\n<think>嗯</think> 𠮷野家"
+    pieces = pieces_of(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_incomplete_character_shows_at_the_end(tokenizer):
+    ids = tokenizer.encode("鳄", add_special_tokens=False)
+    assert len(ids) > 1
+    assert pieces_of(tokenizer, ids[:-1])[:-1] == [""] * (len(ids) - 1)
+    assert pieces_of(tokenizer, ids[:-1])[-1] == "\ufffd"
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_pieces_join_to_the_decoded_whole(tokenizer, data):
+    """Any ids: special ones, halves of characters, long runs of bytes that are no text."""
+    vocabulary = tokenizer.get_vocab()
+    lone_bytes = [i for token, i in vocabulary.items() if len(token) == 1 and not token.isascii()]
+    any_id = st.sampled_from(lone_bytes) | st.integers(0, len(tokenizer) - 1) | st.integers(0, 9)
+    ids = data.draw(st.lists(any_id, max_size=80))
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=40))
+def test_text_streams_back(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = pieces_of(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_rubbish_is_shown_as_it_goes_and_costs_no_more_at_the_end(tokenizer):
+    continuation = tokenizer.convert_tokens_to_ids("Ģ")  # byte 0x80, which begins nothing
+    decoder, seconds = StreamDecoder(tokenizer), []
+    shown = 0
+    for _ in range(8):
+        begin = time.perf_counter()
+        shown += sum(len(decoder.push(continuation)) for _ in range(100))
+        seconds.append(time.perf_counter() - begin)
+    assert shown + len(decoder.flush()) == 800
+    assert shown >= 780
+    assert seconds[-1] < 5 * min(seconds)
+
+
+def test_decoders_that_treat_the_first_token_differently(tmp_path):
+    """SentencePiece-like (Llama 2): "▁" is a space but at the start, bytes are tokens of their own."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "▁the", "▁cat", "s", "▁", *(f"<0x{byte:02X}>" for byte in "鳄".encode())]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    ids = [1, 2, 3, 5, 6, 7, 1, 2]
+    pieces = pieces_of(fast, ids)
+    assert "".join(pieces) == fast.decode(ids, skip_special_tokens=True) == "the cats鳄 the cat"
+    assert not any("\ufffd" in piece for piece in pieces)
