@@ -5,6 +5,7 @@ Nothing here imports the rest of the project, and everything else may import thi
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -225,7 +226,9 @@ def parse_args(stage: str, description: str, argv: list[str] | None = None, leav
     if getattr(args, "max_tokens", None) is not None and args.min_tokens > args.max_tokens:
         parser.error(f"--min_tokens {args.min_tokens} is greater than --max_tokens {args.max_tokens}")
     args.stage = stage
-    args.command = " ".join(["python", f"{stage}.py", *map(_quoted, argv)])
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    starter = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+    args.command = " ".join([*starter, f"{stage}.py", *map(_quoted, argv)])
     return args
 
 

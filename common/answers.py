@@ -8,7 +8,6 @@ from fractions import Fraction
 BEFORE_NFKC = [(re.compile(pattern), by) for pattern, by in (
     ("[²³]", ""),  # an exponent (cm²) is no answer, and would become an ordinary digit
     ("[¼-¾⅐-⅞]", lambda fraction: " " + unicodedata.normalize("NFKC", fraction.group())),  # 1½ is no 11/2
-    (r"(?<=\d)，(?=\d)", "; "),  # this comma parts numbers, 1,000 has the other
 )]
 FOR_NUMBERS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
     ("[−–]", "-"),
@@ -38,7 +37,7 @@ TAG = re.compile("</?(?:think|answer)>")
 
 
 def normalise(text: str) -> str:
-    """NFKC (fullwidth digits, percent and colon become ASCII), mending what that does to ½, ² and ，."""
+    """NFKC (fullwidth digits, percent and colon become ASCII), mending what that does to ½ and ²."""
     for pattern, by in BEFORE_NFKC:
         text = pattern.sub(by, text)
     return unicodedata.normalize("NFKC", text)

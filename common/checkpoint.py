@@ -8,8 +8,8 @@ format stores, and always with weights_only=True.
 import contextlib
 import hashlib
 import os
-import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -70,15 +70,18 @@ def load(path: Path, needed: tuple[str, ...]) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about a pickle that is none
             broken = archive.testzip()  # torch.load itself does not check
-        if broken is not None:
-            raise UserError(f"{path}: damaged (wrong checksum in {broken})")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            for entry in archive.infolist():
+                if entry.external_attr & 0x10:  # "a folder": torch reads nothing and leaves the tensor as memory was
+                    broken = broken or entry.filename
+            if broken is not None:
+                raise UserError(f"{path}: damaged (wrong checksum in {broken!r})")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, NotImplementedError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as error:
+    except Exception as error:  # each damage has an exception of its own: zlib.error, struct.error, KeyError, ...
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: damaged, truncated or not a checkpoint: {reason}") from None
     if not isinstance(content, dict) or not set(needed) <= set(content):
@@ -169,15 +172,19 @@ def newest_state(out_dir: str, stage: str, needed: tuple[str, ...]) -> tuple[dic
     Damaged ones on the way to it are named and set aside as *.damaged. Raises UserError when all are damaged.
     """
     folder = checkpoint_folder(out_dir, stage)
-    candidates = numbered(folder)
-    for _, path in candidates:
+    refused = []
+    for _, path in numbered(folder):
         try:
-            return load(path, needed), path
+            state = load(path, needed)
         except UserError as error:
-            aside = path.with_name(path.name + ".damaged")
-            print(f"checkpoint refused: {error}; set aside as {aside.name}", flush=True)
-            os.replace(path, aside)
-    if candidates:
+            print(f"checkpoint refused: {error}", flush=True)
+            refused.append(path)
+            continue
+        for damaged in refused:  # out of the way, so that its step can be saved again
+            os.replace(damaged, damaged.with_name(damaged.name + ".damaged"))
+            print(f"set aside as {damaged.name}.damaged", flush=True)
+        return state, path
+    if refused:
         raise UserError(f"{folder}: every checkpoint is damaged; to start again, choose another --out_dir")
     return None
 

@@ -95,6 +95,125 @@ def start(stage: str, argv: list, fault: dict | None = None, **options):
 
 
 # ---------------------------------------------------------------------------------------------
+# in the tests: a course of all four stages, small enough to be run a hundred times
+
+
+# Between them the stages cover text and chat, bf16 and fp16, AdamW and Muon, and each of these pairs; all of them
+# two epochs, accumulation and dropout. A step has about 100 tokens.
+COMMON = dict(device="cpu", epochs=2, accumulation_steps=2, dropout=0.1, learning_rate=3e-3, warmup_ratio=0.2,
+              log_interval=1, eval_interval=3, save_interval=2, keep_checkpoints=2)
+CHAT = dict(min_tokens=0, max_seq_len=72, batch_size=1)
+SETTINGS = {
+    "pretrain": dict(preset="nano", max_seq_len=16, batch_size=2, dtype="bf16", optimizer="adamw"),
+    "SFT": dict(CHAT, dtype="fp16", optimizer="muon"),
+    "SFT_long": dict(CHAT, dtype="fp16", optimizer="adamw", lr_schedule="trapezoid"),
+    "distill": dict(CHAT, dtype="bf16", optimizer="muon", tag_weight=5, think_weight=0.5),
+}
+WORDS_OF_TIME = ("tokens_per_second", "minutes_left")
+
+
+class Course:
+    """A folder with a tiny corpus, and for each stage a run that nothing disturbed."""
+
+    def __init__(self, folder: Path, tokenizer_dir: Path):
+        from conftest import make_chats, make_r1, make_texts, write_jsonl
+
+        self.folder, self.tokenizer_dir, self.references = folder, tokenizer_dir, {}
+        self.data = {"pretrain": write_jsonl(folder / "text.jsonl", make_texts(1, 9, longest=40)),
+                     "SFT": write_jsonl(folder / "chat.jsonl", make_chats(2, 12, longest=40, reply=20)),
+                     "distill": write_jsonl(folder / "r1.jsonl", make_r1(4, 12, thought=1))}
+        self.data["SFT_long"] = self.data["SFT"]
+        self.undisturbed = folder / "undisturbed"  # out_dir of the undisturbed runs of all stages
+
+    def argv(self, stage: str, out: Path, resume: bool = False, **changes) -> list[str]:
+        """The stage's command line; a flag changed to None is left out, one changed to True is bare."""
+        flags = dict(data_path=self.data[stage], tokenizer_path=self.tokenizer_dir, out_dir=out,
+                     cache_dir=self.folder / "cache") | COMMON | SETTINGS[stage]
+        if stage != "pretrain":
+            flags["init_from"] = self.undisturbed / f"{STAGES[STAGES.index(stage) - 1]}.pth"
+        flags |= changes | ({"resume": True} if resume else {})
+        words = [[f"--{name}"] if value is True else [f"--{name}", str(value)]
+                 for name, value in flags.items() if value is not None]
+        return [word for pair in words for word in pair]
+
+    def run(self, stage: str, out: Path, resume: bool = True, fault: dict | None = None, flags: dict | None = None,
+            **options) -> Ended:
+        """Run a stage in `out`."""
+        return run(stage, self.argv(stage, out, resume, **(flags or {})), fault, **options)
+
+    def reference(self, stage: str) -> "Reference":
+        """The undisturbed run of a stage, made once (after those before it)."""
+        if stage not in self.references:
+            for earlier in STAGES[:STAGES.index(stage)]:
+                self.reference(earlier)
+            ended = self.run(stage, self.undisturbed, resume=False, count_lines=True)
+            assert ended.code == 0, ended
+            self.references[stage] = Reference(stage, ended, self.undisturbed)
+        return self.references[stage]
+
+
+class Reference:
+    """What an undisturbed run passed and left."""
+
+    def __init__(self, stage: str, ended: Ended, out: Path):
+        self.stage, self.moments, self.out = stage, ended.moments, ended.out
+        self.end = end_of(stage, out)
+
+    def rows_of(self, epoch: int) -> list[dict]:
+        """The metrics of one epoch."""
+        return [row for row in self.end["metrics"] if row["epoch"] == epoch]
+
+    def assert_same(self, out: Path) -> None:
+        """Every number that the run in `out` left is bit for bit that of the undisturbed run."""
+        end = end_of(self.stage, out)
+        for row, expected in zip(end["metrics"], self.end["metrics"], strict=False):
+            assert row == expected
+        for name, expected in self.end.items():
+            assert end[name] == expected, f"{self.stage}: {name} differs from the run that was never disturbed"
+
+
+_courses = {}
+
+
+def course(tmp_path_factory, tokenizer_dir: Path) -> Course:
+    """The course with a tokenizer, shared by all test files of a session."""
+    if tokenizer_dir not in _courses:
+        _courses[tokenizer_dir] = Course(tmp_path_factory.mktemp("course"), tokenizer_dir)
+    return _courses[tokenizer_dir]
+
+
+def metrics(stage: str, out: Path) -> list[dict]:
+    """The rows of log/<stage>.jsonl without what depends on the clock; fails on a line that is not JSON."""
+    lines = (Path(out) / "log" / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in WORDS_OF_TIME} for line in lines]
+
+
+def end_of(stage: str, out: Path) -> dict:
+    """All that a finished run leaves, in a form in which == compares bits."""
+    import torch
+
+    out = Path(out)
+    newest = max((out / "checkpoints" / stage).glob("step_*.pth"))
+    end = {"metrics": metrics(stage, out), "newest checkpoint": newest.name}
+    for name, file in (("weights", out / f"{stage}.pth"), ("best", out / f"{stage}_best.pth"), ("state", newest)):
+        content = torch.load(file, weights_only=True)
+        content.get("meta", {}).pop("command", None)
+        end |= {f"{name}: {key}": bits(value) for key, value in content.items()}
+    return end
+
+
+def bits(value):
+    """The same structure with each tensor as (type, shape, bytes)."""
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [bits(item) for item in value]
+    if hasattr(value, "numpy"):
+        return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
 # in the helper: fork, put the fault in the way, run
 
 

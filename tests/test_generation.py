@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -24,11 +23,6 @@ from model import WeakWater
 def model():
     torch.manual_seed(1)
     return WeakWater(LLMConfig.preset("nano", vocab_size=300, max_seq_len=40)).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
 # ---- the choice of a token ------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
     for kind, file in (("text", "pretrain"), ("chat", "r1")):
         documents = load_documents(str(data_dir / f"{file}.jsonl"), tokenizer, kind, str(cache_dir), 256)
         model = make_model(vocab_size=800, max_seq_len=256)
-        loader = StepLoader(documents, 256, 3, 1, seed=1, tag_weight=3.0, think_weight=0.5)
+        loader = StepLoader(documents, 256, 6, 1, seed=1, tag_weight=3.0, think_weight=0.5)
         step = loader.step(0, 0)
         batch = step.micro_batches[0].to("cpu")
         alone, total, begin = [], 0.0, 0
@@ -186,23 +186,24 @@ def test_no_target_no_loss():
 # compiled
 
 
-def test_compiled_blocks():
+def test_compiled_blocks(monkeypatch):
     """Compiled blocks give what plain ones give, rows and packed, checkpointed or not; and buffers with other
     numbers of documents and tokens compile nothing new (after some recompilations torch gives up, in silence)."""
     model, plain = make_model(torch.float32, n_layers=1), make_model(torch.float32, n_layers=1)
     said = runtime.compile_blocks(model, torch.device("cpu"))
     if said.startswith("off"):
         pytest.skip(said)
-    from torch._dynamo.utils import counters
+    import torch._dynamo as dynamo
 
     torch.manual_seed(5)
     graphs = []
+    monkeypatch.setattr(dynamo.config, "assume_static_by_default", False)  # else all is compiled twice: half a minute
     for lengths in ([64, 64], [3, 50, 7], [1, 2, 3, 4, 5], [64], [9] * 11, [17, 30], [5, 1, 33, 2, 64, 17, 64]):
         tokens, *loss_on = make_buffer(torch.float32, lengths)
         buffer = [(tokens, lengths, *loss_on)]
         assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] > 0 and graphs[1] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
+        graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
     model.model.gradient_checkpointing = True
     assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
 
