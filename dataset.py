@@ -101,11 +101,8 @@ def _no_constant(name: str):
     raise MalformedRecord(f"{name} is not JSON")
 
 
-def parse_record(line: bytes, kind: str) -> dict:
-    """One line as a record of `kind` "text" ({"text": …}) or "chat" ({"conversations": […]}).
-
-    Raises MalformedRecord with the reason, in words for the user.
-    """
+def parse_object(line: bytes) -> dict:
+    """One line as a JSON object without doubled keys. Raises MalformedRecord with the reason, in words for the user."""
     try:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -118,6 +115,15 @@ def parse_record(line: bytes, kind: str) -> dict:
         raise MalformedRecord(str(error)) from None
     if not isinstance(record, dict):
         raise MalformedRecord("not an object")
+    return record
+
+
+def parse_record(line: bytes, kind: str) -> dict:
+    """One line as a record of `kind` "text" ({"text": …}) or "chat" ({"conversations": […]}).
+
+    Raises MalformedRecord with the reason.
+    """
+    record = parse_object(line)
     weight = record.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 3e38:
         raise MalformedRecord(f'"weight" must be a finite number of at least 0, not {weight!r}')
@@ -692,7 +698,7 @@ class MicroBatch:
         import torch  # here, so that training a tokenizer does not cost the memory of torch
 
         arrays = dict(tokens=self.tokens[None], target_index=self.target_index, targets=self.targets,
-                      weights=self.weights)
+                      weights=self.weights, boundaries=np.cumsum([0, *self.lengths], dtype=np.int32))
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if torch.device(device).type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     device, device_reason = runtime.pick_device(args.device)
     dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
     ranks.start(device)
-    runtime.set_seed(args.seed, args.deterministic)
+    runtime.prepare(device, args.seed, args.deterministic)
     resumed = checkpoint.begin(args, ranks)
     log = RunLog(args.out_dir, args.stage, ranks.is_main)
     log.print(f"{args.command}\n{runtime.describe_machine(device)}")

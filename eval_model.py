@@ -92,7 +92,7 @@ class Loaded:
         return torch.Generator(self.device).manual_seed(seed)
 
 
-def load_weights(args) -> Loaded:
+def open_weights(args) -> Loaded:
     """What the flags of `model_parser` name. Raises UserError when it is missing, damaged or does not fit together."""
     device, device_reason = runtime.pick_device(args.device)
     dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         check_text(getattr(args, name) or "", f"--{name}")
     with contextlib.suppress(AttributeError):  # a stdin that is not a terminal's or file's
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # check_text speaks of what is broken
-    loaded = load_weights(args)
+    loaded = open_weights(args)
     generator = loaded.generator(args.seed)
     colour = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
     if colour and os.name == "nt":

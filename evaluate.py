@@ -30,9 +30,10 @@ from dataset import (
     evaluation_batches,
     find_files,
     load_documents,
+    parse_object,
     read_lines,
 )
-from eval_model import Loaded, load_weights, model_parser, number
+from eval_model import Loaded, model_parser, number, open_weights
 
 SCORE_TOKENS = 16_384  # tokens in a buffer when a loss is computed
 
@@ -59,12 +60,7 @@ def kind_of(file: Path) -> str:
 
 def parse_question(line: bytes) -> dict:
     """A line as {"question", "answer", maybe "source"}. Raises MalformedRecord with the reason."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MalformedRecord(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise MalformedRecord("not an object")
+    record = parse_object(line)
     for key in ("question", "answer"):
         value = record.get(key)
         if key == "answer" and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -78,8 +74,11 @@ def parse_question(line: bytes) -> dict:
     return record
 
 
-def read_questions(files: list[Path], max_bad_ratio: float) -> list[dict]:
-    """All questions in the files, each with its "file" and "line". Raises UserError when too many are malformed."""
+def read_questions(files: list[Path], max_bad_ratio: float) -> tuple[list[dict], int]:
+    """All questions in the files, each with its "file" and "line", and the number of malformed lines.
+
+    Raises UserError when those are too many.
+    """
     questions, malformed = [], []
     for file in files:
         for line_number, line in read_lines(file):
@@ -94,7 +93,7 @@ def read_questions(files: list[Path], max_bad_ratio: float) -> list[dict]:
     if not questions or len(malformed) > max_bad_ratio * n_lines:
         raise UserError(f"{len(malformed):,} of {n_lines:,} lines are malformed, more than --max_bad_ratio "
                         f"{max_bad_ratio} (the first: {malformed[0]})")
-    return questions
+    return questions, len(malformed)
 
 
 def write_jsonl(records: list[dict], path: Path) -> None:
@@ -125,8 +124,10 @@ def score_file(loaded: Loaded, file: Path, kind: str, args) -> dict:
     if not math.isfinite(scores["ppl"]):
         raise UserError(f"{loaded.path}: loss {scores['loss']} on {file}: the weights are broken, or fp16 overflows "
                         "(--dtype fp32)")
-    print(f"{file}: {kind}, {chosen:,} of {len(documents):,} documents, {scores['targets']:,} targets: loss "
-          f"{scores['loss']:.4f}, PPL {scores['ppl']:.2f}, bits per byte {scores['bpb']:.4f} ({rate:,.0f} tokens/s)")
+    left_out = "".join(f", {n:,} {what}" for what, n in documents.counts.items() if n and what != "lines")
+    print(f"{file}: {kind}, {documents.counts['lines']:,} lines{left_out}; {chosen:,} of {len(documents):,} documents "
+          f"scored at {rate:,.0f} tokens/s, {scores['targets']:,} targets: loss {scores['loss']:.4f}, "
+          f"PPL {scores['ppl']:.2f}, bits per byte {scores['bpb']:.4f}", flush=True)
     return {"file": str(file), "kind": kind, "documents": chosen, **scores, "counts": documents.counts}
 
 
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     files = list(dict.fromkeys(file for path in args.data_path for file in find_files(path)))
     kinds = {file: kind_of(file) for file in files}
     asking = [file for file in files if kinds[file] == "question"]
-    loaded = load_weights(args)
+    loaded = open_weights(args)
     context = loaded.model.config.max_seq_len
     args.max_seq_len = args.max_seq_len or context
     if args.max_seq_len > context:
@@ -261,11 +262,11 @@ def main(argv: list[str] | None = None) -> None:
     if scores:
         result |= total_of(scores) | {"files": scores}
     if asking:
-        questions = read_questions(asking, args.max_bad_ratio)
+        questions, malformed = read_questions(asking, args.max_bad_ratio)
         if args.max_questions and args.max_questions < len(questions):
             chosen = sorted(random.Random(args.seed).sample(range(len(questions)), args.max_questions))
             questions = [questions[i] for i in chosen]
-        result["exact"] = exact_answers(loaded, asking, questions, args)
+        result["exact"] = exact_answers(loaded, asking, questions, args) | {"malformed": malformed}
     print(json.dumps(result, ensure_ascii=False, allow_nan=False))
 
 

@@ -15,6 +15,7 @@ none sees another; and decoding, a few new tokens against a cache.
 
 import inspect
 import math
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x_BTC, cos, sin, lengths=None, cache=None, positions=None, length=0, mask=None):
+    def forward(self, x_BTC, cos, sin, packing=None, cache=None, positions=None, length=0, mask=None):
         c = self.config
         B, T, _ = x_BTC.shape
         q = self.q_proj(x_BTC).view(B, T, c.n_heads, c.head_dim)
@@ -118,8 +119,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions, length)
             out = attend(q, k.to(q.dtype), v.to(q.dtype), causal=False, mask=mask)
-        elif lengths is not None:
-            out = attend_packed(q, k, v, lengths)
+        elif packing is not None:
+            out = attend_packed(q, k, v, packing)
         else:
             out = attend(q, k, v, causal=True)
         return self.o_proj(out.reshape(B, T, c.n_heads * c.head_dim))
@@ -133,20 +134,42 @@ def attend(q_BTHD, k_BSKD, v_BSKD, causal: bool, mask=None) -> torch.Tensor:
     ).transpose(1, 2)
 
 
+class Packing:
+    """Where the documents of a packed buffer (1, T) lie: `lengths`, on the host, for kernels that take documents one
+    by one, and `boundaries`, int32 (documents + 1,) on the device, from 0 to T.
+
+    One object and not its parts is handed down, since torch.compile would compile anew for each list of lengths.
+    """
+
+    def __init__(self, lengths: list[int], boundaries: torch.Tensor):
+        self.lengths, self.boundaries = lengths, boundaries
+
+    def positions(self) -> torch.Tensor:
+        """Positions (1, T) that restart at 0 with each document; nothing here waits for the device."""
+        place = torch.arange(sum(self.lengths), device=self.boundaries.device)
+        document = torch.searchsorted(self.boundaries[1:], place, right=True)
+        return (place - self.boundaries[document]).unsqueeze(0)
+
+
+def boundaries_of(lengths: list[int]) -> torch.Tensor:
+    """Where each document begins, and where the last one ends: int32 (documents + 1,) on the CPU."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
 @torch.compiler.disable  # the documents' lengths differ in every buffer: compiled, each would be a new graph
-def attend_packed(q_BTHD, k_BTKD, v_BTKD, lengths: list[int]) -> torch.Tensor:
-    """Causal attention inside each document of a packed buffer: (1, T, H, D), sum(lengths) == T.
+def attend_packed(q_BTHD, k_BTKD, v_BTKD, packing: Packing) -> torch.Tensor:
+    """Causal attention inside each document of a packed buffer, (1, T, H, D).
 
     On CUDA in half precision one variable-length flash kernel does it all. Elsewhere each document is
     attended to alone, where short ones also cost less. `split` and not slices: its gradient is one
     concatenation, theirs a full-size zero tensor for each document.
     """
     if use_varlen(q_BTHD):
-        cu_lengths = F.pad(torch.tensor(lengths, device=q_BTHD.device).cumsum(0), (1, 0)).int()
         grouped = {"enable_gqa": True} if q_BTHD.shape[2] != k_BTKD.shape[2] else {}
-        longest = max(lengths)
-        return varlen_attn(q_BTHD[0], k_BTKD[0], v_BTKD[0], cu_lengths, cu_lengths, longest, longest,
+        bounds, longest = packing.boundaries, max(packing.lengths)
+        return varlen_attn(q_BTHD[0], k_BTKD[0], v_BTKD[0], bounds, bounds, longest, longest,
                            **VARLEN_CAUSAL, **grouped).unsqueeze(0)
+    lengths = packing.lengths
     parts = zip(q_BTHD.split(lengths, 1), k_BTKD.split(lengths, 1), v_BTKD.split(lengths, 1), strict=True)
     return torch.cat([attend(q, k, v, causal=True) for q, k, v in parts], dim=1)
 
@@ -188,8 +211,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTC, cos, sin, lengths=None, cache=None, positions=None, length=0, mask=None):
-        attended = self.self_attn(self.input_layernorm(x_BTC), cos, sin, lengths, cache, positions, length, mask)
+    def forward(self, x_BTC, cos, sin, packing=None, cache=None, positions=None, length=0, mask=None):
+        attended = self.self_attn(self.input_layernorm(x_BTC), cos, sin, packing, cache, positions, length, mask)
         x_BTC = x_BTC + self.dropout(attended)
         return x_BTC + self.dropout(self.mlp(self.post_attention_layernorm(x_BTC)))
 
@@ -206,16 +229,17 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
 
-    def forward(self, tokens, lengths=None, positions=None, cache=None, length=0):
+    def forward(self, tokens, lengths=None, boundaries=None, positions=None, cache=None, length=0):
         B, T = tokens.shape
         limit, longest = self.rotary.cos_SD.shape[0], max(lengths) if lengths is not None else T
         if longest > limit:
             raise UserError(f"a sequence of {longest} tokens is longer than the model's max_seq_len of {limit}")
-        mask = None
+        packing = mask = None
         if lengths is not None:
             if B != 1 or sum(lengths) != T:
                 raise UserError(f"a packed buffer is (1, sum(lengths)) = (1, {sum(lengths)}), not ({B}, {T})")
-            positions = packed_positions(lengths, tokens.device)
+            packing = Packing(lengths, boundaries_of(lengths).to(tokens.device) if boundaries is None else boundaries)
+            positions = packing.positions()
         elif positions is None:
             positions = torch.arange(T, device=tokens.device).unsqueeze(0)
         elif cache is not None:
@@ -228,21 +252,17 @@ class Decoder(nn.Module):
         cos, sin = self.rotary(positions, x_BTC.dtype)
         for block in self.layers:
             if self.gradient_checkpointing and self.training:
-                x_BTC = checkpoint(block, x_BTC, cos, sin, lengths, use_reentrant=False)
+                x_BTC = checkpoint(block, x_BTC, cos, sin, packing, use_reentrant=False)
             else:
-                x_BTC = block(x_BTC, cos, sin, lengths, cache, positions, length, mask)
+                x_BTC = block(x_BTC, cos, sin, packing, cache, positions, length, mask)
         return self.norm(x_BTC)
-
-
-def packed_positions(lengths: list[int], device) -> torch.Tensor:
-    """Positions (1, T) that restart at 0 with each document."""
-    return torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device, non_blocking=True)
 
 
 class WeakWater(nn.Module):
     """The language model. `model(tokens (B, T))` gives logits (B, T, V).
 
     lengths            the documents in a packed buffer (1, T): each is attended to alone, from position 0
+    boundaries         what boundaries_of(lengths) gives, on the device already, where the caller has it there
     positions, cache   decoding: tokens (B, T) stand at positions (B, T); their keys and values go into the cache;
     length             the largest position + 1, where the caller knows it
     target_index,      training: the positions (N,) in the flattened buffer that predict, the ids (N,) they should
@@ -270,9 +290,9 @@ class WeakWater(nn.Module):
             for projection in (module.self_attn.o_proj, module.mlp.down_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
 
-    def forward(self, tokens, lengths=None, positions=None, cache=None, length=0, target_index=None, targets=None,
-                weights=None):
-        hidden_BTC = self.model(tokens, lengths, positions, cache, length)
+    def forward(self, tokens, lengths=None, boundaries=None, positions=None, cache=None, length=0, target_index=None,
+                targets=None, weights=None):
+        hidden_BTC = self.model(tokens, lengths, boundaries, positions, cache, length)
         if targets is None:
             return self.lm_head(hidden_BTC)
         hidden_NC = hidden_BTC.flatten(0, 1)[target_index]  # positions without a target cost no logits

@@ -11,17 +11,17 @@ BEFORE_NFKC = [(re.compile(pattern), by) for pattern, by in (
 )]
 FOR_NUMBERS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
     ("[−–]", "-"),
-    (r"\$|\\[,;! ]", ""),
+    (r"\$|\\[,;! ]", ""),  # LaTeX: $…$, thin spaces, \%, \frac
     (r"\\%", "%"),
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1/\2)"),
     (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # 1,000
     (r"(?<=m)\^?\{?[23]\}?", ""),  # cm^2
-    (r"百分之\s*([\d.]+)", r"\1%"),
+    (r"百分之\s*([\d.]+)", r"\1%"),  # in words: 百分之20, 4分之3
     (r"(\d+)\s*分之\s*(\d+)", r"\2/\1"),
     (r"\s*[/⁄]\s*", "/"),
     (r"\((-?[\d.]+)\)(?=/)", r"\1"),  # ((3)/(4)) is (3/4)
     (r"(?<=/)\(([\d.]+)\)", r"\1"),
-    (r"-\(([\d.]+/[\d.]+)\)", r"-\1"),
+    (r"-\(([\d.]+/[\d.]+)\)", r"-\1"),  # -(3/4)
     (r"(?<=\d)\s*又\s*(?=\d)", " "),  # 1又1/2 is 1 1/2
 )]
 NUMBER = re.compile(r"""
@@ -30,6 +30,7 @@ NUMBER = re.compile(r"""
       | (?P<top>\d+(?:\.\d+)?|\.\d+)(?:/(?P<bottom>\d+(?:\.\d+)?))? )     # 7, 0.75, .5, 3/4
     (?P<percent>\s*%)?""", re.VERBOSE | re.ASCII)
 MARKER = re.compile(r"答案\s*(?:[是为:])\s*:?")
+LONGEST_NUMBER = 100  # characters: what is longer is a loop of digits and no answer
 THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 WELL_FORMED = re.compile(r"\s*<think>.*</think>\s*<answer>.*\S.*</answer>\s*", re.DOTALL)
@@ -44,13 +45,15 @@ def normalise(text: str) -> str:
 
 
 def to_fraction(match: re.Match) -> Fraction | None:
-    """The exact value of a match of NUMBER; None for a division by zero."""
+    """The exact value of a match of NUMBER; None for a division by zero and for endless digits."""
+    if len(match.group()) > LONGEST_NUMBER:
+        return None
     try:
         if match["whole"]:
             value = int(match["whole"]) + Fraction(int(match["over"]), int(match["under"]))
         else:
             value = Fraction(match["top"]) / Fraction(match["bottom"] or 1)
-    except (ZeroDivisionError, ValueError):  # ValueError: thousands of digits, which Python will not read
+    except ZeroDivisionError:
         return None
     return (-value if match["minus"] else value) / (100 if match["percent"] else 1)
 

@@ -40,6 +40,8 @@ def save(content: dict, path: Path) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer, when a write failed under it
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # what torch's writer stumbled over
+            error = error.__context__
         raise UserError(f"cannot save {path}: {error}; everything saved before is intact") from None
 
 

@@ -162,6 +162,7 @@ def stream(model: WeakWater, prompts: list[list[int]], max_new_tokens: int, samp
     stop_ids, vocab_size = set(stop_ids), vocab_size or model.config.vocab_size
     if not all(0 < len(prompt) < context for prompt in prompts):
         raise UserError(f"a prompt must have 1 to {context - 1} tokens, not {max(map(len, prompts))}")
+    assert max_new_tokens > 0 and sync_every > 0
     filled = [len(prompt) for prompt in prompts]  # by prompt: tokens so far, and how many there may be
     limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues

@@ -1,6 +1,8 @@
 """The machine and the process: device, precision, seed, processes, compilation, signals, exit codes."""
 
 import contextlib
+import ctypes
+import errno
 import os
 import platform
 import signal
@@ -43,8 +45,21 @@ def run(main: Callable[[], int | None]) -> int:
         return 130
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        print(f"error: out of memory ({reason}): halve --batch_size and double --accumulation_steps, or add "
-              "--gradient_checkpointing", file=sys.stderr, flush=True)
+        print(f"error: out of memory ({reason}): a smaller --batch_size needs less (in training with as much more "
+              "--accumulation_steps the result is the same), and so does --gradient_checkpointing", file=sys.stderr,
+              flush=True)
+        return 2
+    except BrokenPipeError:  # the reader, `head` say, has left: no mistake, but no more to do
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 128 + 13
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            traceback.print_exc()
+            return 1
+        print(f"error: {error}; everything saved before is intact", file=sys.stderr, flush=True)
+        with open(os.devnull, "w") as nowhere, contextlib.suppress(AttributeError, OSError):
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else Python tries stdout again, and ends with code 120
         return 2
     except Exception:
         traceback.print_exc()
@@ -102,6 +117,17 @@ def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
     return "fp32", "the safe choice on this device"
 
 
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory instead of handing it back after each tensor: on a CPU every training step would
+    otherwise have the kernel map and clear it anew. No effect elsewhere."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**28)
+
+
 def autocast(device: torch.device, dtype: str):
     """Context in which matrix products run in `dtype`; weights stay float32."""
     if dtype == "fp32":
@@ -119,8 +145,10 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peak for part, peak in known.items() if part in name), None)
 
 
-def set_seed(seed: int, deterministic: bool) -> None:
-    """Seed torch and, if asked, allow deterministic kernels only."""
+def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
+    """Seed torch and, if asked, allow deterministic kernels only; on a CPU, keep freed memory."""
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

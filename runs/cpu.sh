@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# All stages on two CPU cores with bf16 (AVX512_BF16), about an hour: weakwater-5m, 20 M tokens of pretraining.
+# All stages on two CPU cores with bf16 (AVX512_BF16): weakwater-5m, 20 M tokens of pretraining.
 #
 #   DATA=/path/to/data OUT=out/cpu bash runs/cpu.sh
+#   STEPS="1000 250 80 300" DATA=... OUT=... bash runs/cpu.sh      optimizer steps of the four stages
 #
 # $DATA holds pretrain-*.jsonl.xz, pretrain_val.jsonl.xz, sft.jsonl.xz, r1.jsonl.xz and math_verifiable.jsonl.xz in the
 # project's formats. 500 maths problems are set aside first. A run that was stopped goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/cpu}
+read -r pretrain_steps sft_steps sft_long_steps distill_steps <<< "${STEPS:-2450 900 300 1000}"
 PYTHON=${PYTHON:-.venv/bin/python}
 common=(--out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" --optimizer muon --warmup_ratio 0.02 --accumulation_steps 1
-        --eval_interval 250 --save_interval 250 --resume)
+        --eval_interval 600 --eval_tokens 100000 --save_interval 300 --resume)
 
 [ -f "$OUT/data/held_out.jsonl" ] || $PYTHON experiments/hold_out.py --questions "$DATA/math_verifiable.jsonl.xz" \
     --chats "$DATA/r1.jsonl.xz" --out_dir "$OUT/data"
@@ -18,10 +20,13 @@ common=(--out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" --optimizer muon --wa
     --val_path "$DATA/pretrain_val.jsonl.xz" --tokenizer_path "$OUT/tokenizer"
 
 $PYTHON pretrain.py --data_path "$DATA/pretrain-*.jsonl.xz" --val_path "$DATA/pretrain_val.jsonl.xz" \
-    --preset weakwater-5m --batch_size 16 --learning_rate 3e-3 --max_steps 2560 "${common[@]}"
-$PYTHON SFT.py --data_path "$DATA/sft.jsonl.xz" --batch_size 16 --learning_rate 2e-3 --max_steps 900 "${common[@]}"
-$PYTHON SFT_long.py --data_path "$DATA/sft.jsonl.xz" --batch_size 8 --learning_rate 1e-3 --max_steps 300 "${common[@]}"
-$PYTHON distill.py --data_path "$OUT/data/chats.jsonl" --batch_size 8 --learning_rate 2e-3 "${common[@]}"
+    --preset weakwater-5m --batch_size 16 --learning_rate 3e-3 --max_steps "$pretrain_steps" "${common[@]}"
+$PYTHON SFT.py --data_path "$DATA/sft.jsonl.xz" --batch_size 16 --learning_rate 2e-3 --max_steps "$sft_steps" \
+    "${common[@]}"
+$PYTHON SFT_long.py --data_path "$DATA/sft.jsonl.xz" --batch_size 8 --learning_rate 1e-3 \
+    --max_steps "$sft_long_steps" "${common[@]}"
+$PYTHON distill.py --data_path "$OUT/data/chats.jsonl" --batch_size 8 --learning_rate 2e-3 --max_steps "$distill_steps" \
+    "${common[@]}"
 
 for stage in SFT_long distill; do
     $PYTHON evaluate.py --checkpoint "$OUT/$stage.pth" --out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" \

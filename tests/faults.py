@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PID = os.getpid
 STAGES = ("pretrain", "SFT", "SFT_long", "distill")
 
 
@@ -58,6 +59,8 @@ def run(stage: str, argv: list, fault: dict | None = None, **options) -> Ended:
     fault       {"at": moment, "nth": 1, "do": "kill" | "term" | "int" | "enospc" | "none"}
     limit       bytes that a file may grow to (RLIMIT_FSIZE)
     env         environment variables
+    stdout      a file for the standard output, which then ends as that of a real Python does
+    pid         the process number that the run believes to have
     charts      draw the charts (they take most of the time of a small run, so not by default)
     count_lines pass "line" moments too (by default only where the fault is one)
     """
@@ -250,6 +253,10 @@ def _child(job: dict) -> None:
         for descriptor, name in ((1, "out"), (2, "err")):
             file = os.open(Path(job["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, descriptor)
+        if "stdout" in job:
+            os.dup2(os.open(job["stdout"], os.O_WRONLY), 1)
+        if "pid" in job:
+            os.getpid = lambda: job["pid"]
         os.environ.update(job.get("env", {}))
         if "limit" in job:
             import resource
@@ -270,16 +277,20 @@ def _child(job: dict) -> None:
             if "limit" in job:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             Path(job["folder"], "moments").write_text(json.dumps(moments.passed), encoding="utf-8")
+        if "stdout" in job:
+            sys.stdin = None  # what the helper has not read yet is not this process's
+            sys.exit(code)
     except SystemExit as exit_:
         code = exit_.code
+        if "stdout" in job:
+            raise
     except BaseException:
         import traceback
 
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Moments:
@@ -309,7 +320,7 @@ class Moments:
             if self.do == "enospc":
                 raise OSError(28, "No space left on device")
             if self.do in self.SIGNALS:
-                os.kill(os.getpid(), self.SIGNALS[self.do])
+                os.kill(PID(), self.SIGNALS[self.do])
 
     def _fsync(self, descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))

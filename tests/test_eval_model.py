@@ -44,7 +44,7 @@ def flags(out_dir, tokenizer_dir):
 @pytest.fixture
 def load(flags):
     """Weights by mode, as the script loads them."""
-    return lambda mode: eval_model.load_weights(
+    return lambda mode: eval_model.open_weights(
         model_parser("test", "").parse_args(["--model_mode", str(mode), *flags]))
 
 

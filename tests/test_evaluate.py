@@ -1,17 +1,19 @@
 """Exact answers, questions from files, and one run of each kind of scoring."""
 
 import json
+import math
 from fractions import Fraction
 
 import pytest
 import torch
 from conftest import make_chats, make_texts, write_jsonl
+from torch.nn.functional import cross_entropy
 
 import evaluate
 from common import checkpoint
 from common.answers import is_well_formed, read_answer, read_reply, wilson
 from Config import LLMConfig, UserError
-from dataset import MalformedRecord, TextEncoder
+from dataset import MalformedRecord, TextEncoder, encode_chat
 from model import WeakWater
 
 # ---- exact answers --------------------------------------------------------------------------
@@ -104,7 +106,8 @@ def test_malformed_lines_are_counted_and_named(tmp_path, capsys):
     file = write_jsonl(tmp_path / "q.jsonl", [{"question": f"{n}+1", "answer": n + 1} for n in range(99)])
     with file.open("a") as stream:
         stream.write("{broken\n")
-    assert len(evaluate.read_questions([file], 0.01)) == 99
+    questions, malformed = evaluate.read_questions([file], 0.01)
+    assert (len(questions), malformed) == (99, 1)
     assert f"{file}:100: not JSON" in capsys.readouterr().out
     with pytest.raises(UserError, match="1 of 100 lines are malformed, more than --max_bad_ratio 0.009"):
         evaluate.read_questions([file], 0.009)
@@ -161,6 +164,25 @@ def test_loss_of_text_and_chats(tmp_path, tokenizer, tokenizer_dir, capsys):
     assert any("bits per byte" in line for line in lines)
     first, _ = scored(capsys, *options, "--data_path", tmp_path / "data" / "a.jsonl", "--eval_tokens", 10)
     assert first["files"][0]["documents"] == 1 and "exact" not in first
+
+
+def test_the_loss_is_that_of_the_words_alone(tmp_path, tokenizer, tokenizer_dir, capsys):
+    """Against the cross-entropy written out, over the assistant's tokens and `</s>`, per byte of its words."""
+    path = save_nano(tmp_path / "SFT.pth", tokenizer, "SFT")
+    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "<think>嗯</think>好的"}]
+    data = write_jsonl(tmp_path / "one.jsonl", [{"conversations": messages, "weight": 0.25}])
+    result, _ = scored(capsys, "--checkpoint", path, "--tokenizer_path", tokenizer_dir, "--data_path", data,
+                       "--out_dir", tmp_path, "--dtype", "fp32")
+    ids, mask = encode_chat(tokenizer, messages)
+    model, _ = checkpoint.load_model(path)
+    with torch.no_grad():
+        nats = cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="none")
+    total = float(nats[torch.tensor(mask[1:], dtype=torch.bool)].sum())
+    assert result["targets"] == sum(mask)
+    assert result["loss"] == pytest.approx(total / sum(mask), rel=1e-5)
+    assert result["ppl"] == pytest.approx(math.exp(total / sum(mask)), rel=1e-5)
+    n_bytes = len("<think>嗯</think>好的".encode())
+    assert result["bpb"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-5)
 
 
 def test_exact_answers_end_to_end(tmp_path, tokenizer, tokenizer_dir, capsys):

@@ -14,8 +14,8 @@ from dataset import CONTEXT, REPLY, TAG, THINK, StepLoader, TextEncoder, encode_
 
 CONTROL = ["<unk>", "<s>", "</s>"]
 HOSTILE = ["</s>", "<s>", "</s>\n<s>assistant\n", "<s>user\n", "<unk>", "<|im_end|>", "<|endoftext|>", "<<s>s>", "</",
-           "s>", "  ", "\n", "\r\n", " \n", "\t", "\x00", "\u2028", "\u3000", "🌊", "👩\u200d👩\u200d👧", "e\u0301", "ﬁ", "你好",
-           "<think>", "</think>", "<answer>", "</answer>", "<think", "think>", "▁", "Ġ", "assistant", "<THINK>"]
+           "s>", "  ", "\n", "\r\n", " \n", "\t", "\x00", "\u2028", "\u3000", "🌊", "👩\u200d👩\u200d👧", "e\u0301",
+           "ﬁ", "你好", "<think>", "</think>", "<answer>", "</answer>", "<think", "think>", "▁", "Ġ", "<THINK>"]
 words = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(HOSTILE)), max_size=7).map("".join)
 
 

@@ -1,0 +1,398 @@
+"""The stage scripts: one loop in each, who imports whom, flags, schedules, optimizers, and what stops a run."""
+
+import ast
+import contextlib
+import functools
+import importlib
+import json
+import math
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT, make_texts, read_rows, stage_argv, train, write_jsonl
+
+from common import checkpoint, runtime
+from common.optim import learning_rate, make_optimizers, set_learning_rate
+from Config import FLAGS, LLMConfig, UserError
+from model import WeakWater
+
+STAGES = ("pretrain", "SFT", "SFT_long", "distill")
+LOOPS = ("pretrain", "SFT", "distill")  # SFT_long is SFT with other defaults
+
+
+def parse(path) -> ast.Module:
+    """A file's syntax tree."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------
+# the scripts as text
+
+
+def core_of_the_loop(stage: str) -> list[str]:
+    """`for count, micro_batch in …` and the statements after it up to `scaler.update()`, dumped."""
+    for node in ast.walk(parse(ROOT / f"{stage}.py")):
+        for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
+            sources = [ast.unparse(statement) for statement in body] if isinstance(body, list) else []
+            begin = [i for i, source in enumerate(sources) if source.startswith("for count, micro_batch in")]
+            if begin:
+                end = sources.index("scaler.update()")
+                return [ast.dump(statement) for statement in body[begin[0]:end + 1]]
+    raise AssertionError(f"{stage}.py has no such loop")
+
+
+def test_the_loop_is_the_same_in_every_stage():
+    """Forward, scaled backward, clip, check and step are the same lines."""
+    first = core_of_the_loop("pretrain")
+    for word in ("backward", "unscale_", "clip_grad_norm_", "total_weight", "stop_at_non_finite", "autocast"):
+        assert any(f"'{word}'" in statement for statement in first), word
+    for stage in LOOPS[1:]:
+        assert core_of_the_loop(stage) == first, stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_can_be_read(stage):
+    """A stage script has at most 260 lines and begins with commands to copy."""
+    source = (ROOT / f"{stage}.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 260
+    commands = ast.get_docstring(ast.parse(source))
+    assert commands.count(f"python {stage}.py --data_path") == 2 and "--resume" in commands
+
+
+SCRIPTS = {"pretrain", "SFT", "SFT_long", "distill", "train_tokenizer", "eval_model", "evaluate", "make_demo_data"}
+MAY_IMPORT = {"Config": set(), "model": {"Config"}, "dataset": {"Config"}, "common": {"Config", "model", "dataset"}} | {
+    script: {"Config", "model", "dataset", "common"} for script in SCRIPTS} | {
+    "SFT_long": {"Config", "model", "dataset", "common", "SFT"}}
+
+
+def test_who_imports_whom():
+    """Scripts → Config, model, dataset, common; dataset and model → Config; common knows no stage; no stage another."""
+    rooms = {path.stem for path in ROOT.glob("*.py")} | {"common", "tests", "experiments", "benchmarks"}
+    seen = set()
+    for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]:
+        room = "common" if path.parent.name == "common" else path.stem
+        if room not in MAY_IMPORT:
+            continue
+        seen.add(room)
+        for node in ast.walk(parse(path)):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: a relative import"
+                names = [node.module]
+            for name in names:
+                target = name.split(".")[0]
+                assert target not in rooms or target in MAY_IMPORT[room] | {room}, f"{path.name} imports {name}"
+    assert seen >= {"Config", "model", "dataset", "common", "train_tokenizer", *STAGES}
+
+
+# ---------------------------------------------------------------------------------------------
+# flags
+
+CONTRACT = """--data_path --val_path --tokenizer_path --out_dir --init_from --preset --max_seq_len --min_tokens
+--max_tokens --epochs --max_steps --batch_size --accumulation_steps --learning_rate --lr_schedule --warmup_ratio
+--decay_ratio --min_lr_ratio --optimizer --weight_decay --grad_clip --dropout --dtype --device --compile
+--gradient_checkpointing --deterministic --seed --order --log_interval --eval_interval --eval_tokens --save_interval
+--keep_checkpoints --max_bad_ratio --resume --use_wandb --wandb_project --tag_weight --think_weight""".split()
+CHOICES = {"--lr_schedule": "{constant,cosine,trapezoid}", "--optimizer": "{adamw,muon}", "--order": "{shuffled,file}",
+           "--dtype": "{auto,bf16,fp16,fp32}", "--device": "{auto,cpu,cuda,mps}"}
+DEFAULTS = {"pretrain": dict(max_seq_len=512, batch_size=84, accumulation_steps=2, learning_rate=5e-4),
+            "SFT": dict(max_seq_len=512, batch_size=84, accumulation_steps=2, max_tokens=512, min_tokens=0),
+            "SFT_long": dict(max_seq_len=1024, batch_size=21, accumulation_steps=8, min_tokens=513, max_tokens=1024),
+            "distill": dict(max_seq_len=1024, batch_size=21, accumulation_steps=8, tag_weight=1.0, think_weight=1.0)}
+
+
+def exit_of(stage: str, argv: list, capsys) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a stage's script with these arguments, run in this process."""
+    main = importlib.import_module(stage).main
+    capsys.readouterr()
+    try:
+        code = runtime.run(lambda: main([str(word) for word in argv]))
+    except SystemExit as stop:
+        code = stop.code or 0
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help(stage, capsys):
+    """--help names every flag of the contract that applies, with its choices and this stage's defaults."""
+    code, text, errors = exit_of(stage, ["--help"], capsys)
+    assert code == 0 and not errors and "everyday:" in text and "advanced:" in text
+    flags = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
+    not_here = {"pretrain": {"--min_tokens", "--max_tokens", "--tag_weight", "--think_weight"},
+                "distill": set()}.get(stage, {"--tag_weight", "--think_weight"})
+    assert flags >= set(CONTRACT) - not_here and not flags & not_here
+    flat = re.sub(r"\s+", " ", text)
+    for flag, choices in CHOICES.items():
+        assert f"{flag} {choices}" in flat
+    defaults = dict(out_dir="out", tokenizer_path="weakwater_tokenizer", lr_schedule="cosine") | DEFAULTS[stage]
+    for name, value in defaults.items():
+        described = flat[flat.rindex(f"--{name} "):]
+        assert re.match(rf"--{name} [^(]*(\([^d][^)]*\)[^(]*)*\(default: {re.escape(str(value))}\)", described), name
+    for name, flag in FLAGS.items():  # a % in a help text must not be a format
+        if f"--{name}" in flags:
+            assert re.sub(r"\s+", "", flag.help.replace("%%", "%")) in re.sub(r"\s+", "", text)
+
+
+@pytest.mark.parametrize("argv, reason", [
+    (["--learning_rat", "1"], "--learning_rat"), (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+    (["--batch_size", "many"], "--batch_size"), (["--learning_rate", "nan"], "--learning_rate nan"),
+    (["--warmup_ratio", "1.5"], "between 0 and 1"), (["--dropout", "1"], "--dropout 1.0"),
+    (["--order", "random"], "--order"), (["--preset", "7b"], "--preset"), ([], "--data_path is needed"),
+    (["--min_tokens", "9", "--max_tokens", "8", "--data_path", "x"], "--min_tokens 9 is greater than --max_tokens 8"),
+])
+def test_wrong_flags(argv, reason, capsys):
+    """The user's mistake is one line on stderr that names it, and exit code 2."""
+    code, _, errors = exit_of("SFT", argv, capsys)
+    assert code == 2 and reason in errors and errors.count("\n") == 1
+
+
+def test_help_as_a_command():
+    """The script itself, from anywhere, prints its help."""
+    command = [sys.executable, str(ROOT / "SFT_long.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and "SFT_long.py" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("stage, before", [("SFT", "pretrain"), ("SFT_long", "SFT"), ("distill", "SFT_long")])
+def test_starting_weights_default(stage, before, data_dir, tokenizer_dir, tmp_path, cache_dir, capsys):
+    """A stage starts from the weights of the one before in --out_dir, and says who makes them where they lack."""
+    code, _, errors = exit_of(stage, stage_argv(data_dir / "sft.jsonl", tokenizer_dir, tmp_path, cache_dir=cache_dir),
+                              capsys)
+    assert code == 2 and str(tmp_path / f"{before}.pth") in errors and f"{before}.py makes it" in errors
+    assert errors.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# schedules and optimizers
+
+
+def test_learning_rates():
+    """Warm-up, constant, cosine and trapezoid at the points that define them."""
+    def rate(step, schedule, **options):
+        return learning_rate(step, 100, 2.0, schedule, **options)
+
+    assert [rate(step, "constant") for step in (0, 50, 99)] == [2.0] * 3
+    assert rate(0, "cosine") == 2.0 and rate(50, "cosine") == pytest.approx(1.1) and rate(100, "cosine") == 0.2
+    assert [rate(step, "trapezoid", min_lr_ratio=0.0) for step in (0, 80, 90, 99)] == pytest.approx([2, 2, 1, 0.1])
+    assert rate(75, "trapezoid", decay_ratio=0.5, min_lr_ratio=0.5) == pytest.approx(1.5)
+    for schedule in ("constant", "cosine", "trapezoid"):
+        warm = [rate(step, schedule, warmup_ratio=0.1) for step in range(100)]
+        assert warm[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)]) and warm[10] == 2.0
+        assert all(a >= b for a, b in zip(warm[10:], warm[11:], strict=False))
+        rates = [rate(step, schedule, min_lr_ratio=0.25) for step in range(100)]
+        assert min(rates) >= 0.5 and max(rates) == 2.0
+        for total in (1, 2):  # no division by nothing
+            for ratio in (0.0, 1.0):
+                values = [learning_rate(s, total, 1.0, schedule, ratio, ratio, 0.0) for s in range(total)]
+                assert all(0 < value <= 1 for value in values)
+    # the published log of the original run: Epoch:[1/2](10/17664) lr:0.000549999901, 5.5e-4 falling to 5e-5
+    original = learning_rate(10, 2 * 17664, 5.5e-4, "cosine", min_lr_ratio=1 / 11)
+    assert f"{original:.12f}" == "0.000549999901"
+    with pytest.raises(UserError, match="linear"):
+        rate(0, "linear")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_groups(name, tied):
+    """Every parameter once; decay on matrices only; Muon gets exactly the matrices in the layers."""
+    model = WeakWater(LLMConfig.preset("nano", qk_norm=True, tie_embeddings=tied))
+    names = {id(p): n for n, p in model.named_parameters()}
+    optimizers = make_optimizers(model, name, 0.01, 0.3)
+    placed = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert id(parameter) not in placed
+                placed[id(parameter)] = (type(optimizer).__name__, group["weight_decay"])
+    assert set(placed) == set(names)
+    for key, (optimizer, decay) in placed.items():
+        matrix, hidden = ".weight" in names[key] and "norm" not in names[key], "layers." in names[key]
+        assert decay == (0.3 if matrix else 0.0), names[key]
+        assert optimizer == ("Muon" if name == "muon" and matrix and hidden else "AdamW"), names[key]
+    set_learning_rate(optimizers, 0.5)
+    assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.5}
+
+
+# ---------------------------------------------------------------------------------------------
+# runs
+
+SMALL = dict(preset="nano", max_seq_len=64, batch_size=2, accumulation_steps=2, eval_interval=0, eval_tokens=500)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """Forty short documents."""
+    return write_jsonl(tmp_path_factory.mktemp("text") / "t.jsonl", make_texts(31, 40, longest=120))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_trains(text_file, tokenizer_dir, tmp_path, dtype, optimizer):
+    """bf16, and fp16 with its scaler, train on a CPU, and the weights that are saved are float32 and finite."""
+    rows = train("pretrain", text_file, tokenizer_dir, tmp_path, dtype=dtype, optimizer=optimizer, epochs=9,
+                 learning_rate=3e-3, max_steps=12, **SMALL)
+    assert len(rows) == 12 and rows[-1]["loss"] < rows[0]["loss"] - 0.2
+    state, config, meta = checkpoint.load_weights(tmp_path / "pretrain.pth")
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in state.values())
+    assert meta["stage"] == "pretrain" and meta["step"] == 12 and config.vocab_size == 800
+
+
+def test_fp16_overflow_skips_the_step(text_file, tokenizer_dir, tmp_path, monkeypatch, capsys):
+    """A gradient beyond fp16 leaves the weights as they are, lowers the scale, and training goes on."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**36))
+    rows = train("pretrain", text_file, tokenizer_dir, tmp_path, dtype="fp16", epochs=9, learning_rate=3e-3,
+                 max_steps=30, grad_clip=0, **SMALL)
+    said = capsys.readouterr().out
+    skipped = said.count("gradient overflow in fp16, step skipped")
+    assert 1 <= skipped < 28 and "step 1: gradient overflow" in said
+    assert math.isinf(rows[0]["grad_norm"]) or math.isnan(rows[0]["grad_norm"])
+    assert all(math.isfinite(row["grad_norm"]) for row in rows[skipped:]) and rows[-1]["loss"] < rows[0]["loss"] - 0.2
+
+
+def nan_weights(path, tokenizer_dir, token: str) -> None:
+    """A weights file in which one token's embedding is NaN."""
+    from dataset import TextEncoder, load_tokenizer
+
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    torch.manual_seed(1)
+    model = WeakWater(LLMConfig.preset("nano", vocab_size=800, tie_embeddings=False))
+    (number,) = TextEncoder.of(tokenizer).encode([token])[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[number] = float("nan")
+    checkpoint.save_weights(path, model, {})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tokenizer_dir, tmp_path, capsys):
+    """Exit code 1 before the optimizer touches the weights; the guilty row is named, and all rows and the weights are
+    in a file."""
+    records = [{"text": f"{i % 8}{i % 8}"} for i in range(40)] + [{"text": "99"}]
+    file = write_jsonl(tmp_path / "t.jsonl", records)
+    val = write_jsonl(tmp_path / "v.jsonl", [{"text": "no"}])
+    nan_weights(tmp_path / "nan.pth", tokenizer_dir, "9")
+    flags = SMALL | dict(preset=False, init_from=tmp_path / "nan.pth", val_path=val, batch_size=4, order="file")
+    argv = stage_argv(file, tokenizer_dir, tmp_path / "out", **flags)
+    code, _, errors = exit_of("pretrain", argv, capsys)
+    assert code == 1 and errors.count("\n") == 1
+    assert "step 1: loss nan" in errors and f"rows {file}:41 (tokens 0 to 4)" in errors and f"{file}:40" not in errors
+    (saved,) = (tmp_path / "out" / "checkpoints" / "pretrain").glob("nonfinite_*.pth")
+    assert str(saved) in errors
+    content = torch.load(saved, weights_only=True)
+    assert content["step"] == 1 and math.isnan(content["loss"]) and len(content["rows"]) == 41
+    assert content["guilty"] == [f"{file}:41 (tokens 0 to 4)"]
+    assert sum(tokens.numel() for tokens in content["tokens"]) == 41 * 4
+    before = torch.load(tmp_path / "nan.pth", weights_only=True)["model"]
+    for source in (content, torch.load(tmp_path / "out" / "pretrain.pth", weights_only=True)):
+        assert all(torch.equal(source["model"][name].nan_to_num(7), before[name].nan_to_num(7)) for name in before)
+
+
+@pytest.mark.parametrize("stage", LOOPS)
+def test_a_gradient_that_is_not_finite_stops_the_run(stage, data_dir, tokenizer_dir, cache_dir, tmp_path, monkeypatch,
+                                                     capsys):
+    """The same where only the gradient is not finite, in every loop; the last whole step can be resumed."""
+    clip, norms = torch.nn.utils.clip_grad_norm_, iter([1.0, 1.0, math.inf])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: clip(*a, **k) * next(norms))
+    data = data_dir / ("pretrain.jsonl" if stage == "pretrain" else "r1.jsonl")
+    flags = SMALL | dict(max_seq_len=256, init_from="none", cache_dir=cache_dir)
+    code, _, errors = exit_of(stage, stage_argv(data, tokenizer_dir, tmp_path, **flags), capsys)
+    assert code == 1 and "step 3: loss" in errors and "gradient norm inf" in errors and ".jsonl:" in errors
+    folder = tmp_path / "checkpoints" / stage
+    assert {path.name for path in folder.iterdir()} == {"step_00000002.pth", "nonfinite_step_00000003.pth"}
+    state = checkpoint.load(folder / "step_00000002.pth", checkpoint.STATE_KEYS)["model"]
+    for path in (folder / "nonfinite_step_00000003.pth", tmp_path / f"{stage}.pth"):
+        left = checkpoint.load(path, ("model",))["model"]
+        assert all(torch.equal(tensor, state[name]) for name, tensor in left.items())
+    assert [row["step"] for row in read_rows(tmp_path, stage)] == [1, 2]
+
+
+def test_too_high_a_learning_rate_stops_the_run(text_file, tokenizer_dir, tmp_path, capsys):
+    """Weights blown up by a step are found out by the next, not trained on."""
+    argv = stage_argv(text_file, tokenizer_dir, tmp_path, learning_rate=1e30, **SMALL)
+    code, _, errors = exit_of("pretrain", argv, capsys)
+    assert code == 1 and "stopped before the weights were changed" in errors and "step 2: " in errors
+
+
+# ---------------------------------------------------------------------------------------------
+# what a run leaves
+
+
+def test_what_a_run_leaves(text_file, tokenizer_dir, tmp_path, capsys):
+    """Console line, log, JSONL, charts, weights and checkpoints are where and what the contract says."""
+    importlib.import_module("pretrain").main(stage_argv(
+        text_file, tokenizer_dir, tmp_path, **SMALL | dict(epochs=2, eval_interval=3, save_interval=4)))
+    said = capsys.readouterr().out
+    line = r"^Epoch:\[1/2\]\(1/\d+\) loss:\d\.\d{3} lr:0\.\d{12} epoch_Time:\d+\.\dmin tokens/s:[\d,]+ grad_norm:\d"
+    assert re.search(line, said, re.MULTILINE)
+    printed = [line for line in said.splitlines() if not line.startswith("tokenising")]
+    assert printed == (tmp_path / "log" / "pretrain.log").read_text(encoding="utf-8").splitlines()
+    for fact in ("parameters: ", "useful share: 100.0%", "target share: ", "FLOPs per token: ", "dtype fp32: as asked"):
+        assert fact in said
+    rows = read_rows(tmp_path, "pretrain")
+    keys = ["step", "epoch", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "minutes_left"]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and rows[-1]["epoch"] == 2
+    for row in rows:
+        evaluated = row["step"] % 3 == 0 or row["step"] == len(rows)
+        assert list(row) == keys + ["val_loss", "val_ppl", "val_bpb"] * evaluated
+    for chart in ("loss", "lr", "epoch_time"):
+        picture = (tmp_path / "charts_pretrain" / f"{chart}_pretrain.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+    state, config, meta = checkpoint.load_weights(tmp_path / "pretrain.pth")
+    assert LLMConfig.from_dict(torch.load(tmp_path / "pretrain.pth", weights_only=True)["config"]) == config
+    assert {"stage", "step", "tokens", "val"} <= set(meta) and meta["tokens"] == rows[-1]["tokens"]
+    best = checkpoint.load_weights(tmp_path / "pretrain_best.pth")[2]
+    lowest = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    assert best["step"] == lowest["step"] and best["val"]["loss"] == lowest["val_loss"]
+    steps = sorted(path.name for path in (tmp_path / "checkpoints" / "pretrain").iterdir())
+    saved = [step for step in range(1, len(rows) + 1) if step % 4 == 0 or step == len(rows)][-2:]
+    assert steps == [f"step_{step:08d}.pth" for step in saved]  # the newest --keep_checkpoints
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name or ".partial" in path.name]
+
+
+@pytest.mark.parametrize("fault", ["missing", "init", "log", "finish", None])
+def test_wandb_never_stops_training(text_file, tokenizer_dir, tmp_path, monkeypatch, capsys, fault):
+    """With wandb missing or failing at any moment training goes on and says so; else it gets what the JSONL gets."""
+    logged = []
+
+    def call(name):
+        if name == fault:
+            raise RuntimeError(f"no network\nfor {name}")
+
+    def log(values, step):
+        call("log")
+        logged.append(values | {"step": step})
+
+    run = types.SimpleNamespace(log=log, finish=lambda: call("finish"))
+    fake = types.SimpleNamespace(init=lambda **_: call("init") or run, api=types.SimpleNamespace(api_key=None))
+    monkeypatch.setitem(sys.modules, "wandb", None if fault == "missing" else fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    rows = train("pretrain", text_file, tokenizer_dir, tmp_path, use_wandb=True, max_steps=3, **SMALL)
+    said = capsys.readouterr().out
+    assert len(rows) == 3 and (tmp_path / "pretrain.pth").is_file()
+    moment = "init" if fault == "missing" else fault
+    assert (f"wandb {moment} failed" in said and "going on without it" in said) == bool(fault)
+    if fault in (None, "finish"):
+        assert logged == rows
+
+
+def test_later_stages_inherit(data_dir, tokenizer_dir, cache_dir, tmp_path, capsys):
+    """SFT takes architecture and weights from pretrain.pth, prints that, and refuses another --preset."""
+    flags = SMALL | dict(max_seq_len=256, cache_dir=cache_dir, max_steps=2)
+    train("pretrain", data_dir / "pretrain.jsonl", tokenizer_dir, tmp_path, **flags)
+    capsys.readouterr()
+    argv = stage_argv(data_dir / "sft.jsonl", tokenizer_dir, tmp_path, **flags | dict(preset="demo"))
+    code, _, errors = exit_of("SFT", argv, capsys)
+    assert code == 2 and "--preset demo is not the architecture" in errors
+    with contextlib.suppress(FileNotFoundError):
+        (tmp_path / "log" / "SFT.jsonl").unlink()
+    train("SFT", data_dir / "sft.jsonl", tokenizer_dir, tmp_path, **flags | dict(preset=False))
+    said = capsys.readouterr().out
+    assert f"inherited from {tmp_path / 'pretrain.pth'} (pretrain, step 2)" in said and "dim 64" in said
+    meta = [checkpoint.load_weights(tmp_path / f"{stage}.pth")[2] for stage in ("pretrain", "SFT")]
+    assert meta[1]["init_from_sha256"] == meta[0]["weights_sha256"] != meta[1]["weights_sha256"]
+    assert json.loads((tmp_path / "log" / "SFT.jsonl").read_text(encoding="utf-8").splitlines()[0])["step"] == 1
