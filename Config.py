@@ -6,6 +6,8 @@ Nothing here imports the rest of the project, and everything else may import thi
 import argparse
 import math
 import os
+import shlex
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -164,7 +166,7 @@ FLAGS = {
     "compile": Flag(bool, False, "torch.compile each block (needs a C++ compiler on CPU)", steers=True),
     "gradient_checkpointing": Flag(bool, False, "recompute activations in the backward pass: less memory, more time"),
     "deterministic": Flag(bool, False, "deterministic kernels only (slower on CUDA)", steers=True),
-    "seed": Flag(int, 42, "seed of weights, order and dropout", steers=True, low=0),
+    "seed": Flag(int, 42, "seed of weights, order and dropout", steers=True, low=0, high=2**63 - 1),
     "order": Flag(str, "shuffled", "order of the documents in each epoch", choices=("shuffled", "file"), steers=True),
     "cache_dir": Flag(str, None, "folder of the token cache (default: out_dir/cache)"),
     "max_bad_ratio": Flag(float, 0.01, "stop when more than this share of the lines is malformed", low=0, high=1),
@@ -233,4 +235,4 @@ def parse_args(stage: str, description: str, argv: list[str] | None = None, leav
 
 
 def _quoted(word: str) -> str:
-    return word if word and all(c.isalnum() or c in "-_./=,:@+" for c in word) else '"' + word.replace('"', '\\"') + '"'
+    return subprocess.list2cmdline([word]) if os.name == "nt" else shlex.quote(word)

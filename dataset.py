@@ -131,16 +131,19 @@ def parse_record(line: bytes, kind: str) -> dict:
         if "text" not in record:
             hint = ' (a conversation? chat stages read those)' if "conversations" in record else ""
             raise MalformedRecord(f'no "text"{hint}')
-        _check_text(record["text"], '"text"')
+        check_text(record["text"], '"text"')
+        record.pop("conversations", None)  # another key is ignored, whatever it holds
     else:
         if "conversations" not in record:
             hint = ' (plain text? pretrain.py reads that)' if "text" in record else ""
             raise MalformedRecord(f'no "conversations"{hint}')
         _check_conversation(record["conversations"])
+        record.pop("text", None)
     return record
 
 
-def _check_text(text, name: str) -> None:
+def check_text(text, name: str) -> None:
+    """Raises MalformedRecord when `text`, called `name`, is not a string or has a lone surrogate."""
     if not isinstance(text, str):
         raise MalformedRecord(f"{name} is not a string")
     if not text.isascii():
@@ -161,11 +164,12 @@ def _check_conversation(conversation) -> None:
             raise MalformedRecord(f'{name}: role {message["role"]!r} is not one of {", ".join(ROLES)}')
         if message["role"] == "system" and index:
             raise MalformedRecord(f"{name}: a system message may only come first")
-        _check_text(message["content"], f'{name}: "content"')
+        check_text(message["content"], f'{name}: "content"')
 
 
 def text_hash(record: dict) -> int:
-    """64 bits that identify a record's text, whatever file it stands in (roles and weights count not).
+    """64 bits that identify the text of a record as `parse_record` gives it, whatever file it stands in and
+    whatever its weight.
 
     Decides what is validation: both copies of a double always fall on the same side.
     """
@@ -208,7 +212,10 @@ def load_tokenizer(path: str):
         raise UserError(f"--tokenizer_path {path}: not a tokenizer that can be loaded: {reason[0]}") from None
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"--tokenizer_path {path}: not a fast tokenizer (it has no tokenizer.json)")
-    TextEncoder.of(tokenizer)  # what it lacks is said now
+    try:
+        TextEncoder.of(tokenizer)  # what it lacks is said now
+    except Exception as error:
+        raise UserError(f"--tokenizer_path {path}: {' '.join(str(error).split())}") from None
     return tokenizer
 
 
@@ -233,7 +240,6 @@ class TextEncoder:
 
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        self.fingerprint = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
         self.plain = Tokenizer.from_str(json.dumps(state))
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
@@ -243,6 +249,8 @@ class TextEncoder:
         self.bos_id = tokenizer.bos_token_id
         if self.bos_id is None:  # Qwen's has none: its turns begin with <|im_start|>; else the end token also begins
             self.bos_id = vocabulary.get("<|im_start|>", self.eos_id)
+        identity = f"{self.bos_id} {self.eos_id} {tokenizer.backend_tokenizer.to_str()}"
+        self.fingerprint = hashlib.sha256(identity.encode("utf-8")).hexdigest()
         self.tag_ids = {tag: vocabulary[tag] for tag in TAGS if tag in vocabulary}
         self.control_ids = {self.bos_id, self.eos_id, *self.tag_ids.values()}
         names = {id_: token for token, id_ in vocabulary.items()}
@@ -388,7 +396,7 @@ def encode_chat(tokenizer, conversations: list[dict],
 DOCUMENT = np.dtype([("start", "<i8"), ("reply", "<i8"), ("hash", "<u8"), ("weight", "<f4"), ("file", "<u4"),
                      ("line", "<i8")])
 REPLIES = np.dtype([("end", "<i8"), ("targets", "<i8"), ("bytes", "<i8")])
-CACHE_FORMAT = 1  # part of the fingerprint: raise it when anything above changes what is stored
+CACHE_FORMAT = 2  # part of the fingerprint: raise it when anything above changes what is stored
 
 
 class TokenCache:
@@ -404,7 +412,9 @@ class TokenCache:
         try:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             sums = self.meta["crc32"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if sums.pop("meta.json") != _crc32_of_meta(self.meta):
+                raise ValueError("wrong checksum")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / 'meta.json'}: damaged: {error}") from None
         for name, expected in sums.items():
             file = folder / name
@@ -421,6 +431,10 @@ class TokenCache:
         if file.stat().st_size == 0:
             return np.empty(0, dtype)
         return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _crc32_of_meta(meta: dict) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode("utf-8"))
 
 
 def _crc32(file: Path) -> int:
@@ -450,6 +464,9 @@ def open_cache(path: str, tokenizer, kind: str, cache_dir: str) -> TokenCache:
             print(f"token cache refused: {error}; making it again", flush=True)
             shutil.rmtree(folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    for leftover in folder.parent.glob("*.partial"):
+        if not _alive(int(leftover.suffixes[-2][1:])) or leftover == partial:  # a killed run's
+            shutil.rmtree(leftover, ignore_errors=True)
     try:
         _build_cache(files, encoder, kind, partial)
         try:
@@ -462,6 +479,18 @@ def open_cache(path: str, tokenizer, kind: str, cache_dir: str) -> TokenCache:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return TokenCache(folder)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this number runs here; in doubt yes."""
+    try:
+        if os.name == "posix":  # on Windows this would be a signal
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _build_cache(files: list[Path], encoder: TextEncoder, kind: str, folder: Path) -> None:
@@ -488,16 +517,17 @@ def _build_cache(files: list[Path], encoder: TextEncoder, kind: str, folder: Pat
                 row["file"], row["line"] = file, line
                 replies += [(n_tokens + end, targets, size) for end, targets, size in document.replies]
                 n_tokens += len(document.ids)
-            np.array([i for d in encoded for i in d.ids], token_type).tofile(out["tokens.bin"])
+            # not ndarray.tofile: on a full disk it loses the end of its buffer without a word
+            out["tokens.bin"].write(np.array([i for d in encoded for i in d.ids], token_type).tobytes())
             if kind == "chat":
-                np.array([k for d in encoded for k in d.kinds], np.uint8).tofile(out["kinds.bin"])
-            documents.tofile(out["documents.bin"])
-            np.array(replies, REPLIES).tofile(out["replies.bin"])
+                out["kinds.bin"].write(bytes(k for d in encoded for k in d.kinds))
+            out["documents.bin"].write(documents.tobytes())
+            out["replies.bin"].write(np.array(replies, REPLIES).tobytes())
             n_documents, n_replies = n_documents + len(block), n_replies + len(replies)
             progress.show(f"{n_documents:,} documents, {n_tokens:,} tokens")
         end = np.zeros(1, DOCUMENT)
         end["start"], end["reply"] = n_tokens, n_replies
-        end.tofile(out["documents.bin"])
+        out["documents.bin"].write(end.tobytes())
         for stream in out.values():
             stream.flush()
             os.fsync(stream.fileno())
@@ -506,8 +536,9 @@ def _build_cache(files: list[Path], encoder: TextEncoder, kind: str, folder: Pat
             stream.close()
     progress.show(f"{n_documents:,} documents, {n_tokens:,} tokens", last=True)
     meta["crc32"] = {name: _crc32(folder / name) for name in names}
+    meta["crc32"]["meta.json"] = _crc32_of_meta(meta)
     with open(folder / "meta.json", "w", encoding="utf-8") as stream:
-        json.dump(meta, stream, ensure_ascii=False, indent=1)
+        json.dump(meta, stream, indent=1)  # in ASCII: a file's name need not be UTF-8
         stream.flush()
         os.fsync(stream.fileno())
 

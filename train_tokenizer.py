@@ -26,7 +26,18 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from Config import LLMConfig, OneLineParser, UserError
-from dataset import TAGS, MalformedRecord, Progress, find_files, is_held_out, parse_record, read_lines, text_hash
+from dataset import (
+    TAGS,
+    MalformedRecord,
+    Progress,
+    check_text,
+    find_files,
+    is_held_out,
+    parse_object,
+    parse_record,
+    read_lines,
+    text_hash,
+)
 
 CONTROL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,11 +50,8 @@ HELD_OUT_BYTES, HELD_OUT_PIECE_CHARS = 4_000_000, 10_000
 
 
 class Sample:
-    """A uniform random sample, of at most `budget` bytes, of the pieces of a stream of documents.
-
-    Each piece draws a random key and the smallest keys stay (bottom-k sampling, Cohen and Kaplan 2007): a piece's
-    chance depends neither on its place nor on its size.
-    """
+    """A uniform random sample, of at most `budget` bytes, of the pieces of a stream of documents: each piece draws a
+    key and the smallest keys stay (bottom-k sampling, Cohen and Kaplan 2007), whatever the piece's place or size."""
 
     def __init__(self, budget: int, piece_chars: int, seed: int):
         self.budget, self.piece_chars, self.bytes = budget, piece_chars, 0
@@ -98,15 +106,21 @@ def read_texts(path: str, max_bad_ratio: float) -> Iterator[tuple[int, list[str]
 
 
 def parse_texts(line: bytes) -> tuple[int, list[str]]:
-    """(text hash, [text] or, where there is none, the contents of the conversation). Raises MalformedRecord."""
-    try:
-        record = parse_record(line, "text")
-        return text_hash(record), [record["text"]]
-    except MalformedRecord:
-        if b'"conversations"' not in line:
-            raise
-    messages = parse_record(line, "chat")["conversations"]
-    return text_hash({"conversations": messages}), [message["content"] for message in messages]
+    """(text hash, texts) of a line: its text, else the contents of its conversation, else its question and answer.
+
+    Raises MalformedRecord.
+    """
+    record = parse_object(line)
+    if record.get("text") is None and "conversations" in record:
+        record = parse_record(line, "chat")
+        return text_hash(record), [message["content"] for message in record["conversations"]]
+    keys = ("question", "answer") if "text" not in record and "question" in record else ("text",)
+    for key in keys:
+        if key not in record:
+            raise MalformedRecord(f'no "{key}"')
+        check_text(record[key], f'"{key}"')
+    texts = [record[key] for key in keys]
+    return text_hash({"text": "\n".join(texts)}), texts
 
 
 def collect(data_path: str, val_path: str | None, sample_bytes: int, seed: int,
@@ -137,11 +151,8 @@ def collect(data_path: str, val_path: str | None, sample_bytes: int, seed: int,
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, tags: tuple[str, ...] = TAGS) -> Tokenizer:
-    """A byte-level BPE tokenizer: CONTROL, `tags`, the 256 bytes, and merges until there are `vocab_size` entries.
-
-    There are fewer when no pair of tokens is left that occurs twice. No merge can spell a control string or a tag:
-    the split cuts each of them before its `>`.
-    """
+    """A byte-level BPE tokenizer: CONTROL, `tags`, the 256 bytes, and merges until there are `vocab_size` entries or no
+    pair occurs twice. No merge can spell a control string or a tag: the split cuts each of them before its `>`."""
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
     bound = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_WORD_CHARS}}}"), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
@@ -243,7 +254,7 @@ def make_report(tokenizer: Tokenizer, texts: list[str]) -> dict:
         rows[name]["chars"] += len(text)
         rows[name]["tokens"] += len(tokenizer.encode(text).ids)
     for row in rows.values():
-        row["chars_per_token"] = round(row["chars"] / max(row["tokens"], 1), 4)
+        row["chars_per_token"] = round(row["chars"] / row["tokens"], 4) if row["tokens"] else None
     hanzi = [len(tokenizer.encode(character).ids) for character in LEVEL_1_HANZI]
     return {"vocab_size": tokenizer.get_vocab_size(), **rows.pop("all"), "by_script": rows,
             "hanzi_by_tokens": [hanzi.count(n) for n in (1, 2, 3)],
@@ -277,14 +288,14 @@ def main(argv: list[str] | None = None) -> int:
     begin, sampled_bytes = time.monotonic(), sum(len(piece) for _, piece, _ in train.heap)
     print(f"training on {len(train.heap):,} pieces, {sampled_bytes:,} bytes", flush=True)
     tokenizer = train_bpe(train.pop_texts(), args.vocab_size, tags)
-    size = tokenizer.get_vocab_size()
-    warning = "" if size == args.vocab_size else f"; warning: too little text for --vocab_size {args.vocab_size}"
-    print(f"trained: {size:,} entries, {time.monotonic() - begin:.1f} s{warning}", flush=True)
+    print(f"trained: {tokenizer.get_vocab_size():,} entries, {time.monotonic() - begin:.1f} s", flush=True)
+    if tokenizer.get_vocab_size() < args.vocab_size:
+        print(f"warning: too little text for --vocab_size {args.vocab_size}: the tokenizer is smaller", flush=True)
     report = make_report(tokenizer, list(held_out.pop_texts()))
     report |= {"seed": args.seed, "sampled_bytes": sampled_bytes, "seconds": round(time.monotonic() - begin, 1)}
     print(f"{'held-out lines':16}{'characters':>12}{'tokens':>12}{'characters/token':>20}")
     for name, row in {**report["by_script"], "all": report}.items():
-        print(f"{name:16}{row['chars']:12,}{row['tokens']:12,}{row['chars_per_token']:20.3f}")
+        print(f"{name:16}{row['chars']:12,}{row['tokens']:12,}{row['chars_per_token'] or '-':>20}")
     print("of GB2312's 3,755 level-1 hanzi {:,} are one token, {:,} two, {:,} three".format(*report["hanzi_by_tokens"]))
     print(f"unknown rate {report['unknown_rate']}, round trip {'exact' if report['round_trip'] else 'FAILED'}")
     passed = report["round_trip"] and report["unknown_rate"] == 0

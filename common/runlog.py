@@ -8,6 +8,7 @@ from Config import UserError
 
 CHARTS = {"loss": "training loss (and validation loss)", "lr": "learning rate",
           "epoch_time": "minutes left of the epoch"}
+DRAWN = ("step", "loss", "lr", "minutes_left")
 
 
 class RunLog:
@@ -51,9 +52,11 @@ class RunLog:
         if self.jsonl_file.is_file():
             for line in self.jsonl_file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError:
                     continue
+                if isinstance(row, dict) and all(isinstance(row.get(key), (int, float)) for key in DRAWN):
+                    rows.append(row)
         return rows
 
     def cut_back(self, step: int) -> None:

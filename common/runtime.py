@@ -43,8 +43,11 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, MemoryError) as error:  # the CPU's lack of memory is a plain RuntimeError
+        reason = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in reason:
+            traceback.print_exc()
+            return 1
         print(f"error: out of memory ({reason}): a smaller --batch_size needs less (in training with as much more "
               "--accumulation_steps the result is the same), and so does --gradient_checkpointing", file=sys.stderr,
               flush=True)

@@ -147,10 +147,13 @@ def byte_level(texts: list[str], vocab_size: int, tags: list[str] = TAGS):
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory, data_dir) -> Path:
-    """Folder of a tokenizer with 800 entries and the four tags, made from data_dir's text."""
-    lines = (data_dir / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
-    return save_tokenizer(byte_level(texts, 800), tmp_path_factory.mktemp("tokenizer"))
+    """Folder of a tokenizer with 800 entries and the four tags, which train_tokenizer.py makes from data_dir."""
+    import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "weakwater_tokenizer"
+    data = str(data_dir / "pretrain.jsonl")
+    train_tokenizer.main(["--data_path", data, "--tokenizer_path", str(folder), "--vocab_size", "800"])
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -188,9 +191,12 @@ def train(stage: str, data, tokenizer_dir, out_dir, **flags) -> list[dict]:
 
 
 def read_rows(out_dir, stage: str) -> list[dict]:
-    """The JSONL of a stage as rows."""
+    """The JSONL of a stage as rows; each line must be JSON, which knows no NaN."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
     lines = (Path(out_dir) / "log" / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ def start(stage: str, argv: list, fault: dict | None = None, **options):
 # two epochs, accumulation and dropout. A step has about 100 tokens.
 COMMON = dict(device="cpu", epochs=2, accumulation_steps=2, dropout=0.1, learning_rate=3e-3, warmup_ratio=0.2,
               log_interval=1, eval_interval=3, save_interval=2, keep_checkpoints=2)
-CHAT = dict(min_tokens=0, max_seq_len=72, batch_size=1)
+CHAT = dict(min_tokens=0, max_seq_len=96, batch_size=1)
 SETTINGS = {
     "pretrain": dict(preset="nano", max_seq_len=16, batch_size=2, dtype="bf16", optimizer="adamw"),
     "SFT": dict(CHAT, dtype="fp16", optimizer="muon"),

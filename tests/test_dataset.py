@@ -310,8 +310,9 @@ def test_width_of_a_token(tmp_path, entries, dtype):
     assert step.micro_batches[0].to("cpu")["targets"].tolist() == [3, entries - 1, entries - 2, 1]
 
 
-@pytest.mark.parametrize("what, reason", [("missing", "no such folder"), ("empty", "cannot be loaded"),
-                                          ("damaged", "cannot be loaded"), ("no end", "has no end token")])
+@pytest.mark.parametrize("what, reason", [
+    ("missing", "no such folder"), ("empty", "not a tokenizer that can be loaded"),
+    ("damaged", "not a tokenizer that can be loaded"), ("no end", "has no end token")])
 def test_unusable_tokenizers(tokenizer_dir, tmp_path, what, reason):
     """A tokenizer that is missing, damaged, or has no end token is refused by its path or by what it lacks."""
     folder = tmp_path / "tokenizer"

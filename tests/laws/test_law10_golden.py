@@ -31,7 +31,7 @@ def losses(folder: Path) -> dict[str, list[float]]:
     try:
         for stage, (records, flags) in STAGES.items():
             data = write_jsonl(folder / f"{stage}.jsonl", records())
-            rows = train(stage, data, GOLDEN / "tokenizer", folder / "out", batch_size=2048 // flags["max_seq_len"],
+            rows = train(stage, data, GOLDEN / "tokenizer", folder / "out", batch_size=1024 // flags["max_seq_len"],
                          accumulation_steps=2, learning_rate=2e-3, max_steps=20, epochs=9, eval_interval=0, **flags)
             found[stage] = [row["loss"] for row in rows]
     finally:

@@ -128,8 +128,11 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
             alone.append((ids[None, :length], None, index, ids[index + 1], weights))
             total, begin = total + weights.sum().item(), begin + length
         assert len(alone) > 5 and total == pytest.approx(step.total_weight, rel=1e-6)
-        packed = (batch["tokens"], batch["lengths"], batch["target_index"], batch["targets"], batch["weights"].double())
-        assert_same(loss_and_gradients(model, [packed]), loss_and_gradients(model, alone), 1e-7)
+        model.zero_grad()
+        loss = model(**batch | {"weights": batch["weights"].double()})
+        loss.backward()
+        packed = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+        assert_same(packed, loss_and_gradients(model, alone), 1e-7)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
 
 
 @pytest.mark.parametrize("block_rows", [64, 10_000], ids=["several blocks", "one block"])
-@pytest.mark.parametrize("n", [0, 1, 64, 200])
+@pytest.mark.parametrize("n", [0, 1, 64, 129])
 def test_linear_cross_entropy(monkeypatch, n, block_rows):
     """Loss and both gradients are F.cross_entropy's with weights, in float64 and float32, also for no rows."""
     monkeypatch.setattr(LinearCrossEntropy, "BLOCK_LOGITS", block_rows * 131)
@@ -168,7 +171,7 @@ def test_linear_cross_entropy_under_autocast(dtype):
     got = torch.autograd.grad(loss, (hidden, weight))
     exact = (F.cross_entropy(hidden @ weight.t(), targets, reduction="none") * weights).sum()
     expected = torch.autograd.grad(exact, (hidden, weight))
-    tolerance = 4 * torch.finfo(dtype).eps
+    tolerance = torch.finfo(dtype).eps
     assert loss.dtype == torch.float32 and abs(loss - exact) <= tolerance * exact
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() <= tolerance * b.norm()

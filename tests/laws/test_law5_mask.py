@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, TAGS, byte_level, make_texts, save_tokenizer, write_jsonl
+from conftest import TAGS, byte_level, make_texts, save_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,8 +82,9 @@ def foreign(tmp_path_factory, data_dir):
     """Tokenizers by name, each loaded from a folder as a stage would."""
     texts = [record["text"] for record in make_texts(5, 20)]
     made = {"gpt2": gpt2_like(), "qwen": qwen_like(), "unigram": unigram(),
-            "no tags": (byte_level(texts, 300, tags=[]), {}),
-            "some tags": (byte_level(texts, 300, tags=["<think>", "</answer>"]), {})}
+            # trained on tags, so that tokens reach over their ends: "><", ">\n"
+            "no tags": (byte_level(texts + ["<think>a</think>\n<answer><think>"] * 99, 300, tags=[]), {}),
+            "some tags": (byte_level(texts + ["</think><answer>\n"] * 99, 300, tags=["<think>", "</answer>"]), {})}
     folder = tmp_path_factory.mktemp("foreign")
     return {name: load_tokenizer(str(save_tokenizer(backend, folder / name.replace(" ", "_"), **config)))
             for name, (backend, config) in made.items()}
@@ -223,10 +224,9 @@ def test_chat_template(tokenizer):
 
     test()
     assert seen > 60
-    assert tokenizer.chat_template == CHAT_TEMPLATE
-    check_untrimmed = [{"role": "user", "content": "  a  "}, {"role": "assistant", "content": " <think> b\n\n "}]
-    assert encode_chat(tokenizer, check_untrimmed)[0] == tokenizer.apply_chat_template(
-        check_untrimmed, tokenize=True, return_dict=False)
+    untrimmed = [{"role": "user", "content": "  a  "}, {"role": "assistant", "content": " <think> b\n\n "}]
+    assert encode_chat(tokenizer, untrimmed)[0] == tokenizer.apply_chat_template(
+        untrimmed, tokenize=True, return_dict=False)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_a_damaged_token_cache_is_named_and_made_again(runs, tmp_path, name):
     flags = dict(cache_dir=tmp_path / "cache", max_steps=2)
     runs.run("SFT", tmp_path / "0", flags=flags)
     folder, = (tmp_path / "cache").iterdir()
-    file, expected = folder / name, (tmp_path / "0" / "SFT.pth").read_bytes()
+    file, expected = folder / name, checkpoint.load_weights(tmp_path / "0" / "SFT.pth")[2]["weights_sha256"]
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     for number, damage in enumerate(["missing", "empty", "truncated", "a flipped byte", "text"], start=1):
         if damage == "missing":
@@ -277,7 +277,7 @@ def test_a_damaged_token_cache_is_named_and_made_again(runs, tmp_path, name):
         named = [line for line in ended.out.splitlines() if line.startswith("token cache refused")]
         assert len(named) == 1 and str(file) in named[0] and "making it again" in named[0], f"{damage}: {ended}"
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
-        assert torch.load(out / "SFT.pth", weights_only=True)["meta"]["weights_sha256"].encode() in expected
+        assert checkpoint.load_weights(out / "SFT.pth")[2]["weights_sha256"] == expected
 
 
 def test_what_a_kill_left_half_written_is_cleared_away(runs, tmp_path):
@@ -298,6 +298,17 @@ def test_a_half_made_cache_of_the_same_process_number_is_not_in_the_way(runs, tm
     ended = runs.run("pretrain", tmp_path, fault=fault, flags=dict(cache_dir=None), pid=7)
     assert ended.code == -signal.SIGKILL
     assert runs.run("pretrain", tmp_path, flags=dict(cache_dir=None), pid=7).code == 0
+    runs.reference("pretrain").assert_same(tmp_path)
+
+
+def test_damaged_lines_of_metrics_are_passed_over(runs, tmp_path):
+    """They are only a record: neither the resume nor the charts may end a run because of one."""
+    ended = runs.run("pretrain", tmp_path, fault={"at": "after rename weights"})
+    assert ended.code == -signal.SIGKILL
+    file = tmp_path / "log" / "pretrain.jsonl"
+    file.write_bytes(file.read_bytes() + b'[1]\n{"step": "x"}\n{"step": 1}\n\xff\x00\n3\n{"step": 2, "lo')
+    ended = runs.run("pretrain", tmp_path, charts=True)
+    assert ended.code == 0, ended
     runs.reference("pretrain").assert_same(tmp_path)
 
 
@@ -434,8 +445,8 @@ def test_a_disk_full_while_a_stage_writes_ends_it_with_2_and_resuming_ends_the_s
 
 def test_a_file_that_may_not_grow_ends_a_stage_with_2_and_resuming_ends_the_same(runs, tmp_path):
     """The system's own refusal (RLIMIT_FSIZE): in the middle and at the very end of a checkpoint."""
-    size = min(f.stat().st_size for f in runs.undisturbed.glob("checkpoints/pretrain/*.pth")) \
-        if runs.reference("pretrain") else 0
+    runs.reference("pretrain")
+    size = min(file.stat().st_size for file in runs.undisturbed.glob("checkpoints/pretrain/*.pth"))
     for number, limit in enumerate([size // 3, size - 64 * 1024, size - 1]):
         out = tmp_path / str(number)
         ended = runs.run("pretrain", out, limit=limit)
@@ -490,7 +501,7 @@ def test_a_tiny_disk_that_fills_up_loses_nothing_and_resuming_ends_the_same(runs
         for file in saved:
             checkpoint.load(file, checkpoint.STATE_KEYS)
         again = runs.run("pretrain", out)
-        assert again.code == 2 and [f for f in out.rglob("*.pth")], again
+        assert again.code == 2 and sorted(out.glob("checkpoints/pretrain/*.pth")), again
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         assert runs.run("pretrain", out).code == 0
         runs.reference("pretrain").assert_same(out)

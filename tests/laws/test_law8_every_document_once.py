@@ -214,7 +214,7 @@ def test_val_path_overlap(tokenizer, tmp_path):
     """With --val_path, what is in it is taken out of training and counted; nothing else is held out."""
     records = make_chats(11, 60)
     data = write_jsonl(tmp_path / "data.jsonl", records)
-    other = [{"conversations": r["conversations"], "weight": 2.0} for r in records[10:14]]
+    other = [{"conversations": r["conversations"], "weight": 2.0, "text": "else"} for r in records[10:14]]
     val = write_jsonl(tmp_path / "val.jsonl", [*other, other[0], *make_chats(12, 3)])
     said = []
     training, validation = load_splits(str(data), str(val), tokenizer, "chat", str(tmp_path / "c"), 1024,
