@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All stages on the GPUs of one machine, with the same tokens per step as one GPU has by default.
+# All stages on the GPUs of one machine. With 2 GPUs a step has as many tokens as on one GPU by default; with more, the
+# first two stages' steps grow, since their accumulation cannot go below 1.
 #
 #   DATA=/path/to/data GPUS=2 bash runs/multi_gpu.sh
 #

@@ -334,8 +334,8 @@ def test_too_high_a_learning_rate_stops_the_run(text_file, tokenizer_dir, tmp_pa
 
 def test_what_a_run_leaves(text_file, tokenizer_dir, tmp_path, capsys):
     """Console line, log, JSONL, charts, weights and checkpoints are where and what the contract says."""
-    importlib.import_module("pretrain").main(stage_argv(
-        text_file, tokenizer_dir, tmp_path, **SMALL | dict(epochs=2, eval_interval=3, save_interval=4)))
+    flags = SMALL | dict(epochs=2, eval_interval=3, save_interval=4, learning_rate=2.0, warmup_ratio=1.0)
+    importlib.import_module("pretrain").main(stage_argv(text_file, tokenizer_dir, tmp_path, **flags))
     said = capsys.readouterr().out
     line = r"^Epoch:\[1/2\]\(1/\d+\) loss:\d\.\d{3} lr:0\.\d{12} epoch_Time:\d+\.\dmin tokens/s:[\d,]+ grad_norm:\d"
     assert re.search(line, said, re.MULTILINE)
@@ -357,6 +357,7 @@ def test_what_a_run_leaves(text_file, tokenizer_dir, tmp_path, capsys):
     assert {"stage", "step", "tokens", "val"} <= set(meta) and meta["tokens"] == rows[-1]["tokens"]
     best = checkpoint.load_weights(tmp_path / "pretrain_best.pth")[2]
     lowest = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    assert lowest is not rows[-1]  # the rate rises until it gets worse again
     assert best["step"] == lowest["step"] and best["val"]["loss"] == lowest["val_loss"]
     steps = sorted(path.name for path in (tmp_path / "checkpoints" / "pretrain").iterdir())
     saved = [step for step in range(1, len(rows) + 1) if step % 4 == 0 or step == len(rows)][-2:]

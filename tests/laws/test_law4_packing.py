@@ -1,5 +1,6 @@
 """Law 4: a packed buffer is its documents one by one: loss, gradients, logits; and the loss is the cross-entropy."""
 
+import inspect
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as network
 from common import runtime
 from common.scoring import score
 from Config import LLMConfig
@@ -133,6 +135,52 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
         loss.backward()
         packed = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
         assert_same(packed, loss_and_gradients(model, alone), 1e-7)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_call_of_the_varlen_kernel(monkeypatch, variant):
+    """On CUDA one kernel attends to all documents. A stand-in with its signature shows on any machine that it is told
+    where they lie: boundaries from 0 to T in int32, the longest, causal, grouped heads named."""
+    if network.varlen_attn is None:
+        pytest.skip("this torch has no varlen_attn")
+    signature, calls = inspect.signature(network.varlen_attn), []
+
+    def stand_in(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        q, k, v, bounds_q, bounds_k, max_q, max_k = call.args[:7]
+        options = call.arguments
+        calls.append(options)
+        assert options.get("is_causal", True) and options.get("window_size", (-1, 0)) in ((-1, 0), [-1, 0])
+        assert "window_size" in options or options["is_causal"]
+        assert options.get("enable_gqa", True) or q.shape[1] == k.shape[1]
+        assert bounds_q.dtype == bounds_k.dtype == torch.int32 and torch.equal(bounds_q, bounds_k)
+        assert max_q == max_k == max(LENGTHS) and q.ndim == k.ndim == v.ndim == 3
+        return torch.cat([network.attend(*(x[None, a:b] for x in (q, k, v)), causal=True)[0]
+                          for a, b in zip(bounds_q.tolist(), bounds_q.tolist()[1:], strict=False)])
+
+    model, buffer = make_model(**VARIANTS[variant]), make_buffer()
+    expected = loss_and_gradients(model, one_by_one(*buffer))
+    monkeypatch.setattr(network, "varlen_attn", stand_in)
+    monkeypatch.setattr(network, "use_varlen", lambda q: True)
+    assert_same(loss_and_gradients(model, [(buffer[0], LENGTHS, *buffer[1:])]), expected, 1e-7)
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs CUDA")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_varlen_kernel(variant):
+    """The kernel itself, in bfloat16: as near to float32 as documents one by one in bfloat16 are."""
+    model, (tokens, index, targets, weights) = make_model(torch.float32, **VARIANTS[variant]).cuda(), make_buffer()
+    buffer = tokens.cuda(), index.cuda(), targets.cuda(), weights.float().cuda()
+    exact = loss_and_gradients(model, one_by_one(*buffer))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        alone = loss_and_gradients(model, one_by_one(*buffer))
+        packed = loss_and_gradients(model, [(buffer[0], LENGTHS, *buffer[1:])])
+    assert abs(packed[0] - exact[0]) <= 0.01 * exact[0]
+    for name, gradient in exact[1].items():
+        near, far = (alone[1][name] - gradient).norm(), (packed[1][name] - gradient).norm()
+        assert far <= 1.5 * near + 1e-3 * gradient.norm(), name
 
 
 # ---------------------------------------------------------------------------------------------

@@ -83,8 +83,8 @@ def foreign(tmp_path_factory, data_dir):
     texts = [record["text"] for record in make_texts(5, 20)]
     made = {"gpt2": gpt2_like(), "qwen": qwen_like(), "unigram": unigram(),
             # trained on tags, so that tokens reach over their ends: "><", ">\n"
-            "no tags": (byte_level(texts + ["<think>a</think>\n<answer><think>"] * 99, 300, tags=[]), {}),
-            "some tags": (byte_level(texts + ["</think><answer>\n"] * 99, 300, tags=["<think>", "</answer>"]), {})}
+            "no tags": (byte_level(texts + ["<think>a</think>\n<answer><think>"] * 999, 300, tags=[]), {}),
+            "some tags": (byte_level(texts + ["</think><answer>\n"] * 999, 300, tags=["<think>", "</answer>"]), {})}
     folder = tmp_path_factory.mktemp("foreign")
     return {name: load_tokenizer(str(save_tokenizer(backend, folder / name.replace(" ", "_"), **config)))
             for name, (backend, config) in made.items()}
