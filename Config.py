@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -145,7 +146,7 @@ FLAGS = {
     "max_tokens": Flag(int, None, "skip conversations with more tokens", everyday=True, steers=True, low=1),
     "epochs": Flag(int, 1, "passes over the data", everyday=True, steers=True, low=1),
     "max_steps": Flag(int, 0, "stop after this many optimizer steps (0: no limit)", everyday=True, steers=True, low=0),
-    "batch_size": Flag(int, 84, "rows of max_seq_len tokens in a micro-batch, on each device", everyday=True, steers=True, low=1),
+    "batch_size": Flag(int, 84, "rows of max_seq_len tokens in a micro-batch, on each device (of chats up to one more)", everyday=True, steers=True, low=1),
     "accumulation_steps": Flag(int, 2, "micro-batches in an optimizer step, on each device", everyday=True, steers=True, low=1),
     "learning_rate": Flag(float, 5e-4, "peak learning rate", everyday=True, steers=True, low=0),
     "dtype": Flag(str, "auto", "precision of the matrix products", choices=("auto", "bf16", "fp16", "fp32"), everyday=True),
@@ -229,8 +230,10 @@ def parse_args(stage: str, description: str, argv: list[str] | None = None, leav
         parser.error(f"--min_tokens {args.min_tokens} is greater than --max_tokens {args.max_tokens}")
     args.stage = stage
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    starter = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
-    args.command = " ".join([*starter, f"{stage}.py", *map(_quoted, argv)])
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    starter = [python] if processes == 1 else [python, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    script = sys.argv[0] if os.path.basename(sys.argv[0]) == f"{stage}.py" else f"{stage}.py"
+    args.command = " ".join(map(_quoted, [*starter, script, *argv]))
     return args
 
 

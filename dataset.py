@@ -9,6 +9,7 @@ Read from top to bottom it follows one document on its way into the loss:
 5. steps               documents become micro-batches without padding, in a seeded order
 """
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -70,13 +71,11 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         elif file.suffix == ".xz":
             stream = lzma.open(file, "rb")
         elif file.suffix == ".zst":
-            import zstandard  # only where such a file is read
-
-            stream = zstandard.open(file, "rb")
+            stream = contextlib.closing(_zst_lines(file))
         else:
             stream = open(file, "rb")
-        with stream:
-            for number, line in enumerate(stream, start=1):
+        with stream as lines:
+            for number, line in enumerate(lines, start=1):
                 line = line.rstrip(b"\r\n")
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
@@ -88,6 +87,24 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         if type(error).__name__ == "ZstdError":
             raise UserError(f"{file}: cannot be read beyond line {number}: {error}") from None
         raise
+
+
+def _zst_lines(file: Path) -> Iterator[bytes]:
+    """Lines of a .zst file. Raises EOFError where it ends inside a frame, which zstandard's own reader passes over."""
+    import zstandard  # only where such a file is read
+
+    frame, rest = None, b""
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 16):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                *lines, rest = (rest + frame.decompress(block)).split(b"\n")
+                yield from lines
+                frame, block = (None, frame.unused_data) if frame.eof else (frame, b"")
+    if frame is not None:
+        raise EOFError("the file ends inside a compressed frame")
+    if rest:
+        yield rest
 
 
 def _unique_keys(pairs: list) -> dict:
@@ -465,7 +482,8 @@ def open_cache(path: str, tokenizer, kind: str, cache_dir: str) -> TokenCache:
             shutil.rmtree(folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     for leftover in folder.parent.glob("*.partial"):
-        if not _alive(int(leftover.suffixes[-2][1:])) or leftover == partial:  # a killed run's
+        ours = re.fullmatch(r"[0-9a-f]{16}\.(\d+)\.partial", leftover.name)
+        if ours and (leftover == partial or not process_lives(int(ours[1]))):  # a killed run's
             shutil.rmtree(leftover, ignore_errors=True)
     try:
         _build_cache(files, encoder, kind, partial)
@@ -481,7 +499,7 @@ def open_cache(path: str, tokenizer, kind: str, cache_dir: str) -> TokenCache:
     return TokenCache(folder)
 
 
-def _alive(pid: int) -> bool:
+def process_lives(pid: int) -> bool:
     """Whether a process of this number runs here; in doubt yes."""
     try:
         if os.name == "posix":  # on Windows this would be a signal
@@ -659,7 +677,10 @@ def load_documents(path: str, tokenizer, kind: str, cache_dir: str, max_seq_len:
              weight == 0],
             ["fewer than min_tokens", "more than max_tokens", "no assistant turn", "first reply does not fit",
              "weight 0"], "")
-        counts["lost last turns"] = int(((kept_replies < n_replies) & (reasons == "")).sum())
+        kept = reasons == ""
+        counts["lost last turns"] = int((kept & (kept_replies < n_replies)).sum())
+        last_end = np.array(replies["end"])[np.maximum(first[1:], 1) - 1]
+        counts["lost a last turn without reply"] = int((kept & (n_replies > 0) & (last_end < start[1:])).sum())
     for reason in np.unique(reasons[reasons != ""]):
         counts[str(reason)] = int((reasons == reason).sum())
     index = np.flatnonzero(reasons == "")
@@ -694,7 +715,7 @@ def load_splits(path: str, val_path: str | None, tokenizer, kind: str, cache_dir
         train = train.take(~held_out)
     _, once = np.unique(val.hash, return_index=True)
     train.counts["doubles in validation"] = len(val) - len(once)
-    val = val.take(np.sort(once))
+    val = val.take(once)  # in the order of the hashes: the first --eval_tokens are then a fair sample
     if not len(train):
         raise UserError(f"{path}: nothing is left to train on beside {len(val)} validation document(s): "
                         "more data, or another --val_path, is needed")
@@ -794,7 +815,8 @@ class StepLoader:
 
     Text: the documents of an epoch, in its order, are one stream cut into rows of max_seq_len tokens; a
     document that does not end in its row goes on in the next. Chat: whole documents, taken in order as long
-    as they fit; one that does not is kept back for the next step. Nothing is ever padded.
+    as they fit; one that does not is kept back for the next step, and a micro-batch may be larger than
+    batch_size × max_seq_len by less than one conversation. Nothing is ever padded.
     """
 
     LOOK_AHEAD = 256  # conversations that may be kept back at a time; they fill the gaps of later steps

@@ -79,9 +79,10 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.compare_settings(resumed["settings"], settings)
         checkpoint.restore(resumed, optimizers, scaler)
         done, tokens, best_loss, val_scores = (resumed[k] for k in ("step", "tokens", "best_loss", "val_scores"))
+    if resumed and resumed["val_sha256"] != val.fingerprint():
+        log.print("the validation data changed: the lowest validation loss so far does not count any more")
+        best_loss = math.inf
     log.cut_back(done)
-    if args.use_wandb:
-        log.start_wandb(args.wandb_project, settings)
 
     def save_weights(path: Path) -> None:
         if ranks.is_main:
@@ -92,18 +93,23 @@ def main(argv: list[str] | None = None) -> None:
     def save_all() -> None:
         if ranks.is_main:
             state = {"step": done, "tokens": tokens, "best_loss": best_loss, "val_scores": val_scores,
+                     "val_sha256": val.fingerprint(),
                      "model": net.state_dict(), "config": net.config.to_dict(), "settings": settings,
                      "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                      "scaler": scaler.state_dict(), "start_sha256": start_sha256}
             checkpoint.save_state(state, args.out_dir, args.stage, args.keep_checkpoints)
             save_weights(out / f"{args.stage}.pth")
+        ranks.barrier()  # a rank that ends early would take the others, saving, with it
 
     if done >= total_steps:
         save_weights(out / f"{args.stage}.pth")  # a kill may have come between the last state and the weights
+        log.charts()
         log.print(f"finished before, at step {done}: nothing to train; the weights are in {out / args.stage}.pth")
         return
 
     # ---- the loop -----------------------------------------------------------------------------
+    if args.use_wandb:
+        log.start_wandb(args.wandb_project, settings)
     meter = Meter()
     peak = runtime.peak_flops(device, dtype)
     flops_per_token = net.flops_per_token(min(args.max_seq_len, loader.tokens_per_epoch / len(train)))
@@ -131,13 +137,13 @@ def main(argv: list[str] | None = None) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
             seen = ranks.sum(torch.stack([loss_sum, torch.full_like(loss_sum, signal.number)]))
             loss, stop, norm = torch.cat([seen, grad_norm.unsqueeze(0)]).tolist()  # the step's one synchronisation
-            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > checkpoint.LEAST_SCALE
+            if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
                 save_all()
-                checkpoint.stop_at_non_finite(args, step, loss, norm, batch, train, net, device,
-                                               ranks.is_main)
+                checkpoint.stop_at_non_finite(args, step, loss, norm, batch, loader, net, device, dtype, ranks)
             if math.isfinite(norm):
                 for optimizer in optimizers:
-                    scaler.step(optimizer)
+                    optimizer.step()
             else:  # fp16 overflowed: the scaler lowers its scale, and this step leaves the weights as they are
                 log.print(f"step {step + 1}: gradient overflow in fp16, step skipped at scale {scaler.get_scale():g}")
             scaler.update()

@@ -37,8 +37,6 @@ from eval_model import Loaded, model_parser, number, open_weights
 
 SCORE_TOKENS = 16_384  # tokens in a buffer when a loss is computed
 
-SCORE_TOKENS = 16_384  # tokens in a buffer when a loss is computed
-
 
 # ---------------------------------------------------------------------------------------------
 # files

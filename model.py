@@ -175,12 +175,14 @@ def attend_packed(q_BTHD, k_BTKD, v_BTKD, packing: Packing) -> torch.Tensor:
 
 
 def use_varlen(q: torch.Tensor) -> bool:
-    """Whether the variable-length flash kernel applies; its backward pass is not deterministic."""
+    """Whether the variable-length flash kernel applies: it needs an Ampere GPU, and its backward pass is not
+    deterministic."""
     return (varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-            and not torch.are_deterministic_algorithms_enabled())
+            and not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
-# torch 2.10 said is_causal=True where later versions say window_size=(-1, 0): look back without limit, never ahead
+# earlier versions said is_causal=True where later ones say window_size=(-1, 0): look back without limit, never ahead
 VARLEN_CAUSAL = {}
 if varlen_attn is not None:
     VARLEN_CAUSAL = ({"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters
@@ -235,13 +237,15 @@ class Decoder(nn.Module):
         if longest > limit:
             raise UserError(f"a sequence of {longest} tokens is longer than the model's max_seq_len of {limit}")
         packing = mask = None
+        if lengths is not None and cache is not None:
+            raise UserError("a packed buffer cannot be decoded: give lengths or a cache")
+        if positions is None and lengths is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
         if lengths is not None:
             if B != 1 or sum(lengths) != T:
                 raise UserError(f"a packed buffer is (1, sum(lengths)) = (1, {sum(lengths)}), not ({B}, {T})")
             packing = Packing(lengths, boundaries_of(lengths).to(tokens.device) if boundaries is None else boundaries)
             positions = packing.positions()
-        elif positions is None:
-            positions = torch.arange(T, device=tokens.device).unsqueeze(0)
         elif cache is not None:
             length = length or int(positions.max()) + 1  # asking the device waits for it
             if length > min(limit, cache.max_length):
@@ -296,7 +300,7 @@ class WeakWater(nn.Module):
         if targets is None:
             return self.lm_head(hidden_BTC)
         hidden_NC = hidden_BTC.flatten(0, 1)[target_index]  # positions without a target cost no logits
-        return LinearCrossEntropy.apply(hidden_NC, self.lm_head.weight, targets, weights)
+        return LinearCrossEntropy.apply(hidden_NC, self.lm_head.weight, targets, weights, torch.is_grad_enabled())
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters by part; tied weights count once, with the embedding."""
@@ -330,14 +334,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     BLOCK_LOGITS = 2**24  # logits at a time: 64 MiB in float32
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, loss_weights):
+    def forward(ctx, hidden, weight, targets, loss_weights, needs_grad=True):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
             weight_VC = weight.to(dtype)
             rows = max(64, LinearCrossEntropy.BLOCK_LOGITS // weight.shape[0])
             total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(dtype, torch.float32))
-            needs_grad = any(ctx.needs_input_grad)
+            # gradients are formed with weights of at most 1, and scaled in float32: fp16 would overflow or lose them
+            scale = loss_weights.amax().clamp_min(1e-30) if len(loss_weights) else torch.ones_like(total)
             grad_hidden = torch.empty_like(hidden) if needs_grad else None
             grad_weight = torch.zeros_like(weight) if needs_grad else None
             for start in range(0, hidden.shape[0], rows):
@@ -347,15 +352,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                 log_prob_NV = F.log_softmax(hidden_NC @ weight_VC.t(), dim=-1, dtype=total.dtype)
                 total -= (log_prob_NV.gather(1, target_N1) * loss_weight_N1).sum()
                 if needs_grad:  # d loss / d logits = (softmax - one_hot) · weight
-                    grad_NV = log_prob_NV.exp_().mul_(loss_weight_N1)
-                    grad_NV.scatter_add_(1, target_N1, -loss_weight_N1)
+                    grad_NV = log_prob_NV.exp_().mul_(loss_weight_N1 / scale)
+                    grad_NV.scatter_add_(1, target_N1, -loss_weight_N1 / scale)
                     grad_NV = grad_NV.to(dtype)
                     grad_hidden[block] = grad_NV @ weight_VC
                     grad_weight += grad_NV.t() @ hidden_NC
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            if needs_grad:
+                ctx.save_for_backward(grad_hidden.mul_(scale), grad_weight.mul_(scale))
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight * grad_total, None, None
+        return grad_hidden * grad_total, grad_weight * grad_total, None, None, None

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import torch
 
-from common.runtime import TrainingStopped
+from common.runtime import TrainingStopped, autocast
 from Config import FLAGS, LLMConfig, UserError
-from dataset import make_micro_batch
+from dataset import make_micro_batch, process_lives
 from model import WeakWater
+
+
+class DamagedFile(UserError):
+    """A file that is truncated, damaged, or not what its name says."""
 
 
 def save(content: dict, path: Path) -> None:
@@ -66,7 +70,8 @@ def sync_folder(folder: Path) -> None:
 def load(path: Path, needed: tuple[str, ...]) -> dict:
     """Read a file written by `save` that holds at least the keys `needed`, tensors on the CPU.
 
-    Raises UserError, naming the file, when it is missing, truncated, damaged or something else.
+    Raises UserError, naming the file, when it is missing or cannot be read, and DamagedFile when it is truncated,
+    damaged or something else.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,15 +84,17 @@ def load(path: Path, needed: tuple[str, ...]) -> dict:
                 if entry.external_attr & 0x10:  # "a folder": torch reads nothing and leaves the tensor as memory was
                     broken = broken or entry.filename
             if broken is not None:
-                raise UserError(f"{path}: damaged (wrong checksum in {broken!r})")
+                raise DamagedFile(f"{path}: damaged (wrong checksum in {broken!r})")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
+    except (DamagedFile, MemoryError):
         raise
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # each damage has an exception of its own: zlib.error, struct.error, KeyError, ...
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: damaged, truncated or not a checkpoint: {reason}") from None
+        raise DamagedFile(f"{path}: damaged, truncated or not a checkpoint: {reason}") from None
     if not isinstance(content, dict) or not set(needed) <= set(content):
-        raise UserError(f"{path}: not a WeakWater checkpoint (it lacks {', '.join(needed)})")
+        raise DamagedFile(f"{path}: not a WeakWater checkpoint (it lacks {', '.join(needed)})")
     return content
 
 
@@ -97,7 +104,8 @@ def load(path: Path, needed: tuple[str, ...]) -> dict:
 
 def save_weights(path: Path, model: WeakWater, meta: dict) -> None:
     """Write {"model": float32 state dict, "config", "meta"}; meta also gets the weights' SHA-256."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    tensors = {id(tensor): tensor.detach().cpu() for tensor in model.parameters()}  # tied weights stay one
+    state = {name: tensors[id(parameter)] for name, parameter in model.state_dict(keep_vars=True).items()}
     meta = meta | {"weights_sha256": weights_sha256(state)}
     save({"model": state, "config": model.config.to_dict(), "meta": meta}, path)
 
@@ -178,7 +186,7 @@ def newest_state(out_dir: str, stage: str, needed: tuple[str, ...]) -> tuple[dic
     for _, path in numbered(folder):
         try:
             state = load(path, needed)
-        except UserError as error:
+        except DamagedFile as error:
             print(f"checkpoint refused: {error}", flush=True)
             refused.append(path)
             continue
@@ -202,13 +210,17 @@ def existing_output(out_dir: str, stage: str) -> Path | None:
 
 def clear_temporary(out_dir: str, stage: str) -> None:
     """Remove what a killed run of this stage left half-written."""
-    for folder, pattern in ((Path(out_dir), f".{stage}*.tmp"), (checkpoint_folder(out_dir, stage), ".*.tmp")):
+    out = Path(out_dir)
+    for folder, pattern in ((out, f".{stage}.pth.*.tmp"), (out, f".{stage}_best.pth.*.tmp"),
+                            (checkpoint_folder(out_dir, stage), ".*.pth.*.tmp")):
         for leftover in folder.glob(pattern):
-            leftover.unlink(missing_ok=True)
+            pid = leftover.name.split(".")[-2]
+            if pid.isdecimal() and not process_lives(int(pid)):
+                leftover.unlink(missing_ok=True)
 
 
-STATE_KEYS = ("step", "tokens", "best_loss", "val_scores", "model", "config", "optimizers", "scaler", "settings",
-              "start_sha256")
+STATE_KEYS = ("step", "tokens", "best_loss", "val_scores", "val_sha256", "model", "config", "optimizers",
+              "scaler", "settings", "start_sha256")
 
 
 def begin(args, ranks) -> dict | None:
@@ -217,16 +229,20 @@ def begin(args, ranks) -> dict | None:
     Raises UserError when an earlier run's output is there and --resume is not given.
     """
     found = None
+    weights = Path(args.out_dir) / f"{args.stage}.pth"
     with ranks.main_first():
-        if ranks.is_main:
-            clear_temporary(args.out_dir, args.stage)
         if args.resume:
             found = newest_state(args.out_dir, args.stage, STATE_KEYS)
+            if found is None and weights.exists() and ranks.is_main:
+                raise UserError(f"--resume: {weights} is there, but no checkpoint to go on from in "
+                                f"{checkpoint_folder(args.out_dir, args.stage)}; choose another --out_dir")
             print(f"resuming from {found[1]}" if found else
                   f"--resume: no checkpoint of {args.stage} in {args.out_dir}: starting from the beginning", flush=True)
         elif (earlier := existing_output(args.out_dir, args.stage)) is not None and ranks.is_main:
             raise UserError(f"{earlier} is there from an earlier run: add --resume to go on with it, "
                             "or choose another --out_dir")
+        if ranks.is_main:
+            clear_temporary(args.out_dir, args.stage)
     return found[0] if found else None
 
 
@@ -310,27 +326,29 @@ def restore(state: dict, optimizers: list, scaler) -> None:
         raise UserError(f"the checkpoint's optimizer state does not fit: {error}") from None
 
 
-def stop_at_non_finite(args, step: int, loss: float, norm: float, batch, documents, net, device, is_main) -> None:
+LEAST_SCALE = 1e-3  # of the fp16 scaler: a gradient that still overflows here is not one of fp16's overflows
+
+
+def stop_at_non_finite(args, step: int, loss: float, norm: float, batch, loader, net, device, dtype: str,
+                       ranks) -> None:
     """Save the rows of a step whose loss or gradient is not finite, name them, and end with exit code 1.
 
     The optimizer has not touched the weights: `net` is as it was before the step, and so is the state saved beside.
     """
-    if not is_main:
-        raise TrainingStopped("", 1)
-    path = checkpoint_folder(args.out_dir, args.stage) / f"nonfinite_step_{step + 1:08d}.pth"
-    names = [f"{documents.name(document)} (tokens {offset} to {offset + length})"
-             for document, offset, length in batch.pieces]
-    guilty = [name for name, piece in zip(names, batch.pieces, strict=True)
-              if not _finite_alone(net, make_micro_batch(documents, [piece], None), device)] or names
-    content = {"step": step + 1, "loss": loss, "grad_norm": norm, "rows": names, "guilty": guilty,
-               "model": net.state_dict(), "config": net.config.to_dict(),
-               "tokens": [torch.from_numpy(micro_batch.tokens) for micro_batch in batch.micro_batches]}
-    save(content, path)
+    if ranks.is_main:
+        path = checkpoint_folder(args.out_dir, args.stage) / f"nonfinite_step_{step + 1:08d}.pth"
+        buffers = [make_micro_batch(loader.documents, [piece], loader.kind_weights) for piece in batch.pieces]
+        names = [f"{loader.documents.name(document)} (tokens {offset} to {offset + length})"
+                 for document, offset, length in batch.pieces]
+        with torch.no_grad(), autocast(device, dtype):
+            guilty = [name for name, buffer in zip(names, buffers, strict=True)
+                      if not torch.isfinite(net(**buffer.to(device)))] or names
+        save({"step": step + 1, "loss": loss, "grad_norm": norm, "rows": names, "guilty": guilty,
+              "tokens": [torch.from_numpy(buffer.tokens) for buffer in buffers],
+              "model": net.state_dict(), "config": net.config.to_dict()}, path)
+    ranks.barrier()
+    if not ranks.is_main:
+        raise TrainingStopped("stopped with the first process", 1)
     listed = ", ".join(guilty[:5]) + (f" and {len(guilty) - 5} more" if len(guilty) > 5 else "")
     raise TrainingStopped(f"error: step {step + 1}: loss {loss}, gradient norm {norm}: stopped before the weights were "
                           f"changed; rows {listed}; all rows and the weights are in {path}", 1)
-
-
-@torch.no_grad()
-def _finite_alone(net: WeakWater, micro_batch, device) -> bool:
-    return bool(torch.isfinite(net(**micro_batch.to(device))))

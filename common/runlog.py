@@ -1,6 +1,7 @@
 """What a run leaves to read: console and log file, JSONL metrics, three charts, and wandb if asked."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class RunLog:
         """One line of JSONL, and the same to wandb."""
         if not self.is_main:
             return
+        # JSON knows no NaN: the norm of a gradient that overflowed in fp16 is null
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._append(self.jsonl_file, json.dumps(values))
         if self.wandb is not None:
             self._wandb("log", lambda: self.wandb.log(values, step=values["step"]))
@@ -78,15 +81,15 @@ class RunLog:
         """Draw charts_<stage>/{loss,lr,epoch_time}_<stage>.png from the JSONL."""
         if not self.is_main:
             return
-        import matplotlib  # half a second: only when a chart is drawn
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         rows = self.read_metrics()
         folder = self.out_dir / f"charts_{self.stage}"
         keys = {"loss": "loss", "lr": "lr", "epoch_time": "minutes_left"}
         try:
+            import matplotlib  # half a second: only when a chart is drawn
+
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+
             folder.mkdir(exist_ok=True)
             for name, title in CHARTS.items():
                 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -102,8 +105,8 @@ class RunLog:
                 figure.savefig(target.with_suffix(".tmp"), format="png", dpi=110)
                 plt.close(figure)
                 os.replace(target.with_suffix(".tmp"), target)
-        except OSError as error:  # a chart can be drawn again from the JSONL: no reason to stop training
-            self.print(f"charts not drawn: {error}")
+        except Exception as error:  # a chart can be drawn again from the JSONL: no reason to stop training
+            self.print(f"charts not drawn: {type(error).__name__}: {error}")
 
     def start_wandb(self, project: str, settings: dict) -> None:
         """Begin a wandb run, offline where WANDB_MODE or the lack of a login says so; without wandb, say so."""

@@ -5,8 +5,10 @@ import ctypes
 import errno
 import os
 import platform
+import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -145,7 +147,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     name = torch.cuda.get_device_name(device)
     known = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
              "RTX 4090": 165.2e12, "RTX 3090": 71e12, "A10": 125e12, "T4": 65e12}
-    return next((peak for part, peak in known.items() if part in name), None)
+    return next((peak for part, peak in known.items() if re.search(rf"\b{part}\b(?! (Laptop|D\b))", name)), None)
 
 
 def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
@@ -225,7 +227,7 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.world_size > 1:
-            self.sum(torch.zeros(1))
+            self.sum(torch.zeros(1)).item()  # on CUDA only reading the result waits
 
     @contextlib.contextmanager
     def main_first(self):
@@ -246,10 +248,13 @@ class Ranks:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask for a stop after the optimizer step under way; a second one stops at once."""
+    """SIGINT and SIGTERM ask for a stop after the optimizer step under way; a second Ctrl-C stops at once.
+
+    A second SIGTERM does not: schedulers send one to every process, and torchrun passes on its own.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since = 0, 0.0
         self.before = {}
 
     def __enter__(self):
@@ -263,9 +268,11 @@ class StopSignal:
 
     def _note(self, number, frame):
         if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-        print("\nstopping after this step (again: at once)", file=sys.stderr, flush=True)
+            if number == signal.SIGINT and time.monotonic() - self.since > 1:
+                raise KeyboardInterrupt
+            return
+        self.number, self.since = number, time.monotonic()
+        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
 
 
 def stop_by_signal(number: int, args, done: int) -> None:

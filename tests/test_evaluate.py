@@ -93,7 +93,7 @@ def test_wilson_interval():
 
 
 @pytest.mark.parametrize("line, reason", [
-    (b"{", "not JSON"), (b"[1]", "not an object"), (b'{"question": "q"}', 'no "answer"'), (b"\xff", "not JSON"),
+    (b"{", "not JSON"), (b"[1]", "not an object"), (b'{"question": "q"}', 'no "answer"'), (b"\xff", "not UTF-8"),
     (b'{"question": "", "answer": "1"}', 'no "question"'), (b'{"question": "q", "answer": true}', 'no "answer"'),
     (b'{"question": "\\ud83d", "answer": "1"}', "surrogate"), (b'{"question": "q", "answer": "?"}', "punctuation"),
 ])

@@ -141,7 +141,7 @@ def test_torchrun_stopped_by_sigterm_saves_and_the_printed_command_goes_on(runs,
     saved, = (tmp_path / "two" / "checkpoints" / "pretrain").glob("step_*.pth")
     assert int(saved.stem.removeprefix("step_")) == rows[-1]["step"] < 100, "the last whole step is saved"
     told = [line.split("To go on: ")[1] for line in err.splitlines() if "To go on: " in line]
-    assert told and told[0].startswith("torchrun --nproc_per_node 2 pretrain.py "), err
+    assert told and " --nproc_per_node 2 pretrain.py " in told[0], err
     env["PET_MASTER_PORT"] = str(free_port())
     again = subprocess.run(told[0], shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr

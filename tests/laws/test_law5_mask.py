@@ -283,7 +283,7 @@ def test_kinds_are_found_by_position(tokenizer, foreign, name):
     test()
 
 
-@pytest.mark.parametrize("name", ["ours", "no tags", "some tags"])
+@pytest.mark.parametrize("name", ["ours", "gpt2", "some tags"])
 def test_kind_examples(tokenizer, foreign, name):
     """Spelled out, in characters: t tag, h thought, r reply."""
     chosen = tokenizer if name == "ours" else foreign[name]

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults import COMMON, SETTINGS, STAGES, course, metrics
+from faults import COMMON, SETTINGS, STAGES, course, end_of, metrics
 
 SAVES = ("checkpoint", "weights", "best")
 PHASES = ("nothing written {}", "half written {}", "before sync {}", "after sync {}", "before rename {}",
@@ -92,6 +92,20 @@ def test_every_save_is_written_synced_and_renamed(runs):
 @pytest.mark.parametrize("what", SAVES)
 def test_pretrain_killed_at_each_point_of_a_save_ends_the_same(runs, tmp_path, what):
     kill_and_resume(runs, "pretrain", [phase.format(what) for phase in PHASES], tmp_path)
+
+
+def test_killed_after_its_best_validation_a_run_keeps_the_best_weights(runs, tmp_path):
+    """With a learning rate so high that the validation loss rises again."""
+    flags = dict(learning_rate=0.03, lr_schedule="constant", epochs=3, eval_interval=1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert runs.run("pretrain", whole, flags=flags).code == 0
+    losses = [row["val_loss"] for row in metrics("pretrain", whole)]
+    best = losses.index(min(losses)) + 1
+    assert best <= len(losses) - 3, "the validation loss rises again"
+    save = -(-best // COMMON["save_interval"])  # the first at or after it
+    assert runs.run("pretrain", killed, fault={"at": "after rename checkpoint", "nth": save}, flags=flags).code < 0
+    assert runs.run("pretrain", killed, flags=flags).code == 0
+    assert end_of("pretrain", killed) == end_of("pretrain", whole)
 
 
 def test_killed_while_old_checkpoints_are_removed_ends_the_same(runs, tmp_path):

@@ -265,7 +265,8 @@ def test_chats_are_counted(tokenizer, tmp_path):
     at_least = len(encode_chat(tokenizer, records["short"])[0]) + 1
     documents = load_documents(str(file), tokenizer, "chat", str(tmp_path / "c"), 64, at_least, 200)
     assert documents.counts == {
-        "lines": 12, "malformed": 0, "empty": 1, "lost last turns": 2, "fewer than min_tokens": 1,
+        "lines": 12, "malformed": 0, "empty": 1, "lost last turns": 2,
+        "lost a last turn without reply": 1, "fewer than min_tokens": 1,
         "more than max_tokens": 1, "no assistant turn": 1, "first reply does not fit": 2, "weight 0": 1}
     numbers = documents.cache.documents["line"][documents.index].tolist()
     assert [list(records)[n - 1] for n in numbers] == ["kept", "cut once", "cut twice", "empty reply", "question after"]
