@@ -26,14 +26,14 @@ from Config import DISTILL_ONLY, parse_args
 from dataset import StepLoader, TextEncoder, evaluated, evaluation_batches, load_splits, load_tokenizer
 
 
-def main(argv: list[str] | None = None, stage: str = "SFT", description: str = __doc__, maker: str = "pretrain.py",
+def main(argv: list[str] | None = None, stage: str = "SFT", description: str = __doc__, previous: str = "pretrain",
          **defaults) -> None:
     # ---- arguments ----------------------------------------------------------------------------
     args = parse_args(stage, description, argv, leave_out=DISTILL_ONLY, **(
         dict(max_seq_len=512, min_tokens=0, max_tokens=512, batch_size=84, accumulation_steps=2, learning_rate=5e-4)
         | defaults))
     out = Path(args.out_dir)
-    args.init_from = args.init_from or str(out / maker.replace(".py", ".pth"))
+    args.init_from = args.init_from or str(out / f"{previous}.pth")
 
     # ---- device, precision, seed --------------------------------------------------------------
     ranks = runtime.Ranks()
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
     total_steps = min(epoch_ends[-1], args.max_steps or epoch_ends[-1])
 
     # ---- model and starting weights -----------------------------------------------------------
-    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder, maker)
+    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder, f"{previous}.py")
     net.to(device).train()
     net.model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:

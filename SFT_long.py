@@ -14,7 +14,7 @@ from common import runtime
 
 
 def main(argv: list[str] | None = None) -> None:
-    SFT.main(argv, stage="SFT_long", description=__doc__, maker="SFT.py", max_seq_len=1024, min_tokens=513,
+    SFT.main(argv, stage="SFT_long", description=__doc__, previous="SFT", max_seq_len=1024, min_tokens=513,
              max_tokens=1024, batch_size=21, accumulation_steps=8, learning_rate=5e-4)
 
 

@@ -282,7 +282,7 @@ def starting_model(args, resumed: dict | None, encoder, maker: str) -> tuple[Wea
     config = config.for_run(args.max_seq_len, args.dropout)
     model = WeakWater(config)
     if weights is not None:
-        fill(model, weights, args.init_from)
+        fill(model, weights, "the checkpoint" if resumed else args.init_from)
     return model, start_sha256, lines
 
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# All stages on the GPUs of one machine. With 2 GPUs a step has as many tokens as on one GPU by default; with more, the
-# first two stages' steps grow, since their accumulation cannot go below 1.
+# All stages on 1, 2, 4 or 8 GPUs of one machine, with the tokens per step that one GPU has by default.
 #
 #   DATA=/path/to/data GPUS=2 bash runs/multi_gpu.sh
 #
@@ -8,9 +7,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 GPUS=${GPUS:-2}
+case $GPUS in 1 | 2 | 4 | 8) ;; *) echo "GPUS=$GPUS: must be 1, 2, 4 or 8, to share 168 rows a step evenly" >&2; exit 2 ;; esac
 run() { .venv/bin/python -m torch.distributed.run --nproc_per_node "$GPUS" "$@" --resume; }
+short=(--batch_size $((168 / GPUS < 84 ? 168 / GPUS : 84)) --accumulation_steps $((GPUS == 1 ? 2 : 1)))
+long=(--accumulation_steps $((8 / GPUS)))
 [ -d weakwater_tokenizer ] || .venv/bin/python train_tokenizer.py --data_path "$DATA/pretrain.jsonl"
-run pretrain.py --data_path "$DATA/pretrain.jsonl" --accumulation_steps $((2 / GPUS > 0 ? 2 / GPUS : 1))
-run SFT.py --data_path "$DATA/sft_512.jsonl" --accumulation_steps $((2 / GPUS > 0 ? 2 / GPUS : 1))
-run SFT_long.py --data_path "$DATA/sft_1024.jsonl" --accumulation_steps $((8 / GPUS > 0 ? 8 / GPUS : 1))
-run distill.py --data_path "$DATA/r1_1024.jsonl" --accumulation_steps $((8 / GPUS > 0 ? 8 / GPUS : 1))
+run pretrain.py --data_path "$DATA/pretrain.jsonl" "${short[@]}"
+run SFT.py --data_path "$DATA/sft_512.jsonl" "${short[@]}"
+run SFT_long.py --data_path "$DATA/sft_1024.jsonl" "${long[@]}"
+run distill.py --data_path "$DATA/r1_1024.jsonl" "${long[@]}"
