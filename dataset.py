@@ -840,6 +840,15 @@ class StepLoader:
         self._prepare(epoch)
         return len(self._plan)
 
+    def epoch_ends(self, epochs: int, max_steps: int = 0) -> list[int]:
+        """Steps done at the end of each epoch, as far as the one in which `max_steps` (0: no limit) falls."""
+        ends = [0]
+        for epoch in range(epochs):
+            ends.append(ends[-1] + self.steps_in_epoch(epoch))
+            if 0 < max_steps <= ends[-1]:
+                break
+        return ends[1:]
+
     def step(self, epoch: int, number: int) -> Step:
         """Step `number`, from 0, of an epoch."""
         self._prepare(epoch)

@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from bisect import bisect_right
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
                                  args.max_seq_len, max_bad_ratio=args.max_bad_ratio, say=log.print)
     loader = StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed, args.order,
                         ranks.rank, ranks.world_size)
-    epoch_ends = list(accumulate(loader.steps_in_epoch(epoch) for epoch in range(args.epochs)))
+    epoch_ends = loader.epoch_ends(args.epochs, args.max_steps)
     total_steps = min(epoch_ends[-1], args.max_steps or epoch_ends[-1])
 
     # ---- model and starting weights -----------------------------------------------------------
