@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
     dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
     ranks.start(device)
     runtime.prepare(device, args.seed, args.deterministic)
-    resumed = checkpoint.begin(args, ranks)
+    resumed = checkpoint.begin(args, ranks, f"{previous}.py")
     log = RunLog(args.out_dir, args.stage, ranks.is_main)
     log.print(f"{args.command}\n{runtime.describe_machine(device)}")
     log.print(f"device {device}: {device_reason}\ndtype {dtype}: {dtype_reason}")
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
     total_steps = min(epoch_ends[-1], args.max_steps or epoch_ends[-1])
 
     # ---- model and starting weights -----------------------------------------------------------
-    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder, f"{previous}.py")
+    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder)
     net.to(device).train()
     net.model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:

@@ -635,6 +635,12 @@ class Documents:
         row = self.cache.documents[self.index[document]]
         return f"{self.cache.meta['files'][row['file']]}:{row['line']}"
 
+    def tagged_share(self, among: int = 1000) -> float:
+        """Share of the first `among` conversations with a <think>, </think>, <answer> or </answer> in a reply."""
+        starts = self.cache.documents["start"][self.index[:among]]
+        ends = starts + self.length[:among]
+        return float(np.mean([(self.cache.kinds[a:b] == TAG).any() for a, b in zip(starts, ends, strict=True)]))
+
     def fingerprint(self) -> str:
         """Identifies what is trained on, by content, wherever the files lie now."""
         digest = hashlib.sha256()
@@ -685,7 +691,9 @@ def load_documents(path: str, tokenizer, kind: str, cache_dir: str, max_seq_len:
         counts[str(reason)] = int((reasons == reason).sum())
     index = np.flatnonzero(reasons == "")
     if not len(index):
-        raise UserError(f"{path}: no document is left ({_in_words(counts)})")
+        limits = "" if kind == "text" else (f" with --min_tokens {min_tokens} --max_tokens {max_tokens} "
+                                            f"--max_seq_len {max_seq_len}")
+        raise UserError(f"{path}: no document is left{limits} ({_in_words(counts)})")
     begin, end = first[index], first[index] + kept_replies[index]
     targets = np.concatenate(([0], np.cumsum(replies["targets"])))
     sizes = np.concatenate(([0], np.cumsum(replies["bytes"])))

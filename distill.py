@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
     ranks.start(device)
     runtime.prepare(device, args.seed, args.deterministic)
-    resumed = checkpoint.begin(args, ranks)
+    resumed = checkpoint.begin(args, ranks, "SFT_long.py")
     log = RunLog(args.out_dir, args.stage, ranks.is_main)
     log.print(f"{args.command}\n{runtime.describe_machine(device)}")
     log.print(f"device {device}: {device_reason}\ndtype {dtype}: {dtype_reason}")
@@ -49,13 +49,14 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.main_first():
         train, val = load_splits(args.data_path, args.val_path, tokenizer, "chat", args.cache_dir or str(out / "cache"),
                                  args.max_seq_len, args.min_tokens, args.max_tokens, args.max_bad_ratio, log.print)
+    log.print(f"replies with <think> or another of the tags: {train.tagged_share():.1%} (of the first 1,000)")
     loader = StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed, args.order,
                         ranks.rank, ranks.world_size, args.tag_weight, args.think_weight)
     epoch_ends = loader.epoch_ends(args.epochs, args.max_steps)
     total_steps = min(epoch_ends[-1], args.max_steps or epoch_ends[-1])
 
     # ---- model and starting weights -----------------------------------------------------------
-    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder, "SFT_long.py")
+    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder)
     net.to(device).train()
     net.model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:

@@ -244,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--history_turns", type=number(int, 0), default=3, help="past turns kept (default: 3)")
     parser.add_argument("--no_color", action="store_true", help="no ANSI codes (so too with NO_COLOR, or into a pipe)")
     args = parser.parse_args(argv)
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("--prompt: no text")
     Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)  # refuses nonsense before loading
     for name in ("prompt", "system"):
         check_text(getattr(args, name) or "", f"--{name}")

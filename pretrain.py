@@ -1,7 +1,7 @@
 """Stage 1: next-token prediction on plain text.
 
 one GPU      python pretrain.py --data_path data/pretrain.jsonl
-two cores    python pretrain.py --data_path data/pretrain.jsonl --preset weakwater-5m --batch_size 8 \\
+two cores    python pretrain.py --data_path data/pretrain.jsonl --preset weakwater-5m --batch_size 16 \\
                  --accumulation_steps 1 --optimizer muon --learning_rate 3e-3
 go on        the same command with --resume
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
     ranks.start(device)
     runtime.prepare(device, args.seed, args.deterministic)
-    resumed = checkpoint.begin(args, ranks)
+    resumed = checkpoint.begin(args, ranks, "pretrain.py")
     log = RunLog(args.out_dir, args.stage, ranks.is_main)
     log.print(f"{args.command}\n{runtime.describe_machine(device)}")
     log.print(f"device {device}: {device_reason}\ndtype {dtype}: {dtype_reason}")
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     total_steps = min(epoch_ends[-1], args.max_steps or epoch_ends[-1])
 
     # ---- model and starting weights -----------------------------------------------------------
-    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder, "pretrain.py")
+    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder)
     net.to(device).train()
     net.model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:

@@ -94,7 +94,9 @@ def load(path: Path, needed: tuple[str, ...]) -> dict:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DamagedFile(f"{path}: damaged, truncated or not a checkpoint: {reason}") from None
     if not isinstance(content, dict) or not set(needed) <= set(content):
-        raise DamagedFile(f"{path}: not a WeakWater checkpoint (it lacks {', '.join(needed)})")
+        kind = "the full state of a run, for --resume, and no weights file" if (
+            isinstance(content, dict) and "optimizers" in content) else "not a WeakWater checkpoint"
+        raise DamagedFile(f"{path}: {kind} (it lacks {', '.join(needed)})")
     return content
 
 
@@ -223,10 +225,11 @@ STATE_KEYS = ("step", "tokens", "best_loss", "val_scores", "val_sha256", "model"
               "scaler", "settings", "start_sha256")
 
 
-def begin(args, ranks) -> dict | None:
+def begin(args, ranks, maker: str) -> dict | None:
     """The state to resume from, or None to start. Before anything else is done in out_dir.
 
-    Raises UserError when an earlier run's output is there and --resume is not given.
+    Raises UserError when an earlier run's output is there and --resume is not given, and when --init_from, which
+    `maker` makes, is not there to start from.
     """
     found = None
     weights = Path(args.out_dir) / f"{args.stage}.pth"
@@ -241,16 +244,18 @@ def begin(args, ranks) -> dict | None:
         elif (earlier := existing_output(args.out_dir, args.stage)) is not None and ranks.is_main:
             raise UserError(f"{earlier} is there from an earlier run: add --resume to go on with it, "
                             "or choose another --out_dir")
+        if found is None and args.init_from != "none" and not Path(args.init_from).is_file():
+            raise UserError(f"{args.init_from}: no such file (--init_from; {maker} makes it)")
         if ranks.is_main:
             clear_temporary(args.out_dir, args.stage)
     return found[0] if found else None
 
 
-def starting_model(args, resumed: dict | None, encoder, maker: str) -> tuple[WeakWater, str | None, list[str]]:
+def starting_model(args, resumed: dict | None, encoder) -> tuple[WeakWater, str | None, list[str]]:
     """(model on the CPU, SHA-256 of the weights it starts from, lines that say what was inherited).
 
     The architecture is that of the state being resumed, else of the weights in --init_from, else (--init_from
-    none) of --preset. `encoder` is the tokenizer's; `maker` says which command makes a missing --init_from.
+    none) of --preset. `encoder` is the tokenizer's.
     Raises UserError when weights, tokenizer and flags do not fit together.
     """
     from_scratch = args.init_from == "none"
@@ -258,7 +263,7 @@ def starting_model(args, resumed: dict | None, encoder, maker: str) -> tuple[Wea
     if resumed and (from_scratch or not Path(args.init_from).is_file()):
         start_sha256 = resumed["start_sha256"]  # the file it once started from may be gone: it is not needed
     elif not from_scratch:
-        weights, config, meta = load_weights(args.init_from, f"--init_from; {maker} makes it")
+        weights, config, meta = load_weights(args.init_from)
         start_sha256 = meta.get("weights_sha256")
         if meta.get("tokenizer_sha256") not in (None, encoder.fingerprint):
             raise UserError(f"--init_from {args.init_from} was trained with another tokenizer than "

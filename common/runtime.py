@@ -37,6 +37,7 @@ def run(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
+        sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except TrainingStopped as stopped:
