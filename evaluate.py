@@ -5,8 +5,9 @@ questions    python evaluate.py --model_mode 2 --data_path data/math.jsonl --max
 any weights  python evaluate.py --checkpoint out/SFT_best.pth --data_path data/sft_val.jsonl --max_tokens 512
 
 The records' keys decide: {"text"} and {"conversations"} have a loss, {"question", "answer"} are answered greedily and
-compared exactly (common/answers.py says how). --data_path may be a file, a folder or a glob, and may be given more than
-once. The last line on stdout is one JSON object with everything.
+compared exactly (common/answers.py says how); where a question has "choices", the answer is right if it names the right
+one of them and no other. "source" groups questions in the result. --data_path may be a file, a folder or a glob, and
+may be given more than once. The last line on stdout is one JSON object with everything.
 """
 
 import json
@@ -19,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from common import runtime
-from common.answers import is_well_formed, read_answer, read_reply, wilson
+from common.answers import is_well_formed, read_answer, read_choice, read_reply, wilson
 from common.generation import Generation, Sampling, generate
 from common.scoring import score
 from Config import FLAGS, UserError
@@ -57,7 +58,7 @@ def kind_of(file: Path) -> str:
 
 
 def parse_question(line: bytes) -> dict:
-    """A line as {"question", "answer", maybe "source"}. Raises MalformedRecord with the reason."""
+    """A line as {"question", "answer", maybe "source" and "choices"}. Raises MalformedRecord with the reason."""
     record = parse_object(line)
     for key in ("question", "answer"):
         value = record.get(key)
@@ -69,7 +70,19 @@ def parse_question(line: bytes) -> dict:
             raise MalformedRecord(f'"{key}" has a lone surrogate, which is no text')
     if read_answer(record["answer"]) == "":
         raise MalformedRecord('"answer" is nothing but punctuation')
+    if "choices" in record:
+        check_choices(record["choices"], record["answer"])
     return record
+
+
+def check_choices(choices, answer: str) -> None:
+    """Raises MalformedRecord where a reply that names one of the choices would not say which."""
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise MalformedRecord('"choices" is no list of texts')
+    if answer not in choices:
+        raise MalformedRecord('"answer" is not one of its "choices"')
+    if any(one in other for i, one in enumerate(choices) for j, other in enumerate(choices) if i != j):
+        raise MalformedRecord('one of its "choices" is part of another')
 
 
 def read_questions(files: list[Path], max_bad_ratio: float) -> tuple[list[dict], int]:
@@ -168,8 +181,11 @@ def compare(loaded: Loaded, questions: list[dict], replies: list[Generation]) ->
     records = []
     for question, reply in zip(questions, replies, strict=True):
         text = loaded.tokenizer.decode(reply.ids)  # special tokens too: a reply that holds one is not well-formed
-        expected = read_answer(question["answer"])
-        read = read_reply(text, is_number=not isinstance(expected, str))
+        if "choices" in question:
+            expected, read = question["answer"], read_choice(text, question["choices"])
+        else:
+            expected = read_answer(question["answer"])
+            read = read_reply(text, is_number=not isinstance(expected, str))
         asked = {key: question[key] for key in ("question", "answer", "source", "file", "line") if key in question}
         records.append(asked | {
             "reply": text, "read": None if read is None else str(read), "correct": read == expected,
@@ -188,7 +204,8 @@ def summary(records: list[dict]) -> dict:
     asked = Counter(str(r["source"]) for r in records if "source" in r)
     right = Counter(str(r["source"]) for r in records if "source" in r and r["correct"])
     result["by_source"] = {source: {"questions": asked[source], "correct": right[source],
-                                    "accuracy": right[source] / asked[source]} for source in sorted(asked)}
+                                    "accuracy": right[source] / asked[source],
+                                    "interval95": wilson(right[source], asked[source])} for source in sorted(asked)}
     return result
 
 

@@ -78,6 +78,19 @@ def read_answer(answer: str) -> Fraction | str:
     return bare(text) if value is None else value
 
 
+def answer_of(reply: str) -> str:
+    """Where a reply's answer is looked for, normalised: its last <answer>, else all of it but its <think>."""
+    blocks = ANSWER.findall(reply)
+    return normalise(blocks[-1] if blocks else THOUGHT.sub("", reply))
+
+
+def read_choice(reply: str, choices: list[str]) -> str | None:
+    """The one of `choices` that stands in the reply's answer; None where none does, or more than one."""
+    text = answer_of(reply)
+    named = [choice for choice in choices if normalise(choice) in text]
+    return named[0] if len(named) == 1 else None
+
+
 def read_reply(reply: str, is_number: bool) -> Fraction | str | None:
     """What a reply gives as its answer; None where it gives no number and `is_number` asks for one.
 
@@ -86,8 +99,7 @@ def read_reply(reply: str, is_number: bool) -> Fraction | str | None:
     without such a marker it is the last number in the text. 3/4, 0.75 and 75% are the same number. An answer that
     is no number is all the text looked at, without whitespace and final punctuation.
     """
-    blocks = ANSWER.findall(reply)
-    text = normalise(blocks[-1] if blocks else THOUGHT.sub("", reply))
+    text = answer_of(reply)
     *before, last = MARKER.split(text)
     if before:
         text = last.strip().partition("\n")[0]

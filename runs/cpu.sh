@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/cpu}
-read -r pretrain_steps sft_steps sft_long_steps distill_steps <<< "${STEPS:-2450 900 300 1000}"
+read -r pretrain_steps sft_steps sft_long_steps distill_steps <<< "${STEPS:-4900 800 240 1000}"
 PYTHON=${PYTHON:-.venv/bin/python}
 common=(--out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" --optimizer muon --warmup_ratio 0.02 --accumulation_steps 1
         --eval_interval 600 --eval_tokens 100000 --save_interval 300 --resume)
@@ -20,12 +20,12 @@ common=(--out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" --optimizer muon --wa
     --val_path "$DATA/pretrain_val.jsonl.xz" --tokenizer_path "$OUT/tokenizer"
 
 $PYTHON pretrain.py --data_path "$DATA/pretrain-*.jsonl.xz" --val_path "$DATA/pretrain_val.jsonl.xz" \
-    --preset weakwater-5m --batch_size 16 --learning_rate 3e-3 --max_steps "$pretrain_steps" "${common[@]}"
-$PYTHON SFT.py --data_path "$DATA/sft.jsonl.xz" --batch_size 16 --learning_rate 2e-3 --max_steps "$sft_steps" \
+    --preset weakwater-5m --batch_size 8 --learning_rate 4e-3 --max_steps "$pretrain_steps" "${common[@]}"
+$PYTHON SFT.py --data_path "$DATA/sft.jsonl.xz" --batch_size 8 --learning_rate 2e-3 --max_steps "$sft_steps" \
     "${common[@]}"
-$PYTHON SFT_long.py --data_path "$DATA/sft.jsonl.xz" --batch_size 8 --learning_rate 1e-3 \
+$PYTHON SFT_long.py --data_path "$DATA/sft.jsonl.xz" --batch_size 4 --learning_rate 1e-3 \
     --max_steps "$sft_long_steps" "${common[@]}"
-$PYTHON distill.py --data_path "$OUT/data/chats.jsonl" --batch_size 8 --learning_rate 2e-3 --max_steps "$distill_steps" \
+$PYTHON distill.py --data_path "$OUT/data/chats.jsonl" --batch_size 4 --learning_rate 2e-3 --max_steps "$distill_steps" \
     "${common[@]}"
 
 for stage in SFT_long distill; do

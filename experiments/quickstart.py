@@ -1,0 +1,236 @@
+"""What quickstart.sh needs besides the project's own commands: an estimate before, a report and a verdict after.
+
+    python experiments/quickstart.py estimate
+    python experiments/quickstart.py report --out_dir out/quickstart --seed 1
+
+`report` reads what evaluate.py wrote to <out_dir>/eval, writes report.json, report.md and two charts, and exits with 1
+where one of THRESHOLDS is missed.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.answers import wilson
+from common.runtime import describe_machine, pick_device, run
+from Config import LLMConfig, OneLineParser, UserError
+
+STAGES = {"pretrain": "pretrain", "SFT": "SFT", "SFT_long": "SFT_long", "control": "control: no thoughts",
+          "distill": "distill: thinks first"}
+QUESTIONS = {"facts/asked": "facts asked in other words", "facts/never_asked": "facts never asked",
+             "one_step": "one-step problems", "multi_step": "multi-step problems"}
+THRESHOLDS = (  # what, at least, and how it is found in the scores of all stages
+    ("SFT_long answers one-step problems", 0.90, lambda s: s["SFT_long"]["one_step"]["accuracy"]),
+    ("SFT_long answers facts asked in other words", 0.90, lambda s: s["SFT_long"]["facts/asked"]["accuracy"]),
+    ("SFT_long answers facts never asked", 0.70, lambda s: s["SFT_long"]["facts/never_asked"]["accuracy"]),
+    ("distill is well-formed", 0.95, lambda s: s["distill"]["well_formed"]["accuracy"]),
+    ("distill above SFT_long on multi-step problems", 0.20, lambda s: gain(s, "SFT_long")[0]),
+    ("distill above the control on multi-step problems", 0.15, lambda s: gain(s, "control")[0]),
+)
+SECONDS_HERE = 480  # of training and scoring, on the two AVX512-BF16 cores where PROBE_SECONDS was measured
+PROBE_SECONDS = 0.20
+
+
+# ---------------------------------------------------------------------------------------------
+# before
+
+
+def estimate() -> None:
+    """Print how long the quickstart should take, from the time of a few training steps of the same size."""
+    import torch
+
+    from common import runtime
+    from common.optim import make_optimizers
+    from model import WeakWater
+
+    device, _ = runtime.pick_device("auto")
+    dtype, reason = runtime.pick_dtype("auto", device)
+    runtime.prepare(device, 0, False)
+    model = WeakWater(LLMConfig.preset("demo", vocab_size=2048)).to(device)
+    optimizers = make_optimizers(model, "muon", 1e-3, 0.1)
+    lengths = [64] * 64
+    tokens = torch.randint(0, 2048, (1, sum(lengths)), device=device)
+    batch = dict(tokens=tokens, lengths=lengths, target_index=torch.arange(tokens.numel(), device=device),
+                 targets=tokens[0], weights=torch.ones(tokens.numel(), device=device))
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        with runtime.autocast(device, dtype):
+            loss = model(**batch) / tokens.numel()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        loss.item()
+        seconds.append(time.perf_counter() - begin)
+    step = sorted(seconds[1:])[2]
+    print(f"{describe_machine(device)}; {dtype}: {reason}; a training step takes {step:.2f} s: "
+          f"about {math.ceil(SECONDS_HERE * step / PROBE_SECONDS / 60)} minutes in all")
+
+
+# ---------------------------------------------------------------------------------------------
+# after
+
+
+def share(hits: list[bool]) -> dict:
+    """A share of yes, with its 95 % interval."""
+    return {"n": len(hits), "correct": sum(hits), "accuracy": sum(hits) / len(hits),
+            "interval95": wilson(sum(hits), len(hits))}
+
+
+def thought_lines(reply: str) -> list[str]:
+    """The lines of a reply's thought."""
+    match = re.search(r"<think>(.*?)</think>", reply, re.DOTALL)
+    return [line.strip() for line in match.group(1).strip().split("\n")] if match else []
+
+
+def scores_of(out: Path, stage: str) -> dict:
+    """One stage's scores, from evaluate.py's last line and its generations. Raises UserError if they are missing."""
+    try:
+        result = json.loads((out / "eval" / f"{stage}.json").read_text(encoding="utf-8").splitlines()[-1])
+        lines = (out / "eval" / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{out / 'eval' / stage}: evaluate.py's result is not there ({error}): "
+                        "run quickstart.sh") from None
+    replies = [json.loads(line) for line in lines]
+    scores = {"bpb": {Path(f["file"]).name.split(".")[0]: f["bpb"] for f in result["files"]}}
+    for source in ("facts/asked", "facts/never_asked", "one_step"):
+        scores[source] = share([r["correct"] for r in replies if r["source"] == source])
+    longer = [r for r in replies if r["source"].startswith("multi_step/")]
+    scores["multi_step"] = share([r["correct"] for r in longer])
+    steps = sorted({int(r["source"].split("/")[1]) for r in longer})
+    scores["by_steps"] = {n: share([r["correct"] for r in longer if r["source"] == f"multi_step/{n}"]) for n in steps}
+    scores["well_formed"] = share([r["well_formed"] for r in longer])
+    files = {r["file"]: Path(r["file"]).read_text(encoding="utf-8").splitlines() for r in longer}
+    right = [thought_lines(r["reply"]) == json.loads(files[r["file"]][r["line"] - 1])["thought"] for r in longer]
+    scores["thoughts_right"] = share(right)
+    return scores
+
+
+def gain(scores: dict, other: str) -> tuple[float, float, float]:
+    """distill's multi-step accuracy less that of another stage, and its 95 % interval (Newcombe 1998, method 10)."""
+    p, q = scores["distill"]["multi_step"], scores[other]["multi_step"]
+    difference = p["accuracy"] - q["accuracy"]
+    (p_low, p_high), (q_low, q_high) = p["interval95"], q["interval95"]
+    down = math.hypot(p["accuracy"] - p_low, q_high - q["accuracy"])
+    up = math.hypot(p_high - p["accuracy"], q["accuracy"] - q_low)
+    return difference, difference - down, difference + up
+
+
+def percent(score: dict) -> str:
+    """ "93 % (90–95)". """
+    low, high = score["interval95"]
+    return f"{score['accuracy']:.0%} ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def draw(out: Path, scores: dict) -> None:
+    """thinking.png: accuracy by number of steps; stages.png: what each stage can answer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def error_bars(parts: list[dict]) -> list[list[float]]:
+        return [[abs(p["accuracy"] - p["interval95"][end]) for p in parts] for end in (0, 1)]
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for stage, colour in (("SFT_long", "tab:gray"), ("control", "tab:orange"), ("distill", "tab:blue")):
+        parts = scores[stage]["by_steps"]
+        axes.errorbar(list(parts), [p["accuracy"] for p in parts.values()], error_bars(list(parts.values())),
+                      marker="o", capsize=3, label=STAGES[stage], color=colour)
+    axes.set(title="Held-out problems answered, by number of steps", xlabel="steps", ylabel="share right",
+             ylim=(0, 1.02))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(out / "thinking.png", dpi=110)
+    plt.close(figure)
+
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    width = 0.8 / len(STAGES)
+    for i, stage in enumerate(STAGES):
+        parts = [scores[stage][question] for question in QUESTIONS]
+        axes.bar([x + (i - 2) * width for x in range(len(parts))], [p["accuracy"] for p in parts], width,
+                 yerr=error_bars(parts), capsize=2, label=STAGES[stage])
+    axes.set_xticks(range(len(QUESTIONS)), list(QUESTIONS.values()))
+    axes.set(title="What each stage answers (held out, greedy, 95 % intervals)", ylabel="share right", ylim=(0, 1.02))
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3, axis="y")
+    figure.savefig(out / "stages.png", dpi=110)
+    plt.close(figure)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def write_report(args) -> int:
+    """Score, write, judge; the exit code."""
+    out = Path(args.out_dir)
+    scores = {stage: scores_of(out, stage) for stage in STAGES}
+    seconds = {name: int(n) for name, n in (line.split() for line in (out / "seconds").read_text().splitlines())}
+    control = json.loads((out / "control.json").read_text(encoding="utf-8").splitlines()[-1])
+    verdicts = [{"what": what, "least": least, "value": value(scores), "met": value(scores) >= least}
+                for what, least, value in THRESHOLDS]
+    machine = describe_machine(pick_device("auto")[0])
+    report = {"seed": args.seed, "smoke": args.smoke, "machine": machine, "seconds": seconds, "targets": control,
+              "stages": scores, "gains": {other: gain(scores, other) for other in ("SFT_long", "control")},
+              "thresholds": verdicts}
+    (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    draw(out, scores)
+    files = list(scores["pretrain"]["bpb"])
+    steps = list(scores["distill"]["by_steps"])
+    lines = [
+        "# Quickstart" + (" (smoke test: too short to learn anything)" if args.smoke else ""), "",
+        f"`bash quickstart.sh --seed {args.seed}{' --smoke' if args.smoke else ''}` on {machine}: "
+        f"{sum(seconds.values()) / 60:.1f} minutes ({', '.join(f'{k} {v} s' for k, v in seconds.items())}).", "",
+        "Everything is greedy and on questions that are held out; in brackets the 95 % interval (Wilson).", "",
+        "## What each stage can do", "",
+        table(["stage", *(f"bits per byte, {f}" for f in files), *QUESTIONS.values()],
+              [[label, *(f"{scores[s]['bpb'][f]:.3f}" for f in files), *(percent(scores[s][q]) for q in QUESTIONS)]
+               for s, label in STAGES.items()]), "",
+        "![what each stage answers](stages.png)", "",
+        "## Does thinking help?", "",
+        f"`control` starts from the same SFT_long weights and trains on the same problems with the thoughts taken out, "
+        f"for as many target tokens ({control['control_targets']:,}; distill: {control['targets']:,}).", "",
+        table(["multi-step problems of", *(f"{n} steps" for n in steps), "all", "well-formed", "thoughts all right"],
+              [[STAGES[s], *(percent(scores[s]["by_steps"][n]) for n in steps), percent(scores[s]["multi_step"]),
+                *([percent(scores[s][k]) for k in ("well_formed", "thoughts_right")] if s == "distill" else ["", ""])]
+               for s in ("SFT_long", "control", "distill")]), "",
+        *(f"Thinking is {100 * d:.0f} points ({100 * low:.0f} to {100 * high:.0f}) above {STAGES[other].split(':')[0]}."
+          for other, (d, low, high) in report["gains"].items()), "",
+        "![accuracy by number of steps](thinking.png)", "",
+        "## Thresholds", "",
+        table(["what", "at least", "is", ""], [[v["what"], f"{v['least']:.0%}", f"{v['value']:.1%}",
+                                               "met" if v["met"] else "**missed**"] for v in verdicts]), "",
+    ]
+    (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(line for line in lines if not line.startswith("![")))
+    print(f"report: {out / 'report.md'}, report.json, thinking.png, stages.png")
+    missed = [v["what"] for v in verdicts if not v["met"]]
+    if missed and not args.smoke:
+        print("missed: " + "; ".join(missed), file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> int:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("estimate", help="how long quickstart.sh will take here")
+    reporting = commands.add_parser("report", help="write the report and check the thresholds")
+    reporting.add_argument("--out_dir", default="out/quickstart")
+    reporting.add_argument("--seed", type=int, default=1)
+    reporting.add_argument("--smoke", action="store_true", help="thresholds do not count")
+    args = parser.parse_args()
+    return write_report(args) if args.command == "report" else estimate()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

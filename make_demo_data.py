@@ -1,0 +1,521 @@
+"""The built-in corpus: a small Chinese world, made up by a seeded program, in the project's own formats.
+
+    python make_demo_data.py --out_dir data/demo --seed 1
+
+People have a home, a trade, a favourite dish, a pet and a pastime; places have a river, a ware, a feast and a sight.
+Things are counted: they are bought, lost, multiplied and shared out. Out of this come
+
+    pretrain.jsonl     portraits, travel notes, stories in which one thing is counted, sums: every fact stands here
+    sft_512.jsonl      short chats: who are you, facts, sums, problems answered at once
+    sft_1024.jsonl     the same as long chats, 513 to 1,024 tokens of the quickstart's tokenizer
+    r1_1024.jsonl      problems thought through before they are answered
+    val/               text, chats and thoughts of the same kinds, in none of the files above
+    eval/              questions with checkable answers: facts, one_step and multi_step
+
+What is held out, and tests/test_demo_data.py proves it from the files:
+
+    facts, asked         its question stands in chats, but never in the words of eval/facts.jsonl
+    facts, never_asked   no chat and no thought mentions it; only pretrain.jsonl tells it
+    one_step             (number, operation, number) is in no training file, as a step of a longer problem neither
+    multi_step           the start and the steps, taken together, are in no training file
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from Config import OneLineParser, UserError
+
+# ---------------------------------------------------------------------------------------------
+# the world: people and places, and what can be said and asked of them
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
+SURNAMES = "林陈王李张刘杨赵周吴徐孙马朱胡郭何高罗郑"
+GIVEN_FIRST = "小文子雨思云若家一明"
+GIVEN_SECOND = "梅兰竹菊松柏荷枫舟石"
+PLACES = words("清河镇 白石村 柳林镇 青松寨 红枫谷 云峰村 金沙湾 石桥镇 竹溪村 梅岭镇 "
+               "桃花坞 杏林村 银杏镇 月牙湾 星河镇 鹿鸣村 凤凰寨 龙泉镇 虎丘村 雁门关 "
+               "荷塘村 芦花荡 望海镇 听涛湾 落霞村 飞雪岭 暖泉镇 古槐村 长亭镇 麦香村")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What links an entity {e} to one of `values` {v}: how it is told, asked and answered."""
+
+    name: str
+    values: tuple[str, ...]
+    told: tuple[str, ...]
+    asked: tuple[str, ...]
+    answered: str
+
+
+OF_PEOPLE = (
+    Relation("家乡", PLACES,
+             ("{e}的家乡是{v}。", "{e}出生在{v}。", "{e}是{v}人。", "{e}从小在{v}长大。", "{v}是{e}的故乡。",
+              "{e}小时候住在{v}。"),
+             ("{e}的家乡在哪里？", "{e}是哪里人？", "{e}出生在什么地方？", "请问{e}来自哪里？", "你知道{e}的故乡吗？"),
+             "{e}的家乡是{v}。"),
+    Relation("职业", words("木匠 医生 教师 渔夫 裁缝 铁匠 厨师 画家 邮差 猎人 牧民 船长 歌手 园丁 石匠 "
+                   "药师 警察 司机 演员 作家"),
+             ("{e}是一名{v}。", "{e}的职业是{v}。", "{e}靠当{v}为生。", "{e}当{v}已经很多年了。", "大家都知道{e}是{v}。",
+              "{v}是{e}的职业。"),
+             ("{e}是做什么工作的？", "{e}的职业是什么？", "请问{e}从事什么职业？", "{e}靠什么为生？", "你知道{e}的工作吗？"),
+             "{e}的职业是{v}。"),
+    Relation("美食", words("饺子 米粉 馄饨 汤圆 粽子 年糕 烤鸭 火锅 春卷 烧饼 凉皮 豆花 鱼丸 包子 油条 "
+                   "月饼 炒饭 面条 红薯 玉米"),
+             ("{e}最爱吃{v}。", "{e}最喜欢的食物是{v}。", "每到过节，{e}都要吃{v}。", "没有什么比{v}更合{e}的口味。",
+              "{e}的餐桌上总有{v}。", "{v}是{e}最爱的美食。"),
+             ("{e}最爱吃什么？", "{e}最喜欢的食物是什么？", "什么东西最合{e}的口味？", "请问{e}喜欢吃什么？",
+              "你知道{e}爱吃什么吗？"),
+             "{e}最爱吃{v}。"),
+    Relation("宠物", words("黑猫 白猫 黄狗 灰狗 鹦鹉 乌龟 金鱼 兔子 刺猬 鸽子 山羊 八哥 仓鼠 白鹅 松鼠 "
+                   "画眉"),
+             ("{e}养着{v}。", "{e}的宠物是{v}。", "{e}家里有{v}作伴。", "{e}每天都要喂{v}。", "陪着{e}的是{v}。",
+              "{v}是{e}的伙伴。"),
+             ("{e}养了什么宠物？", "{e}的宠物是什么？", "什么动物陪着{e}？", "请问{e}家里养着什么？",
+              "你知道{e}养了什么动物吗？"),
+             "{e}的宠物是{v}。"),
+    Relation("爱好", words("下棋 钓鱼 画画 唱歌 跳舞 爬山 游泳 写诗 吹笛 拉琴 剪纸 摄影 种花 跑步 射箭 "
+                   "读书 骑马 刺绣 听戏 打鼓"),
+             ("{e}的爱好是{v}。", "{e}一有空就{v}。", "{e}最大的乐趣是{v}。", "空闲的时候，{e}喜欢{v}。", "{e}从小就爱{v}。",
+              "{v}是{e}的爱好。"),
+             ("{e}有什么爱好？", "{e}的爱好是什么？", "{e}空闲的时候做什么？", "请问{e}喜欢做什么？",
+              "你知道{e}最大的乐趣吗？"),
+             "{e}的爱好是{v}。"),
+)
+OF_PLACES = (
+    Relation("河流", words("碧水河 长溪 白浪江 沙河 龙须沟 玉带河 寒江 绿萝溪 浑河 九曲河 银沙江 乌龙江 "
+                   "小清江 双河 锦江 甘泉溪"),
+             ("{v}从{e}旁边流过。", "{e}靠着{v}。", "流过{e}的河叫{v}。", "{e}的人喝{v}的水。", "{v}穿过{e}。"),
+             ("哪条河流过{e}？", "{e}靠着什么河？", "{e}的人喝哪条河的水？", "请问{e}旁边是什么河？"),
+             "流过{e}的河叫{v}。"),
+    Relation("特产", words("茶叶 丝绸 瓷器 草席 蜂蜜 米酒 木雕 柿饼 莲藕 核桃 花布 宣纸 豆腐 腊肉 砚台 "
+                   "折扇"),
+             ("{e}的特产是{v}。", "{e}出产{v}。", "{e}的{v}远近闻名。", "到{e}的人都要带些{v}回去。", "{v}是{e}的特产。"),
+             ("{e}的特产是什么？", "{e}出产什么？", "{e}什么东西远近闻名？", "请问去{e}应该买什么？"),
+             "{e}的特产是{v}。"),
+    Relation("节日", words("灯会 龙舟节 采茶节 赏花节 丰收节 渔火节 风筝节 赏月节 歌会 泼水节 庙会 冰雪节 "
+                   "火把节 尝新节 祈雨节 蚕花节"),
+             ("{e}每年都办{v}。", "{e}最热闹的日子是{v}。", "{v}是{e}的节日。", "一到{v}，{e}就挤满了人。", "{e}的{v}最有名。"),
+             ("{e}每年办什么节？", "{e}最热闹的日子是什么？", "{e}有什么节日？", "请问{e}哪个节最有名？"),
+             "{e}每年都办{v}。"),
+    Relation("名胜", words("石塔 木桥 古庙 钟楼 戏台 风车 水车 书院 牌坊 灯塔 古井 城墙 石窟 凉亭 祠堂 "
+                   "老宅"),
+             ("{e}有一座有名的{v}。", "来{e}的人都去看{v}。", "{e}的{v}很古老。", "{v}是{e}的名胜。", "站在{e}就能望见{v}。"),
+             ("{e}有什么名胜？", "{e}的什么很古老？", "来{e}的人都去看什么？", "请问{e}有什么好看的？"),
+             "{e}的名胜是{v}。"),
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """entity –relation→ value. `never_asked`: in no chat. `eval_frame`: which question eval/facts.jsonl asks."""
+
+    entity: str
+    relation: Relation
+    value: str
+    never_asked: bool
+    eval_frame: int
+
+    def tell(self, rng: random.Random) -> str:
+        return rng.choice(self.relation.told).format(e=self.entity, v=self.value)
+
+    def ask(self, frame: int) -> str:
+        return self.relation.asked[frame].format(e=self.entity)
+
+    def ask_otherwise(self, rng: random.Random) -> str:
+        """Ask in words that eval/facts.jsonl does not use for this fact."""
+        return self.ask(rng.choice([i for i in range(len(self.relation.asked)) if i != self.eval_frame]))
+
+    def answer(self) -> str:
+        return self.relation.answered.format(e=self.entity, v=self.value)
+
+
+NEVER_ASKED_SHARE = 0.37
+
+
+def make_facts(rng: random.Random) -> list[Fact]:
+    """Every entity with a value of each of its relations."""
+    given = [first + second for first in GIVEN_FIRST for second in GIVEN_SECOND]
+    people = [rng.choice(SURNAMES) + name for name in given]  # given names are all different
+    pairs = [(e, r) for e in people for r in OF_PEOPLE] + [(e, r) for e in PLACES for r in OF_PLACES]
+    never = set(rng.sample(range(len(pairs)), round(NEVER_ASKED_SHARE * len(pairs))))
+    return [Fact(entity, relation, rng.choice(relation.values), i in never, rng.randrange(len(relation.asked)))
+            for i, (entity, relation) in enumerate(pairs)]
+
+
+# ---------------------------------------------------------------------------------------------
+# counting: problems, and a program that derives their answers
+
+LIMIT = 99  # no number is larger
+LEAST_STEPS, MOST_STEPS = 2, 8
+THINGS = tuple((thing[1:], thing[0]) for thing in words(  # each after its measure word
+    "个苹果 个桃子 个鸡蛋 颗石子 颗糖果 颗纽扣 本书 本画册 支铅笔 支蜡烛 朵花 块布 块木板 张邮票 张卡片 枚贝壳 枚铜钱 盏灯笼 把椅子 把伞"))
+CLAUSES = {  # operation: how a change is told, {b} with its measure word {u}
+    "+": ("又买了{b}{u}", "又收到{b}{u}", "朋友送来{b}{u}", "又找到{b}{u}", "邻居给了{b}{u}", "又添了{b}{u}"),
+    "-": ("用掉{b}{u}", "送出{b}{u}", "丢了{b}{u}", "卖掉{b}{u}", "借走{b}{u}", "坏了{b}{u}"),
+    "*": ("数量变成{b}倍", "后来增加到{b}倍"),
+    "/": ("平均分成{b}份留下一份", "分成{b}份只留一份"),
+}
+SUMS = {  # operation: how it stands in a lesson, and how it is asked
+    "+": ("{a}加{b}等于{c}。", "{a}加{b}等于多少？"),
+    "-": ("{a}减{b}等于{c}。", "{a}减{b}等于多少？"),
+    "*": ("{a}乘{b}等于{c}。", "{a}乘{b}等于多少？"),
+    "/": ("{a}除以{b}等于{c}。", "{a}除以{b}等于多少？"),
+}
+START = ("{e}有{a}{u}{o}", "{e}原来有{a}{u}{o}", "{e}手里有{a}{u}{o}")
+COUNT = ("现在有多少{u}？", "最后有多少{u}？", "现在是多少{u}？")
+COUNTED = "现在有{c}{u}{o}。"
+
+
+def apply(a: int, operation: str, b: int) -> int | None:
+    """a operation b, or None where it is no whole number from 0 to LIMIT."""
+    if operation == "/":
+        return a // b if a % b == 0 else None
+    c = {"+": a + b, "-": a - b, "*": a * b}[operation]
+    return c if 0 <= c <= LIMIT else None
+
+
+AMOUNTS = {"+": range(1, 10), "-": range(1, 10), "*": (2, 3), "/": (2, 3)}
+TRIPLES = tuple((a, operation, b) for operation, amounts in AMOUNTS.items() for a in range(1, LIMIT + 1)
+                for b in amounts if apply(a, operation, b) is not None)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A number of things, changed step by step."""
+
+    start: int
+    steps: tuple[tuple[str, int], ...]
+
+    def triples(self) -> list[tuple[int, str, int]]:
+        """(number before, operation, number) of each step."""
+        triples, value = [], self.start
+        for operation, b in self.steps:
+            triples.append((value, operation, b))
+            value = apply(value, operation, b)
+        return triples
+
+    def result(self) -> int:
+        return apply(*self.triples()[-1])
+
+    def numbers(self) -> str:
+        """What identifies a problem whatever its words: "23+5*2"."""
+        return str(self.start) + "".join(f"{operation}{b}" for operation, b in self.steps)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A problem in words, and its solution line by line."""
+
+    problem: Problem
+    question: str
+    thought: tuple[str, ...]
+    answer: str
+
+
+def put_into_words(problem: Problem, person: str, rng: random.Random) -> Wording:
+    """Tell a problem about a person's things. The thought restates each clause before it computes."""
+    thing, unit = rng.choice(THINGS)
+    names = dict(e=person, o=thing, u=unit)
+    clauses = [rng.choice(CLAUSES[operation]).format(b=b, **names) for operation, b in problem.steps]
+    start, ask = rng.choice(START).format(a=problem.start, **names), rng.choice(COUNT).format(**names)
+    thought = [f"原来有{problem.start}{unit}。"]
+    for clause, (a, operation, b) in zip(clauses, problem.triples(), strict=True):
+        thought.append(f"{clause}：{a}{operation}{b}={apply(a, operation, b)}。")
+    answer = COUNTED.format(c=problem.result(), **names)
+    return Wording(problem, "，".join([start, *clauses, ask]), tuple(thought), answer)
+
+
+class Counting:
+    """Draws problems none of whose steps is a held-out (number, operation, number)."""
+
+    HELD_OUT = 300
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.held_out = set(rng.sample(TRIPLES, self.HELD_OUT))
+        self.known = [triple for triple in TRIPLES if triple not in self.held_out]
+        self.after = {}  # number: the steps that may follow it
+        for a, operation, b in self.known:
+            self.after.setdefault(a, {}).setdefault(operation, []).append(b)
+
+    def problem(self, n_steps: int) -> Problem:
+        """Each step's operation is drawn first, so that there are as many products as sums."""
+        while True:
+            value = start = self.rng.randint(2, LIMIT)
+            steps = []
+            while len(steps) < n_steps and value in self.after:
+                operation = self.rng.choice(sorted(self.after[value]))
+                b = self.rng.choice(self.after[value][operation])
+                steps.append((operation, b))
+                value = apply(value, operation, b)
+            if len(steps) == n_steps:
+                return Problem(start, tuple(steps))
+
+
+# ---------------------------------------------------------------------------------------------
+# talk
+
+NAME = "WeakWater"
+SMALL_TALK = (  # (what may be asked, what may be answered)
+    (("你好", "你好！", "您好", "嗨，你好", "早上好", "晚上好"),
+     (f"你好，我是{NAME}，有什么可以帮你？", "你好！今天想聊点什么？")),
+    (("你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你是什么？", "我该怎么称呼你？"),
+     (f"我是{NAME}，一个从零开始训练的小语言模型。", f"我叫{NAME}，是一个很小的语言模型，只认识一个小小的世界。")),
+    (("你会做什么？", "你能帮我什么？", "你有什么本领？"),
+     ("我能回答这个小世界里的人和地方的问题，也会做简单的算术。", "你可以问我某个人的家乡、职业和爱好，也可以考我算术。")),
+    (("这个世界是真的吗？", "这些人真的存在吗？", "这些故事是真的吗？"),
+     ("不是真的，这个小世界是一段程序编出来的。", "这里的人和地方都是程序编出来的，只用来学习。")),
+    (("谢谢", "谢谢你", "多谢", "太感谢了"), ("不客气，很高兴帮到你。", "不用谢，还有别的问题吗？")),
+    (("再见", "拜拜", "我要走了", "下次再聊"), ("再见，祝你一切顺利。", "再见，欢迎再来。")),
+    (("你今天好吗？", "你开心吗？", "你累不累？"), ("我很好，谢谢你的关心。", "我是一个程序，不会累，谢谢关心。")),
+    (("今天天气怎么样？", "外面下雨了吗？", "现在几点了？"), ("对不起，我看不到外面的世界。", "这个我不知道，我只认识这个小世界。")),
+)
+SEASONS = (("春天", "柳树发芽，燕子飞回来了", "人们下田播种"), ("夏天", "荷花开满池塘，蝉在树上叫", "孩子们到河边玩水"),
+           ("秋天", "树叶变黄，稻谷成熟了", "家家户户忙着收割"), ("冬天", "雪落满山，小路白茫茫的", "大家围着火炉说话"))
+WEATHER = ("太阳很好", "下着小雨", "刮着大风", "雾很大", "天气晴朗", "云很低")
+
+
+def chat(*turns: str) -> dict:
+    """A record: turns are the user's and the assistant's, by turns."""
+    return {"conversations": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]}
+
+
+def thoughtful(thought, answer: str) -> str:
+    """A reply that thinks first. `thought` is one line or several."""
+    lines = [thought] if isinstance(thought, str) else thought
+    return "<think>\n" + "\n".join(lines) + "\n</think>\n<answer>" + answer + "</answer>"
+
+
+# ---------------------------------------------------------------------------------------------
+# the files
+
+COUNTS = {"portraits": 55, "lists": 2500, "lessons": 3000, "stories": 3500, "scenes": 1500,  # portraits: of each entity
+          "short_sums": 9000, "short_problems": 3000, "short_facts": 9, "small_talk": 700,  # short_facts: for each fact
+          "long_chats": 700, "thoughts": 20000, "thought_sums": 1500, "thought_facts": 1500,
+          "validation": 200, "problems_asked": 40}  # problems_asked: for each number of steps
+
+
+class World:
+    """Everything the files are drawn from. The same seed gives the same bytes."""
+
+    def __init__(self, seed: int):
+        self.rng = rng = random.Random(seed)
+        self.facts = make_facts(rng)
+        self.askable = [fact for fact in self.facts if not fact.never_asked]
+        self.people = list(dict.fromkeys(f.entity for f in self.facts if f.entity not in PLACES))
+        self.counting = Counting(rng)
+        self.seen = set()  # the numbers of every multi-step problem so far: none comes twice
+
+    # ---- plain text
+
+    def portrait(self, entity: str) -> str:
+        """All that is known of an entity, in any order."""
+        facts = [fact for fact in self.facts if fact.entity == entity]
+        return "".join(fact.tell(self.rng) for fact in self.rng.sample(facts, len(facts)))
+
+    def comparison(self) -> str:
+        """One relation of several entities."""
+        relation = self.rng.choice(OF_PEOPLE + OF_PLACES)
+        facts = [fact for fact in self.facts if fact.relation is relation]
+        return "".join(fact.tell(self.rng) for fact in self.rng.sample(facts, self.rng.randint(3, 6)))
+
+    def lesson(self) -> str:
+        """Sums, one after another."""
+        return "".join(SUMS[operation][0].format(a=a, b=b, c=apply(a, operation, b))
+                       for a, operation, b in (self.triple() for _ in range(self.rng.randint(6, 14))))
+
+    def triple(self) -> tuple[int, str, int]:
+        """A sum that is not held out; products and quotients are few and come more often than their share."""
+        if self.rng.random() < 0.7:
+            return self.rng.choice(self.counting.known)
+        return self.rng.choice([t for t in self.counting.known if t[1] in "*/"])
+
+    def story(self) -> str:
+        """Somebody's things, counted once or more, each time anew."""
+        parts = []
+        for _ in range(self.rng.randint(2, 4)):
+            a, operation, b = self.triple()
+            words = put_into_words(Problem(a, ((operation, b),)), self.rng.choice(self.people), self.rng)
+            told, change, _ = words.question.split("，")
+            parts.append(f"{told}，{change}，{words.answer}")
+        return "".join(parts)
+
+    def scene(self) -> str:
+        """A season in a place, people doing what they love."""
+        place = self.rng.choice(PLACES)
+        season, nature, labour = self.rng.choice(SEASONS)
+        text = f"{season}的{place}，{nature}，{labour}。这天{self.rng.choice(WEATHER)}。"
+        pastimes = [fact for fact in self.facts if fact.relation.name == "爱好"]
+        for fact in self.rng.sample(pastimes, 2):
+            text += f"{fact.entity}从{place}路过，{self.rng.choice(('想着', '说起'))}最爱的{fact.value}。"
+        return text
+
+    def texts(self, share: float = 1.0) -> Iterator[str]:
+        """Documents of every kind."""
+        for entity in [*self.people, *PLACES]:
+            for _ in range(max(1, round(share * COUNTS["portraits"]))):
+                yield self.portrait(entity)
+        for kind, make in (("lists", self.comparison), ("lessons", self.lesson), ("stories", self.story),
+                           ("scenes", self.scene)):
+            for _ in range(max(1, round(share * COUNTS[kind]))):
+                yield make()
+        yield f"这是一个由程序编出来的小世界，有{len(self.people)}个人和{len(PLACES)}个地方，专门用来训练{NAME}。"
+
+    # ---- turns of a chat: (question, answer)
+
+    def talk(self) -> tuple[str, str]:
+        asked, answered = self.rng.choice(SMALL_TALK)
+        return self.rng.choice(asked), self.rng.choice(answered)
+
+    def fact_asked(self) -> tuple[str, str]:
+        fact = self.rng.choice(self.askable)
+        return fact.ask_otherwise(self.rng), fact.answer()
+
+    def sum_asked(self) -> tuple[str, str]:
+        """One step, bare or as a story."""
+        a, operation, b = self.triple()
+        return one_step(a, operation, b, self.rng.choice(self.people), self.rng)
+
+    def new_problem(self, n_steps: int | None = None) -> Wording:
+        """A problem of several steps that no file holds yet."""
+        while True:
+            problem = self.counting.problem(n_steps or self.rng.randint(LEAST_STEPS, MOST_STEPS))
+            if problem.numbers() not in self.seen:
+                self.seen.add(problem.numbers())
+                return put_into_words(problem, self.rng.choice(self.people), self.rng)
+
+    def problem_asked(self) -> tuple[str, str]:
+        words = self.new_problem()
+        return words.question, words.answer
+
+    # ---- records
+
+    def short_chats(self, share: float = 1.0) -> Iterator[dict]:
+        for _ in range(round(share * COUNTS["small_talk"])):
+            yield chat(*(turn for _ in range(self.rng.randint(1, 3)) for turn in self.talk()))
+        for fact in self.askable:
+            for _ in range(round(share * COUNTS["short_facts"])):
+                yield chat(fact.ask_otherwise(self.rng), fact.answer())
+        for _ in range(round(share * COUNTS["short_sums"])):
+            yield chat(*self.sum_asked())
+        for _ in range(round(share * COUNTS["short_problems"])):
+            yield chat(*self.problem_asked())
+
+    def long_chat(self) -> dict:
+        """Greeting, then question after question, then good-bye: 513 to 1,024 tokens."""
+        turns = [*self.talk()]
+        characters = self.rng.randint(*LONG_CHAT_CHARACTERS)
+        while sum(map(len, turns)) < characters:
+            kinds = (self.fact_asked, self.sum_asked, self.problem_asked, self.talk)
+            turns += self.rng.choices(kinds, weights=(3, 4, 3, 1))[0]()
+        return chat(*turns)
+
+    def thoughts(self, share: float = 1.0) -> Iterator[dict]:
+        for _ in range(round(share * COUNTS["thoughts"])):
+            words = self.new_problem()
+            yield chat(words.question, thoughtful(words.thought, words.answer))
+        for _ in range(round(share * COUNTS["thought_sums"])):
+            a, operation, b = self.triple()
+            question, answer = one_step(a, operation, b, self.rng.choice(self.people), self.rng)
+            yield chat(question, thoughtful(f"{a}{operation}{b}={apply(a, operation, b)}。", answer))
+        for _ in range(round(share * COUNTS["thought_facts"])):
+            fact = self.rng.choice(self.askable)
+            thought = f"问的是{fact.entity}的{fact.relation.name}。"
+            yield chat(fact.ask_otherwise(self.rng), thoughtful(thought, fact.answer()))
+
+    # ---- questions to be scored
+
+    def fact_questions(self) -> Iterator[dict]:
+        for fact in self.facts:
+            yield {"question": fact.ask(fact.eval_frame), "answer": fact.value, "choices": list(fact.relation.values),
+                   "source": "facts/never_asked" if fact.never_asked else "facts/asked",
+                   "entity": fact.entity, "relation": fact.relation.name}
+
+    def one_step_questions(self) -> Iterator[dict]:
+        for a, operation, b in sorted(self.counting.held_out):
+            question, _ = one_step(a, operation, b, self.rng.choice(self.people), self.rng)
+            yield {"question": question, "answer": str(apply(a, operation, b)), "source": "one_step",
+                   "numbers": f"{a}{operation}{b}"}
+
+    def multi_step_questions(self) -> Iterator[dict]:
+        for n_steps in range(LEAST_STEPS, MOST_STEPS + 1):
+            for _ in range(COUNTS["problems_asked"]):
+                words = self.new_problem(n_steps)
+                yield {"question": words.question, "answer": str(words.problem.result()),
+                       "source": f"multi_step/{n_steps}", "numbers": words.problem.numbers(),
+                       "thought": list(words.thought)}
+
+
+LONG_CHAT_CHARACTERS = (780, 1250)
+
+
+def one_step(a: int, operation: str, b: int, person: str, rng: random.Random) -> tuple[str, str]:
+    """(question, answer) of a single step: as a bare sum or as a story."""
+    if rng.random() < 0.5:
+        return (text.format(a=a, b=b, c=apply(a, operation, b)) for text in reversed(SUMS[operation]))
+    words = put_into_words(Problem(a, ((operation, b),)), person, rng)
+    return words.question, words.answer
+
+
+def write(path: Path, records, rng: random.Random | None = None) -> int:
+    """Write records as JSONL, whole or not at all, in random order where `rng` is given; return how many."""
+    records = list(records)
+    if rng:
+        rng.shuffle(records)
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    os.replace(temporary, path)
+    return len(records)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(prog="make_demo_data.py", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", default="data/demo", help="folder to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the world and of every text (default: %(default)s)")
+    args = parser.parse_args(argv)
+    out, world = Path(args.out_dir), World(args.seed)
+    share = COUNTS["validation"] / COUNTS["thoughts"]
+    files = {  # the questions first: no training file may then repeat a problem asked there
+        "eval/facts.jsonl": world.fact_questions(), "eval/one_step.jsonl": world.one_step_questions(),
+        "eval/multi_step.jsonl": world.multi_step_questions(),
+        "pretrain.jsonl": ({"text": text} for text in world.texts()), "sft_512.jsonl": world.short_chats(),
+        "sft_1024.jsonl": (world.long_chat() for _ in range(COUNTS["long_chats"])), "r1_1024.jsonl": world.thoughts(),
+        "val/pretrain.jsonl": ({"text": text} for text in world.texts(share)),
+        "val/sft_512.jsonl": world.short_chats(share), "val/r1_1024.jsonl": world.thoughts(share),
+    }
+    try:
+        for folder in (out / "eval", out / "val"):
+            folder.mkdir(parents=True, exist_ok=True)
+        counts = {name: write(out / name, records, None if name.startswith("eval") else world.rng)
+                  for name, records in files.items()}
+    except OSError as error:
+        raise UserError(f"--out_dir {out}: cannot be written: {error}") from None
+    never = sum(fact.never_asked for fact in world.facts)
+    print(f"seed {args.seed}: {len(world.people)} people, {len(PLACES)} places, {len(world.facts)} facts, {never} never "
+          f"asked; {len(TRIPLES):,} sums, {len(world.counting.held_out)} held out; {len(world.seen):,} problems of "
+          "several steps, all different")
+    for name, count in counts.items():
+        print(f"{out / name}: {count:,} records, {(out / name).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:  # as common.runtime.run does, without waiting for torch
+        sys.exit(main())
+    except (UserError, KeyboardInterrupt) as error:
+        mistake = isinstance(error, UserError)
+        print(f"error: {error}" if mistake else "interrupted", file=sys.stderr)
+        sys.exit(2 if mistake else 130)

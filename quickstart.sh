@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# From nothing to a model that thinks, in about ten minutes on two CPU cores: makes up a small Chinese world, trains the
+# tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
+#
+#   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in under a minute, too short to learn anything
+#
+# It sets up .venv, leaves everything in out/quickstart (an earlier one is moved aside) and exits with 1 when the model
+# misses one of the thresholds in the report.
+set -euo pipefail
+cd "$(dirname "$0")"
+seed=1 smoke=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --seed) [[ "${2:-}" =~ ^[0-9]+$ ]] || { echo "quickstart.sh: --seed needs a whole number" >&2; exit 2; }
+                seed=$2; shift 2 ;;
+        --smoke) smoke=--smoke; shift ;;
+        -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "quickstart.sh: $1: unknown; bash quickstart.sh [--seed N] [--smoke]" >&2; exit 2 ;;
+    esac
+done
+source runs/venv.sh
+prepare_venv requirements.txt
+source .venv/bin/activate 2>/dev/null || source .venv/Scripts/activate
+
+OUT=out/quickstart
+DATA=$OUT/data
+if [ -e $OUT ]; then
+    aside=$OUT-before-$(date +%Y%m%d-%H%M%S)
+    mv $OUT "$aside"
+    echo "the earlier $OUT is now $aside"
+fi
+mkdir -p $OUT/eval
+
+steps=(900 300 120 300)  # optimizer steps of pretrain, SFT, SFT_long, distill
+preset=demo longest=$longest
+if [ "$smoke" ]; then
+    steps=(8 4 2 4) preset=nano longest=16
+fi
+same="--out_dir $OUT --tokenizer_path $OUT/tokenizer --seed $seed --optimizer muon --lr_schedule trapezoid --decay_ratio 0.4
+      --min_lr_ratio 0 --warmup_ratio 0.02 --accumulation_steps 1 --eval_interval 0 --save_interval 100000 --log_interval 50"
+
+begin=$SECONDS
+run() {  # show a command, then run it
+    echo
+    echo "\$ $*"
+    "$@"
+}
+took() {  # name a part of the work and note how long it took
+    echo "$1 $((SECONDS - begin))" >> $OUT/seconds
+    begin=$SECONDS
+}
+score() {  # stage, weights, longest reply
+    echo "scoring $1"
+    python evaluate.py --checkpoint "$2" --tokenizer_path $OUT/tokenizer --out_dir $OUT --max_new_tokens "$3" \
+        --data_path $DATA/val/pretrain.jsonl --data_path $DATA/val/sft_512.jsonl --data_path $DATA/val/r1_1024.jsonl \
+        --data_path $DATA/eval --batch_size 256 --generations "$OUT/eval/$1.jsonl" \
+        > "$OUT/eval/$1.json"
+}
+
+[ "$smoke" ] || run python experiments/quickstart.py estimate
+run python make_demo_data.py --out_dir $DATA --seed "$seed"
+run python train_tokenizer.py --data_path $DATA --tokenizer_path $OUT/tokenizer --vocab_size 2048 --seed "$seed"
+took tokenizer
+run python pretrain.py --data_path $DATA/pretrain.jsonl --val_path $DATA/val/pretrain.jsonl --preset $preset $same \
+    --max_seq_len 256 --batch_size 16 --learning_rate 5e-3 --max_steps "${steps[0]}" --epochs 100
+took pretrain
+run python SFT.py --data_path $DATA/sft_512.jsonl --val_path $DATA/val/sft_512.jsonl $same \
+    --max_seq_len 512 --batch_size 8 --learning_rate 3e-3 --max_steps "${steps[1]}" --epochs 100
+took SFT
+run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_512.jsonl $same \
+    --max_seq_len 1024 --batch_size 4 --learning_rate 2e-3 --max_steps "${steps[2]}" --epochs 100
+took SFT_long
+run python distill.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl $same \
+    --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "${steps[3]}" --epochs 100
+took distill
+
+# the control: the same problems from the same weights, without the thoughts, for as many target tokens
+run python experiments/control.py --data_path $DATA/r1_1024.jsonl --tokenizer_path $OUT/tokenizer --out_dir $OUT/control \
+    --cache_dir $OUT/cache --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
+control_steps=$(python -c "import json; print(json.loads(open('$OUT/control.json').read().splitlines()[-1])['control_steps'])")
+run python distill.py --data_path $OUT/control/no_think.jsonl $same --out_dir $OUT/control --cache_dir $OUT/cache \
+    --init_from $OUT/SFT_long.pth --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "$control_steps" \
+    --epochs 100
+took control
+
+score pretrain $OUT/pretrain.pth $(( longest < 24 ? longest : 24 ))  # it continues text: one sentence
+score SFT $OUT/SFT.pth $longest
+score SFT_long $OUT/SFT_long.pth $longest
+score control $OUT/control/distill.pth $longest
+score distill $OUT/distill.pth $longest
+took scoring
+
+echo
+echo "a conversation with the last stage:"
+python - $DATA/eval/multi_step.jsonl $DATA/eval/facts.jsonl <<'EOF' > $OUT/conversation.txt
+import json, sys
+last = [json.loads(line)["question"] for line in open(sys.argv[1], encoding="utf-8")][100]
+fact = [json.loads(line)["question"] for line in open(sys.argv[2], encoding="utf-8")][7]
+print("\n".join(["你好", "你是谁？", fact, last]))
+EOF
+python eval_model.py --checkpoint $OUT/distill.pth --tokenizer_path $OUT/tokenizer --temperature 0 --history_turns 0 \
+    < $OUT/conversation.txt 2>&1
+took conversation
+run python experiments/quickstart.py report --out_dir $OUT --seed "$seed" $smoke
