@@ -20,7 +20,7 @@ while [ $# -gt 0 ]; do
 done
 source runs/venv.sh
 prepare_venv requirements.txt
-source .venv/bin/activate 2>/dev/null || source .venv/Scripts/activate
+activate_venv
 
 OUT=out/quickstart
 DATA=$OUT/data

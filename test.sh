@@ -5,11 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source runs/venv.sh
 prepare_venv requirements.txt requirements-dev.txt
+activate_venv
 
 marks="not extra"
 if [ "${1:-}" = "--extra" ]; then
     marks=""
     shift
 fi
-.venv/bin/ruff check .
-exec .venv/bin/python -m pytest -m "$marks" "$@"
+ruff check .
+exec python -m pytest -m "$marks" "$@"

@@ -1,27 +1,32 @@
-# Sourced by test.sh and quickstart.sh: makes .venv (once) with what the given requirement files name.
+# Sourced by test.sh and quickstart.sh: makes .venv and installs what requirement files name, where that is not done yet.
 #
 #   source runs/venv.sh; prepare_venv requirements.txt requirements-dev.txt
 #
 # PYTHON=… chooses the Python it is made with; else the first one of at least 3.11.
 
 prepare_venv() {
-    local candidate chosen="" stamp wanted
-    stamp=.venv/installed-$(basename "${@: -1}" .txt)
-    wanted=$(cat "$@" | cksum)
-    [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ] || return 0
+    local file candidate chosen="" files=() missing=""
+    for file in "$@"; do
+        files+=(-r "$file")
+        grep -qxF "$(cksum < "$file") $file" .venv/installed 2>/dev/null || missing=yes
+    done
+    [ "$missing" ] || return 0
     for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3 python; do
         if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             chosen=$candidate
             break
         fi
     done
-    [ -n "$chosen" ] || { echo "needs Python 3.11 or later (PYTHON=… says where it is)" >&2; exit 2; }
-    echo "setting up .venv: $*" >&2
-    [ -x .venv/bin/python ] || "$chosen" -m venv .venv
+    [ "$chosen" ] || { echo "needs Python 3.11 or later (PYTHON=… says where it is)" >&2; exit 2; }
+    echo "installing $* in .venv" >&2
+    [ -e .venv/bin/python ] || [ -e .venv/Scripts/python.exe ] || "$chosen" -m venv .venv
+    activate_venv
     # torch first and alone: another package's wider range must not choose its version
-    .venv/bin/python -m pip install --quiet "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
-    local file files=()
-    for file in "$@"; do files+=(-r "$file"); done
-    .venv/bin/python -m pip install --quiet "${files[@]}"
-    echo "$wanted" > "$stamp"
+    python -m pip install --quiet "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+    python -m pip install --quiet "${files[@]}"
+    for file in "$@"; do echo "$(cksum < "$file") $file"; done >> .venv/installed
+}
+
+activate_venv() {
+    if [ -e .venv/bin/activate ]; then source .venv/bin/activate; else source .venv/Scripts/activate; fi
 }

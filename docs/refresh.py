@@ -1,0 +1,67 @@
+"""Run the commands of a document and put their real output into it.
+
+    python docs/refresh.py docs/TUTORIAL_zh.md            rewrite the outputs
+    python docs/refresh.py docs/TUTORIAL_zh.md --check    only run the commands
+
+A ```bash block that is directly followed by a ```text block is run in the repository's root, and what it prints
+replaces the content of that block; a ```bash block without one is for the reader and is not run. A command that fails
+ends this with exit code 1 and leaves the document as it was.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.runtime import TrainingStopped, run
+from Config import OneLineParser, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.compile(r"^```bash\n(?P<command>(?:(?!```).*\n)*)```\n\n?```text\n(?P<output>(?:(?!```).*\n)*)```$", re.MULTILINE)
+
+
+def output_of(command: str) -> str:
+    """What a bash command prints to stdout. Raises TrainingStopped, with exit code 1, when it fails."""
+    folder = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the same python
+    result = subprocess.run(["bash", "-e", "-c", command], cwd=ROOT, env=os.environ | {"PATH": folder},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+    if result.returncode:
+        raise TrainingStopped(f"exit code {result.returncode}: {command}{result.stderr}", 1)
+    return "".join(line.rstrip() + "\n" for line in result.stdout.splitlines())
+
+
+def refreshed(document: str) -> str:
+    """The document with the output of each command as it is now."""
+    def run_block(match: re.Match) -> str:
+        print(f"$ {match['command']}", end="", flush=True)
+        before, after = match.start("output") - match.start(), match.end("output") - match.start()
+        return match.group()[:before] + output_of(match["command"]) + match.group()[after:]
+
+    return BLOCKS.sub(run_block, document)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(prog="docs/refresh.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("document", help="a Markdown file")
+    parser.add_argument("--check", action="store_true", help="run every command, change nothing")
+    args = parser.parse_args(argv)
+    path = Path(args.document)
+    try:
+        before = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    after = refreshed(before)
+    if args.check:
+        print("every command ran")
+    elif after == before:
+        print(f"{path}: up to date")
+    else:
+        path.write_text(after, encoding="utf-8", newline="\n")
+        print(f"{path}: outputs replaced")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

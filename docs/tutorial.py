@@ -1,0 +1,651 @@
+"""The evidence behind docs/TUTORIAL_zh.md: a sample from JSONL to loss, an answer from prompt to text, in numbers.
+
+    python docs/tutorial.py sample --line 1
+    python docs/tutorial.py answer --prompt "23加5等于多少？"
+
+reads what `bash quickstart.sh` leaves in out/quickstart (data, tokenizer, weights; --out_dir names another folder), on
+the CPU and in float32. All of it goes through the project's own functions. What is computed here a second time, by
+hand, is there to show that it comes to the same, and that is asserted.
+"""
+
+import contextlib
+import io
+import json
+import math
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import pretrain
+from common import checkpoint, generation
+from common.answers import read_reply, wilson
+from common.optim import learning_rate, make_optimizers
+from common.runtime import autocast, run
+from common.scoring import score
+from Config import OneLineParser, UserError
+from dataset import (
+    CONTEXT,
+    REPLY,
+    TAG,
+    TAGS,
+    THINK,
+    StepLoader,
+    TextEncoder,
+    encode_chat,
+    evaluation_batches,
+    load_documents,
+    load_tokenizer,
+    make_micro_batch,
+    parse_record,
+    read_lines,
+)
+from experiments.control import without_thoughts
+from model import KVCache, Packing, attend_packed, boundaries_of, rotate
+from train_tokenizer import CONTROL, MAX_WORD_CHARS, token_byte_lengths
+
+KINDS = {CONTEXT: "CONTEXT", REPLY: "REPLY", TAG: "TAG", THINK: "THINK"}
+ALL_ONE = np.array([0, 1, 1, 1], np.float32)  # loss weight by kind: what SFT.py and SFT_long.py train with
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# what quickstart.sh left, and how it is shown
+
+
+def existing(args, name: str) -> Path:
+    """A file or folder in --out_dir. Raises UserError where it is not there."""
+    path = Path(args.out_dir) / name
+    if not path.exists():
+        raise UserError(f"{path} is not there: run `bash quickstart.sh` first, or name its folder with --out_dir")
+    return path
+
+
+def open_tokenizer(args):
+    """The tokenizer in --out_dir."""
+    return load_tokenizer(str(existing(args, "tokenizer")))
+
+
+def open_model(args, stage: str):
+    """The weights of a stage, without dropout."""
+    return checkpoint.load_model(existing(args, f"{stage}.pth"))[0]
+
+
+def open_documents(args, name: str, kind: str, tokenizer, max_seq_len: int):
+    """The documents of a data file, in its order."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the time that tokenising took is no evidence
+        return load_documents(str(existing(args, f"data/{name}")), tokenizer, kind, f"{args.out_dir}/cache", max_seq_len)
+
+
+def line_of(documents, document: int) -> int:
+    """The line of the data file in which a document stands, from 1."""
+    return int(documents.cache.documents["line"][documents.index[document]])
+
+
+def find_document(documents, line: int | None) -> int:
+    """The document in a line of the data file; without a line, the shortest."""
+    if line is None:
+        return int(documents.length.argmin())
+    for document in range(len(documents)):
+        if line_of(documents, document) == line:
+            return document
+    raise UserError(f"--line {line}: no document of {documents.cache.meta['files'][0]}")
+
+
+def tokens_of(documents, document: int) -> np.ndarray:
+    """The ids of a document, from the token cache."""
+    start = int(documents.cache.documents["start"][documents.index[document]])
+    return documents.cache.tokens[start:start + int(documents.length[document])].astype(np.int64)
+
+
+def kinds_of(documents, document: int) -> np.ndarray:
+    """What each of a document's tokens is."""
+    start = int(documents.cache.documents["start"][documents.index[document]])
+    return np.array(documents.cache.kinds[start:start + int(documents.length[document])])
+
+
+def texts(tokenizer, ids) -> list[str]:
+    """The text of each id by itself; one that is only a part of a character shows as its number of bytes."""
+    sizes = token_byte_lengths(tokenizer)
+    alone = [tokenizer.decode([int(i)]) for i in ids]
+    return [f"({sizes[i]} byte)" if "\ufffd" in text else repr(text)[1:-1] for i, text in zip(ids, alone, strict=True)]
+
+
+def shape(tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def title(text: str) -> None:
+    print(f"--- {text}")
+
+
+# ---------------------------------------------------------------------------------------------
+# stage 0
+
+
+def show_tokenizer(args) -> None:
+    """the vocabulary; what becomes one token, and what never does"""
+    tokenizer = open_tokenizer(args)
+    encoder, sizes = TextEncoder.of(tokenizer), token_byte_lengths(tokenizer)
+    n_special = len(CONTROL) + len(encoder.tag_ids)
+    print(f"{encoder.vocab_size} entries = {n_special} control tokens and tags + 256 bytes + "
+          f"{encoder.vocab_size - n_special - 256} merges")
+    print("  ".join(f"{token} {tokenizer.convert_tokens_to_ids(token)}" for token in (*CONTROL, *TAGS)))
+
+    title("text to ids and back")
+    for text in ("小明有12个苹果。", "2024", "𠮷", "Hello, 世界！"):
+        ids = encoder.encode([text])[0]
+        assert tokenizer.decode(ids) == text and sum(sizes[i] for i in ids) == len(text.encode("utf-8"))
+        print(f"{text}  {len(text)} characters, {len(text.encode('utf-8'))} bytes, {len(ids)} tokens")
+        print(f"    {ids}\n    {' | '.join(texts(tokenizer, ids))}")
+
+    title(f"words, in which merges stay (in training cut after {MAX_WORD_CHARS} characters)")
+    text = "学而时习之，不亦说乎？2024年有12个月。"
+    words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    print(" | ".join(text[begin:end] for _, (begin, end) in words))
+
+    title("the same characters, said by the user and by the assistant")
+    for said in ("</s>", "<think>"):
+        for role in ("user", "assistant"):
+            ids, _ = encode_chat(tokenizer, [{"role": role, "content": said}])
+            content = ids[len(encoder.headers[role]):-1 - len(encoder.newline)]  # without header, </s> and newline
+            assert encoder.eos_id not in content
+            print(f"{said:8} {role:10} {content}")
+
+
+# ---------------------------------------------------------------------------------------------
+# one sample, from JSONL to loss
+
+
+def show_sample(args) -> None:
+    """one chat record: line, ids, mask; the packed micro-batch; shapes through the network; the loss"""
+    tokenizer, model = open_tokenizer(args), open_model(args, "SFT")
+    documents = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
+    document = find_document(documents, args.line)
+    # a small optimizer step: this conversation and the three after it, in two micro-batches
+    few = documents.take(np.arange(document, document + 4) % len(documents))
+    loader = StepLoader(few, max_seq_len=512, batch_size=1, accumulation_steps=2, seed=1, order="file")
+    step = loader.step(epoch=0, number=0)
+    with torch.no_grad():
+        if args.part in ("all", "record"):
+            sample_record(args, tokenizer, documents, document)
+        if args.part in ("all", "batch"):
+            sample_batch(tokenizer, few, step)
+        if args.part in ("all", "forward"):
+            sample_forward(model, step)
+        if args.part in ("all", "loss"):
+            sample_loss(tokenizer, model, step)
+
+
+def sample_record(args, tokenizer, documents, document: int) -> None:
+    """JSONL line → messages → ids, mask and kinds."""
+    file, number = existing(args, "data/val/sft_512.jsonl"), line_of(documents, document)
+    title(f"line {number} of val/sft_512.jsonl")
+    line = next(line for n, line in read_lines(file) if n == number)
+    print(line.decode("utf-8"))
+    conversation = parse_record(line, "chat")["conversations"]
+    ids, mask = encode_chat(tokenizer, conversation)
+    kinds = kinds_of(documents, document)
+    assert ids == tokens_of(documents, document).tolist()  # the cache holds the same
+    assert mask == (kinds != CONTEXT).astype(int).tolist()
+    title(f"{len(conversation)} messages, {len(ids)} ids, {sum(mask)} with a loss")
+    print_tokens(tokenizer, ids, kinds, {"mask": mask})
+
+
+def print_tokens(tokenizer, ids, kinds, columns: dict[str, list]) -> None:
+    """One token a line."""
+    print(f"{'t':>3} {'id':>5}  {'kind':8}" + "".join(f"{name:>7}" for name in columns) + "  token")
+    for t, text in enumerate(texts(tokenizer, ids)):
+        values = "".join(f"{column[t]:7g}" for column in columns.values())
+        print(f"{t:3} {ids[t]:5}  {KINDS[int(kinds[t])]:8}{values}  {text}")
+
+
+def cut_of(step) -> list[list[int]]:
+    """The documents of each micro-batch of a step."""
+    pieces = iter(step.pieces)
+    return [[next(pieces)[0] for _ in micro_batch.lengths] for micro_batch in step.micro_batches]
+
+
+def with_first(step) -> tuple:
+    """The micro-batch in which document 0 of a step stands, and where in it that begins and ends."""
+    for micro_batch, inside in zip(step.micro_batches, cut_of(step), strict=True):
+        if 0 in inside:
+            place = inside.index(0)
+            begin = sum(micro_batch.lengths[:place])
+            return micro_batch, begin, begin + micro_batch.lengths[place]
+    raise AssertionError("every document of four stands in the one step")
+
+
+def sample_batch(tokenizer, few, step) -> None:
+    """The step's micro-batches, and the arrays of the one with our conversation."""
+    title(f"a step: {len(step.pieces)} conversations, {step.tokens} tokens, {len(step.micro_batches)} micro-batches")
+    for number, (micro_batch, inside) in enumerate(zip(step.micro_batches, cut_of(step), strict=True), start=1):
+        print(f"micro-batch {number}: lines {[line_of(few, d) for d in inside]}, lengths {micro_batch.lengths}, "
+              f"{len(micro_batch.tokens)} tokens, {len(micro_batch.targets)} targets, "
+              f"weights sum to {micro_batch.weights.sum():g}")
+    assert step.total_weight == sum(float(micro_batch.weights.sum()) for micro_batch in step.micro_batches)
+    print(f"total_weight of the step: {step.total_weight:g}")
+
+    micro_batch, begin, end = with_first(step)
+    title(f"the micro-batch with line {line_of(few, 0)}, as the model gets it")
+    batch = micro_batch.to(CPU)
+    for name in ("tokens", "boundaries", "target_index", "targets", "weights"):
+        print(f"{name:13}{shape(batch[name]):10} {batch[name].dtype}")
+    positions = Packing(batch["lengths"], batch["boundaries"]).positions()[0]
+    ranges = [f"{part[0]}..{part[-1]}" for part in positions.split(batch["lengths"])]
+    print(f"lengths {batch['lengths']}, boundaries {batch['boundaries'].tolist()}, positions {', '.join(ranges)}")
+    ours = np.flatnonzero((micro_batch.target_index >= begin) & (micro_batch.target_index < end))
+    index = micro_batch.target_index[ours]
+    print(f"of our conversation (places {begin} to {end - 1} in the buffer):")
+    print(f"  target_index  {index.tolist()}")
+    print(f"  tokens there  {' | '.join(texts(tokenizer, micro_batch.tokens[index]))}")
+    print(f"  targets       {' | '.join(texts(tokenizer, micro_batch.targets[ours]))}")
+    print(f"  weights       {micro_batch.weights[ours].tolist()}")
+
+
+def query_key_value(block, x_BTC, cos, sin):
+    """What a block's attention compares and mixes: q, k (turned by RoPE) and v, each (B, T, heads, D)."""
+    c, attention = block.self_attn.config, block.self_attn
+    h_BTC = block.input_layernorm(x_BTC)
+    q = attention.q_proj(h_BTC).unflatten(-1, (c.n_heads, c.head_dim))
+    k = attention.k_proj(h_BTC).unflatten(-1, (c.n_kv_heads, c.head_dim))
+    v = attention.v_proj(h_BTC).unflatten(-1, (c.n_kv_heads, c.head_dim))
+    if c.qk_norm:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    turned_q, turned_k = rotate(q, cos, sin), rotate(k, cos, sin)
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))  # a rotation keeps every length
+    return turned_q, turned_k, v
+
+
+def sample_forward(model, step) -> None:
+    """One micro-batch through embedding, the first block by hand, the others, norm and head."""
+    micro_batch, begin, _ = with_first(step)
+    batch = micro_batch.to(CPU)
+    packing = Packing(batch["lengths"], batch["boundaries"])
+    c, decoder = model.config, model.model
+    title(f"through the network: dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads of {c.head_dim}, "
+          f"hidden {c.hidden_dim}, {c.vocab_size} entries")
+
+    def tell(name: str, tensor: torch.Tensor) -> None:
+        root_mean_square = f"rms {tensor.pow(2).mean().sqrt():8.3f}" if tensor.is_floating_point() else ""
+        print(f"{name:34}{shape(tensor):18} {root_mean_square}")
+
+    tell("tokens", batch["tokens"])
+    x = decoder.embed_tokens(batch["tokens"])
+    tell("embedding x", x)
+    cos, sin = decoder.rotary(packing.positions(), x.dtype)
+    tell("cos (and sin) of RoPE", cos)
+    block = decoder.layers[0]
+    tell("layer 0: RMSNorm(x)", block.input_layernorm(x))
+    q, k, v = query_key_value(block, x, cos, sin)
+    tell("  q after RoPE", q)
+    tell("  k after RoPE", k)
+    tell("  v", v)
+    mixed = attend_packed(q, k, v, packing)
+    tell("  attention inside each document", mixed)
+    attended = block.self_attn.o_proj(mixed.flatten(2))
+    tell("  o_proj, joins the heads", attended)
+    y = x + attended
+    tell("  x + attention", y)
+    h = block.post_attention_layernorm(y)
+    inside = F.silu(block.mlp.gate_proj(h)) * block.mlp.up_proj(h)
+    tell("  silu(gate) * up", inside)
+    y = y + block.mlp.down_proj(inside)
+    tell("  x + SwiGLU: the block's output", y)
+    torch.testing.assert_close(y, block(x, cos, sin, packing))
+    for block in decoder.layers[1:]:
+        y = block(y, cos, sin, packing)
+    tell(f"after all {c.n_layers} blocks", y)
+    hidden = decoder.norm(y)
+    tell("final RMSNorm", hidden)
+    torch.testing.assert_close(hidden, decoder(batch["tokens"], batch["lengths"]))
+    predicting = hidden[0, batch["target_index"]]
+    tell("only where there is a target", predicting)
+    logits = model.lm_head(predicting)
+    tell("logits", logits)
+    loss = (F.cross_entropy(logits, batch["targets"], reduction="none") * batch["weights"]).sum()
+    torch.testing.assert_close(loss, model(**batch))
+    print(f"weighted sum of the cross-entropies {loss:.3f}: what model(**micro_batch) returns")
+
+
+def losses_of(model, micro_batch) -> torch.Tensor:
+    """The loss (N,) of each target of a micro-batch; their weighted sum is what the model returns."""
+    batch = micro_batch.to(CPU)
+    logits = model(batch["tokens"], lengths=batch["lengths"])[0, batch["target_index"]]
+    losses = F.cross_entropy(logits, batch["targets"], reduction="none")
+    torch.testing.assert_close((losses * batch["weights"]).sum(), model(**batch))
+    return losses
+
+
+def sample_loss(tokenizer, model, step) -> None:
+    """The losses of our conversation, target by target, and from them the loss of the step."""
+    micro_batch, begin, end = with_first(step)
+    losses = losses_of(model, micro_batch)
+    title("the loss of each target: -ln p")
+    print(f"{'t':>3} {'p':>6} {'loss':>7} {'weight':>7}  after > comes")
+    for n in np.flatnonzero((micro_batch.target_index >= begin) & (micro_batch.target_index < end)):
+        t = int(micro_batch.target_index[n])
+        before, after = texts(tokenizer, [micro_batch.tokens[t], micro_batch.targets[n]])
+        print(f"{t - begin:3} {math.exp(-losses[n]):6.3f} {losses[n]:7.3f} {micro_batch.weights[n]:7g}  "
+              f"{before} > {after}")
+    title("the loss of the step")
+    sums = [model(**part.to(CPU)).item() for part in step.micro_batches]
+    counts = [float(part.weights.sum()) for part in step.micro_batches]
+    for number, (total, count) in enumerate(zip(sums, counts, strict=True), start=1):
+        print(f"micro-batch {number}: sum {total:.3f} over a weight of {count:g}")
+    print(f"({' + '.join(f'{total:.3f}' for total in sums)}) / {step.total_weight:g} = {sum(sums) / step.total_weight:.3f}")
+    means = [total / count for total, count in zip(sums, counts, strict=True)]
+    print(f"the mean of the two means would be {sum(means) / len(means):.3f}: targets in the smaller one would count more")
+
+
+def show_step(args) -> None:
+    """text in rows; the same optimizer step, cut in three ways"""
+    tokenizer = open_tokenizer(args)
+    text = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=64)
+    loader = StepLoader(text, max_seq_len=64, batch_size=3, accumulation_steps=1, seed=1)
+    title("pretraining: the first three rows of 64 tokens, (document, first token, tokens)")
+    row, filled = [], 0
+    for piece in loader.step(0, 0).pieces:
+        row, filled = [*row, piece], filled + piece[2]
+        if filled == 64:
+            print("  ".join(map(str, row)))
+            row, filled = [], 0
+    print(f"the first of these documents has {text.length[loader.step(0, 0).pieces[0][0]]} tokens")
+
+    model = open_model(args, "SFT")
+    chats = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
+    title("chat: 2,048 tokens a step, cut as batch_size x accumulation_steps")
+    seen = []
+    for batch_size, accumulation_steps in ((4, 1), (2, 2), (1, 4)):
+        loader = StepLoader(chats, 512, batch_size, accumulation_steps, seed=1)
+        step = loader.step(0, 0)
+        model.zero_grad()
+        losses = [model(**micro_batch.to(CPU)) for micro_batch in step.micro_batches]
+        loss = sum(losses) / step.total_weight
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+        means = [float(part) / float(m.weights.sum()) for part, m in zip(losses, step.micro_batches, strict=True)]
+        print(f"{batch_size} x {accumulation_steps}: {len(step.pieces)} documents, micro-batches of "
+              f"{[len(m.tokens) for m in step.micro_batches]} tokens, total_weight {step.total_weight:g}")
+        print(f"       loss {loss.item():.4f}, gradient norm {norm:.3f}; mean of means {sum(means) / len(means):.4f}")
+        seen.append((sorted(step.pieces), loss.detach(), norm))
+    for pieces, loss, norm in seen[1:]:
+        assert pieces == seen[0][0]
+        torch.testing.assert_close((loss, norm), seen[0][1:], rtol=1e-4, atol=1e-4)
+
+
+def show_attention(args) -> None:
+    """two packed documents do not see each other"""
+    tokenizer, model = open_tokenizer(args), open_model(args, "SFT")
+    documents = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
+    first, second = (torch.from_numpy(tokens_of(documents, document)) for document in (0, 1))
+    with torch.no_grad():
+        title("attention weights of head 0 in layer 0: the first four tokens of each of two documents")
+        tokens, lengths = torch.cat([first[:4], second[:4]])[None], [4, 4]
+        packing = Packing(lengths, boundaries_of(lengths))
+        block, x = model.model.layers[0], model.model.embed_tokens(tokens)
+        q, k, v = query_key_value(block, x, *model.model.rotary(packing.positions(), x.dtype))
+        place, document = torch.arange(8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+        visible = (place[:, None] >= place) & (document[:, None] == document)
+        scores = q[0, :, 0] @ k[0, :, 0].T / math.sqrt(model.config.head_dim)
+        weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+        torch.testing.assert_close(weights @ v[0, :, 0], attend_packed(q, k, v, packing)[0, :, 0])
+        for row, text in zip(weights.tolist(), texts(tokenizer, tokens[0].tolist()), strict=True):
+            print(" ".join(f"{w:.2f}" if w else "   ." for w in row) + f"   {text}")
+
+        title("how far the second document's logits move, at most")
+        both, lengths = torch.cat([first, second])[None], [len(first), len(second)]
+        packed, alone = model(both, lengths=lengths)[0, len(first):], model(second[None])[0]
+        changed = both.clone()
+        changed[0, 2:len(first) - 2] = both[0, 2:len(first) - 2].flip(0)  # another text in the first document
+        moved = {
+            "packed, against alone": (packed, alone),
+            "packed, the first document changed": (packed, model(changed, lengths=lengths)[0, len(first):]),
+            "one row without lengths, against alone": (model(both)[0, len(first):], alone),
+        }
+        for name, (a, b) in moved.items():
+            print(f"{name:40} {(a - b).abs().max():.3f}")
+        torch.testing.assert_close(packed, alone, rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------
+# the other stages
+
+
+def show_distill(args) -> None:
+    """one R1 record: kinds, what --tag_weight and --think_weight make of them, the loss before and after"""
+    tokenizer = open_tokenizer(args)
+    documents = open_documents(args, "val/r1_1024.jsonl", "chat", tokenizer, max_seq_len=1024)
+    document = find_document(documents, args.line)
+    few = documents.take(np.arange(document, document + 1))
+    loader = StepLoader(few, 1024, batch_size=1, accumulation_steps=1, seed=1, tag_weight=args.tag_weight,
+                        think_weight=args.think_weight)
+    ids, kinds = tokens_of(few, 0), kinds_of(few, 0)
+    weights = loader.kind_weights[kinds] * few.weight[0]
+    step = loader.step(0, 0)
+    assert math.isclose(step.total_weight, weights[1:].sum(), rel_tol=1e-5)
+    title(f"line {line_of(few, 0)} of val/r1_1024.jsonl with --tag_weight {args.tag_weight:g} "
+          f"--think_weight {args.think_weight:g}")
+    print_tokens(tokenizer, ids, kinds, {"weight": weights})
+    print("total_weight: " + " + ".join(f"{(kinds == kind).sum()} {KINDS[kind]} x {loader.kind_weights[kind]:g}"
+                                        for kind in (REPLY, TAG, THINK)) + f" = {step.total_weight:g}")
+
+    title("mean loss by kind, over the first 64 records")
+    first = documents.take(np.arange(min(64, len(documents))))
+    pieces = [(d, 0, int(first.length[d])) for d in range(len(first))]
+    micro_batch = make_micro_batch(first, pieces, ALL_ONE)
+    kinds = np.concatenate([kinds_of(first, d) for d in range(len(first))])[micro_batch.target_index + 1]
+    print(f"{'':24}" + "".join(f"{KINDS[kind]:>8}" for kind in (REPLY, TAG, THINK)) + f"{'all':>8}")
+    for stage, name in (("SFT_long", "before, SFT_long.pth"), ("distill", "after, distill.pth")):
+        with torch.no_grad():
+            losses = losses_of(open_model(args, stage), micro_batch)
+        means = [losses[kinds == kind].mean() for kind in (REPLY, TAG, THINK)]
+        print(f"{name:24}" + "".join(f"{mean:8.3f}" for mean in means) + f"{losses.mean():8.3f}")
+
+
+def show_control(args) -> None:
+    """the same R1 record for the control experiment: the thought is taken out, the tags stay"""
+    tokenizer = open_tokenizer(args)
+    documents = open_documents(args, "val/r1_1024.jsonl", "chat", tokenizer, max_seq_len=1024)
+    wanted = line_of(documents, find_document(documents, args.line))
+    line = next(line for n, line in read_lines(existing(args, "data/val/r1_1024.jsonl")) if n == wanted)
+    record = parse_record(line, "chat")
+    for name, shown in (("distill", record), ("control", without_thoughts(record))):
+        _, mask = encode_chat(tokenizer, shown["conversations"])
+        print(f"{name}: {sum(mask)} targets\n    {shown['conversations'][-1]['content']!r}")
+
+
+def show_optimizer(args) -> None:
+    """which weights go to Muon, which to AdamW, with or without decay; what Muon makes of a gradient"""
+    tokenizer, model = open_tokenizer(args), open_model(args, "pretrain")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for choice in ("muon", "adamw"):
+        title(f"--optimizer {choice}")
+        for optimizer in make_optimizers(model, choice, learning_rate=5e-3, weight_decay=0.1):
+            for group in optimizer.param_groups:
+                parameters = group["params"]
+                print(f"{type(optimizer).__name__}, decay {group['weight_decay']}: {len(parameters)} tensors, "
+                      f"{sum(p.numel() for p in parameters):,} parameters")
+                kinds = dict.fromkeys(re.sub(r"layers\.\d+", "layers.*", names[id(p)]) for p in parameters)
+                print("    " + "\n    ".join(kinds))
+
+    title("one Muon step on layers.0.mlp.up_proj: singular values, largest / median / smallest")
+    documents = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=256)
+    step = StepLoader(documents, 256, batch_size=8, accumulation_steps=1, seed=1).step(0, 0)
+    for micro_batch in step.micro_batches:
+        (model(**micro_batch.to(CPU)) / step.total_weight).backward()
+    muon, _ = make_optimizers(model, "muon", learning_rate=1.0, weight_decay=0.0)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    muon.step()
+    update = before - weight.detach()
+    for name, matrix in (("gradient", weight.grad), ("update / learning rate", update)):
+        values = torch.linalg.svdvals(matrix)
+        values = values / values.max()
+        print(f"{name:24} 1 / {values.median():.2f} / {values.min():.2f}")
+    print(f"root mean square of the update / learning rate: {update.pow(2).mean().sqrt():.2f}")
+
+
+def show_schedule(args) -> None:
+    """learning rate / peak over 1,000 steps, for each --lr_schedule"""
+    quickstart = dict(warmup_ratio=0.02, decay_ratio=0.4, min_lr_ratio=0.0)  # the flags in quickstart.sh
+    print(f"{'step':>5}{'constant':>10}{'cosine':>10}{'trapezoid':>11}{'quickstart':>12}")
+    for step in (0, 10, 19, 250, 500, 599, 700, 800, 900, 999):
+        rates = [learning_rate(step, 1000, 1.0, name) for name in ("constant", "cosine", "trapezoid")]
+        rates.append(learning_rate(step, 1000, 1.0, "trapezoid", **quickstart))
+        print(f"{step:5}{rates[0]:10.3f}{rates[1]:10.3f}{rates[2]:11.3f}{rates[3]:12.3f}")
+
+
+def show_precision(args) -> None:
+    """fp32, bf16 and fp16: range, precision, and the same loss in each"""
+    tokenizer, model = open_tokenizer(args), open_model(args, "SFT")
+    documents = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
+    micro_batch = StepLoader(documents, 512, batch_size=2, accumulation_steps=1, seed=1).step(0, 0).micro_batches[0]
+    print(f"{'':6}{'largest':>9}{'smallest normal':>17}{'1 + eps, eps':>14}{'1e-8':>10}{'loss':>9}")
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        with torch.no_grad(), autocast(CPU, name):
+            loss = model(**micro_batch.to(CPU)) / float(micro_batch.weights.sum())
+        info = torch.finfo(kind)
+        tiny = torch.tensor(1e-8).to(kind).item()
+        print(f"{name:6}{info.max:9.1e}{info.tiny:17.1e}{info.eps:14.1e}{tiny:10.1e}{loss:9.2f}")
+
+
+def show_resume(args) -> None:
+    """six steps at once, and three steps, then --resume: the same losses, the same weights"""
+    flags = ["--data_path", str(existing(args, "data/val/pretrain.jsonl")), "--tokenizer_path",
+             str(existing(args, "tokenizer")), "--preset", "nano", "--max_seq_len", "64", "--batch_size", "4",
+             "--accumulation_steps", "1", "--lr_schedule", "constant", "--dropout", "0.1", "--log_interval", "1",
+             "--device", "cpu", "--dtype", "fp32"]
+    losses, weights = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            for name, *runs in (("at once", ["--max_steps", "6"]),
+                                ("resumed", ["--max_steps", "3"], ["--max_steps", "6", "--resume"])):
+                out = Path(folder) / name
+                for more in runs:
+                    pretrain.main([*flags, "--out_dir", str(out), "--cache_dir", f"{folder}/cache", *more])
+                rows = (out / "log" / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()
+                losses[name] = [json.loads(row)["loss"] for row in rows]
+                weights[name] = checkpoint.load_weights(out / "pretrain.pth")[2]["weights_sha256"]
+    for name, values in losses.items():
+        print(f"{name}: losses {'  '.join(f'{value:.4f}' for value in values)}")
+    assert losses["at once"] == losses["resumed"] and weights["at once"] == weights["resumed"]
+    print("all six losses are equal to the last bit, and so are the weights (SHA-256)")
+
+
+# ---------------------------------------------------------------------------------------------
+# one answer, from prompt to text; scores
+
+
+def show_answer(args) -> None:
+    """from prompt to text: prefill, KV cache, each new token with the three likeliest"""
+    tokenizer, model = open_tokenizer(args), open_model(args, args.stage)
+    encoder, sampling = TextEncoder.of(tokenizer), generation.Sampling(args.temperature, args.top_p)
+    prompt, _ = encode_chat(tokenizer, [{"role": "user", "content": args.prompt}], add_generation_prompt=True)
+    whole = generation.generate(model, [prompt], args.max_new_tokens, sampling, {encoder.eos_id},
+                                generator=torch.Generator().manual_seed(args.seed))[0]
+    title(f"the prompt: {len(prompt)} ids")
+    print(f"{prompt}\n{' | '.join(texts(tokenizer, prompt))}")
+
+    longest = min(len(prompt) + args.max_new_tokens, model.config.max_seq_len)
+    cache = KVCache(model.config, 1, longest, CPU, torch.float32)
+    logits = generation.prefill(model, [prompt], cache)
+    title("prefill")
+    print(f"keys and values (layers, B, slots, heads, D) {shape(cache.keys)}, of which {len(prompt)} slots are filled; "
+          f"logits {shape(logits)}")
+
+    title("token by token: position, id, p, the three likeliest, text so far certain")
+    generator, decoder, ids, shown = torch.Generator().manual_seed(args.seed), generation.StreamDecoder(tokenizer), [], ""
+    while True:
+        scores = generation.adjust(logits, sampling)
+        probability = scores.softmax(-1)[0]
+        token = generation.sample(scores, sampling.greedy, generator)
+        ids.append(int(token))
+        position = len(prompt) + len(ids) - 1
+        likeliest = probability.topk(3)
+        candidates = [f"{text} {p:.3f}" for text, p in zip(texts(tokenizer, likeliest.indices.tolist()),
+                                                          likeliest.values.tolist(), strict=True)]
+        if ids[-1] != encoder.eos_id:
+            shown += decoder.push(ids[-1])
+        print(f"{position:4} {ids[-1]:5}  {probability[token].item():.3f}  [{', '.join(candidates)}]  {shown[-12:]!r}")
+        if ids[-1] == encoder.eos_id or position + 1 == longest:
+            break
+        logits = generation.decode_one_token(model, token, torch.tensor([position]), cache, position + 1)
+    with torch.no_grad():  # without a cache, all over again: the same logits
+        torch.testing.assert_close(logits[0], model(torch.tensor([prompt + ids[:-1]]))[0, -1], rtol=1e-3, atol=1e-3)
+    ended = ids[-1] == encoder.eos_id
+    assert whole.ids == (ids[:-1] if ended else ids) and (whole.reason == "eos") == ended
+    title("the answer" if ended else f"cut after --max_new_tokens {args.max_new_tokens}")
+    print(shown + decoder.flush())
+
+
+def show_score(args) -> None:
+    """bits per byte of four documents by hand; how answers are read, and their interval"""
+    tokenizer, model = open_tokenizer(args), open_model(args, "pretrain")
+    documents = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=model.config.max_seq_len)
+    four = documents.take(np.arange(4))
+    title("each document alone, from <s>")
+    total = 0.0
+    for document in range(len(four)):
+        ids = torch.from_numpy(tokens_of(four, document))
+        with torch.no_grad():
+            nats = F.cross_entropy(model(ids[None])[0, :-1], ids[1:], reduction="sum").item()
+        total += nats
+        print(f"line {line_of(four, document)}: {len(ids) - 1:4} targets, {four.bytes[document]:4} bytes, "
+              f"{nats:7.2f} nats, {nats / math.log(2) / four.bytes[document]:.3f} bits per byte")
+    scores = score(model, evaluation_batches(four, model.config.max_seq_len, 16_384), four.bytes.sum(), CPU,
+                   contextlib.nullcontext)
+    assert math.isclose(scores["bpb"], total / math.log(2) / four.bytes.sum(), rel_tol=1e-4)
+    print(f"together: loss {scores['loss']:.3f}, PPL {scores['ppl']:.2f}, bits per byte {scores['bpb']:.3f}")
+
+    title("what is read from a reply, where the right answer is a number")
+    for reply in ("<think>\n20+8=28。\n</think>\n<answer>现在有28个苹果。</answer>", "3个桃子用掉1个，剩下2个。", "答案：75%",
+                  "不知道"):
+        print(f"{read_reply(reply, is_number=True)!s:>5}  from {reply!r}")
+    title("right answers, and the 95 % interval of the share (Wilson)")
+    for correct, n in ((0, 20), (18, 20), (252, 280)):
+        low, high = wilson(correct, n)
+        print(f"{correct:4} of {n:3}: {correct / n:4.0%}, {low:.1%} to {high:.1%}")
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+COMMANDS = (show_tokenizer, show_sample, show_step, show_attention, show_precision, show_optimizer, show_schedule,
+            show_resume, show_distill, show_control, show_answer, show_score)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(prog="docs/tutorial.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for show in COMMANDS:
+        name = show.__name__.removeprefix("show_")
+        command = commands.add_parser(name, help=show.__doc__, description=show.__doc__, allow_abbrev=False)
+        command.set_defaults(show=show)
+        command.add_argument("--out_dir", default="out/quickstart", help="what quickstart.sh left (%(default)s)")
+        if name in ("sample", "distill", "control"):
+            command.add_argument("--line", type=int, help="line of the validation file (default: the shortest record)")
+        if name == "sample":
+            command.add_argument("--part", choices=("all", "record", "batch", "forward", "loss"), default="all")
+        if name == "distill":
+            command.add_argument("--tag_weight", type=float, default=1.0, help="as in distill.py (%(default)s)")
+            command.add_argument("--think_weight", type=float, default=1.0, help="as in distill.py (%(default)s)")
+        if name == "answer":
+            command.add_argument("--prompt", default="23加5等于多少？", help="the user's message (%(default)s)")
+            command.add_argument("--stage", choices=("SFT", "SFT_long", "distill"), default="SFT")
+            command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+            command.add_argument("--top_p", type=float, default=1.0, help="1 is off (%(default)s)")
+            command.add_argument("--seed", type=int, default=42)
+            command.add_argument("--max_new_tokens", type=int, default=24)
+    args = parser.parse_args(argv)
+    args.show(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,250 @@
+"""The built-in corpus, read back from its files: what it holds, and that what is held out is held out."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import make_demo_data as demo
+from common.answers import is_well_formed, read_choice, read_reply
+
+CHATS = ("sft_512.jsonl", "sft_1024.jsonl", "r1_1024.jsonl", "val/sft_512.jsonl", "val/r1_1024.jsonl")
+TEXTS = ("pretrain.jsonl", "val/pretrain.jsonl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The corpus of a seed that no document speaks of."""
+    path = tmp_path_factory.mktemp("demo")
+    demo.main(["--out_dir", str(path), "--seed", "20"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(folder) -> dict[str, list[dict]]:
+    """Every record, by file."""
+    return {p.relative_to(folder).as_posix(): [json.loads(line) for line in p.open(encoding="utf-8")]
+            for p in folder.rglob("*.jsonl")}
+
+
+def turns(files, names=CHATS) -> list[tuple[str, str]]:
+    """All (question, reply) pairs of the chats in the named files."""
+    pairs = []
+    for name in names:
+        for record in files[name]:
+            contents = [m["content"] for m in record["conversations"]]
+            pairs += zip(contents[::2], contents[1::2], strict=True)
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------------
+# reading sums and problems back from words, by rules of our own: not by the program that wrote them
+
+WORDS_OF = {"+": ("加", "又买了", "又收到", "朋友送来", "又找到", "邻居给了", "又添了"),
+            "-": ("减", "用掉", "送出", "丢了", "卖掉", "借走", "坏了"),
+            "*": ("乘", "数量变成", "后来增加到"), "/": ("除以", "平均分成", "分成")}
+OPERATION_OF = {word: operation for operation, found in WORDS_OF.items() for word in found}
+STARTING = re.compile(r"(?:有|原来有|手里有)(\d+)")
+CHANGING = re.compile(r"[，]?(" + "|".join(sorted(OPERATION_OF, key=len, reverse=True)) + r")(\d+)")
+BARE_SUM = re.compile(r"(\d+)(加|减|乘|除以)(\d+)等于")
+
+
+def compute(a: int, operation: str, b: int) -> int:
+    """a operation b; a quotient must come out even."""
+    if operation == "/":
+        assert a % b == 0
+        return a // b
+    return {"+": a + b, "-": a - b, "*": a * b}[operation]
+
+
+def chains_in(text: str) -> list[tuple]:
+    """Every (start, (operation, number), ...) that is told in a text, bare sums included."""
+    chains = [(int(a), (OPERATION_OF[word], int(b))) for a, word, b in BARE_SUM.findall(text)]
+    begins = list(STARTING.finditer(text))
+    for i, begin in enumerate(begins):
+        part = text[begin.end():begins[i + 1].start() if i + 1 < len(begins) else len(text)]
+        steps = [(OPERATION_OF[word], int(b)) for word, b in CHANGING.findall(part.split("。")[0].split("：")[0])]
+        if steps:
+            chains.append((int(begin.group(1)), *steps))
+    return chains
+
+
+def triples_of(chain: tuple) -> list[tuple[int, str, int]]:
+    """(number before, operation, number) of each step of a chain."""
+    value, *steps = chain
+    triples = []
+    for operation, b in steps:
+        triples.append((value, operation, b))
+        value = compute(value, operation, b)
+    return triples
+
+
+def spelled(chain: tuple) -> str:
+    return str(chain[0]) + "".join(f"{operation}{b}" for operation, b in chain[1:])
+
+
+@pytest.fixture(scope="module")
+def trained_chains(files) -> list[tuple]:
+    """Every chain in a training or validation file: in texts, in questions, and in thoughts and replies."""
+    texts = [r["text"] for name in TEXTS for r in files[name]]
+    texts += [part for pair in turns(files) for part in pair]
+    return [chain for text in texts for chain in chains_in(text)]
+
+
+# ---------------------------------------------------------------------------------------------
+# what it holds
+
+
+def test_it_is_as_large_as_it_says(files, trained_chains):
+    """At least 300 facts, 20,000 problems of several steps, 40 sentence frames; long chats, greetings, who-are-you."""
+    facts = {(q["entity"], q["relation"]) for q in files["eval/facts.jsonl"]}
+    assert len(facts) == len(files["eval/facts.jsonl"]) >= 300
+    assert len({spelled(chain) for chain in trained_chains if len(chain) > 2}) >= 20_000
+    frames = [told for relation in demo.OF_PEOPLE + demo.OF_PLACES for told in relation.told]
+    assert len(set(frames)) == len(frames) >= 40
+    counts = Counter(q["source"].split("/")[0] for name, rows in files.items() if name.startswith("eval") for q in rows)
+    assert min(counts[kind] for kind in ("one_step", "multi_step")) >= 200
+    sources = Counter(q["source"] for q in files["eval/facts.jsonl"])
+    assert sources["facts/asked"] >= 200 and sources["facts/never_asked"] >= 200
+    assert {q["source"] for q in files["eval/multi_step.jsonl"]} == {f"multi_step/{n}" for n in range(2, 9)}
+    assert any(question == "你是谁？" for question, _ in turns(files))
+    assert any("程序编出来" in reply for _, reply in turns(files))
+    assert any("程序编出来" in r["text"] for r in files["pretrain.jsonl"])
+    assert min(len(r["conversations"]) for r in files["sft_1024.jsonl"]) > 10
+
+
+def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
+    """And another seed another world."""
+    def digest(path):
+        return {p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).digest() for p in path.rglob("*.jsonl")}
+
+    demo.main(["--out_dir", str(tmp_path / "again"), "--seed", "20"])
+    demo.main(["--out_dir", str(tmp_path / "other"), "--seed", "21"])
+    assert digest(tmp_path / "again") == digest(folder)
+    assert all(digest(tmp_path / "other")[name] != value for name, value in digest(folder).items())
+
+
+def test_questions_have_one_right_answer(files):
+    """The value alone among its choices, and no choice stands in a question or in an entity's name."""
+    for question in files["eval/facts.jsonl"]:
+        choices = question["choices"]
+        assert len(set(choices)) == len(choices) and question["answer"] in choices
+        assert not [c for c in choices if c in question["question"]]
+        assert not [c for c in choices for other in choices if c != other and c in other]
+    for question in files["eval/one_step.jsonl"] + files["eval/multi_step.jsonl"]:
+        [chain] = chains_in(question["question"])
+        value = chain[0]
+        for operation, b in chain[1:]:
+            value = compute(value, operation, b)
+            assert 0 <= value <= 99
+        assert str(value) == question["answer"] and spelled(chain) == question["numbers"]
+
+
+def test_every_reply_is_right(files):
+    """Sums, problems and thoughts in the training data: answers computed again, every line of every thought too."""
+    checked = Counter()
+    for question, reply in turns(files):
+        chains = chains_in(question)
+        if not chains:
+            continue
+        [chain] = chains
+        value, lines = chain[0], []
+        for (operation, b), clause in zip(chain[1:], question.split("，")[1:-1] or [None], strict=True):
+            result = compute(value, operation, b)
+            lines.append((f"{clause}：" if clause else "") + f"{value}{operation}{b}={result}。")
+            value = result
+        assert read_reply(reply, is_number=True) == value, (question, reply)
+        checked["replies"] += 1
+        if "<think>" in reply:
+            assert is_well_formed(reply)
+            thought = re.search(r"<think>\n(.*)\n</think>\n<answer>", reply, re.DOTALL).group(1).split("\n")
+            assert thought[-len(lines):] == lines or [line.split("：")[-1] for line in lines] == thought
+            checked["thoughts"] += 1
+    assert checked["replies"] > 30_000 and checked["thoughts"] > 20_000
+
+
+# ---------------------------------------------------------------------------------------------
+# what is held out
+
+
+def test_every_fact_stands_in_the_pretraining_text(files):
+    """As one of the sentences that tell it, and with no other value."""
+    text = "".join(r["text"] for r in files["pretrain.jsonl"])
+    sentences = set(re.findall(r"[^。]*。", text))
+    relations = {relation.name: relation for relation in demo.OF_PEOPLE + demo.OF_PLACES}
+    for question in files["eval/facts.jsonl"]:
+        relation = relations[question["relation"]]
+        told = {v: sum(frame.format(e=question["entity"], v=v) in sentences for frame in relation.told)
+                for v in relation.values}
+        assert told[question["answer"]] >= 3, question
+        assert not [v for v, times in told.items() if times and v != question["answer"]], question
+
+
+def test_asked_facts_are_asked_in_other_words_only(files):
+    asked = {question for question, _ in turns(files)}
+    for question in files["eval/facts.jsonl"]:
+        assert question["question"] not in asked
+        if question["source"] == "facts/asked":
+            relation = next(r for r in demo.OF_PEOPLE + demo.OF_PLACES if r.name == question["relation"])
+            others = [frame.format(e=question["entity"]) for frame in relation.asked]
+            assert any(other in asked for other in others), question
+
+
+def test_facts_never_asked_are_in_no_chat(files):
+    """Neither the question in any words, nor any turn that names entity and value, or entity and relation."""
+    pairs = [question + reply for question, reply in turns(files)]
+    relations = {relation.name: relation for relation in demo.OF_PEOPLE + demo.OF_PLACES}
+    by_entity = {}
+    for question in files["eval/facts.jsonl"]:
+        if question["source"] == "facts/never_asked":
+            by_entity.setdefault(question["entity"], []).append(question)
+    for entity, questions in by_entity.items():
+        mentions = [pair for pair in pairs if entity in pair and not chains_in(pair)]
+        for question in questions:
+            frames = [frame.format(e=entity) for frame in relations[question["relation"]].asked]
+            told = [frame.format(e=entity, v=question["answer"]) for frame in relations[question["relation"]].told]
+            assert not [pair for pair in mentions for words in frames + told if words in pair]
+
+
+def test_one_step_questions_are_in_no_training_file(files, trained_chains):
+    """Not as a sum, not as a story, not as a step of a longer problem or of a thought."""
+    held_out = {question["numbers"] for question in files["eval/one_step.jsonl"]}
+    assert len(held_out) == len(files["eval/one_step.jsonl"])
+    trained = {f"{a}{operation}{b}" for chain in trained_chains for a, operation, b in triples_of(chain)}
+    thought = {found for _, reply in turns(files) for found in re.findall(r"(\d+[-+*/]\d+)=", reply)}
+    assert len(trained) > 1000 and len(thought) > 1000
+    assert not held_out & (trained | thought)
+
+
+def test_multi_step_questions_are_in_no_training_file(files, trained_chains):
+    """Start and steps together, whatever the person, the thing and the words."""
+    held_out = {question["numbers"] for question in files["eval/multi_step.jsonl"]}
+    assert len(held_out) == len(files["eval/multi_step.jsonl"])
+    assert not held_out & {spelled(chain) for chain in trained_chains}
+
+
+def test_validation_is_not_trained_on(files):
+    for name in ("pretrain.jsonl", "sft_512.jsonl", "r1_1024.jsonl"):
+        trained = {json.dumps(r, ensure_ascii=False) for r in files[name]}
+        own = [r for r in files[f"val/{name}"] if json.dumps(r, ensure_ascii=False) not in trained]
+        assert len(own) >= 0.5 * len(files[f"val/{name}"])  # greetings repeat: load_splits takes doubles out
+
+
+# ---------------------------------------------------------------------------------------------
+# the command
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(demo.UserError, match="cannot be written"):
+        demo.main(["--out_dir", str(tmp_path / "file" / "folder")])
+
+
+def test_a_choice_is_read_from_a_reply():
+    choices = ["黑猫", "白猫"]
+    assert read_choice("林小雨的宠物是黑猫。", choices) == "黑猫"
+    assert read_choice("<think>白猫？</think><answer>黑猫</answer>", choices) == "黑猫"
+    assert read_choice("黑猫和白猫", choices) is None and read_choice("不知道", choices) is None

@@ -1,0 +1,118 @@
+"""The documents keep their word: every command of the READMEs is run, after a smoke run of the quickstart.
+
+The commands are run as they stand, in a copy of the repository, with flags added that make them small.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+READMES = ("README.md", "README_zh.md")
+TINY = ["--batch_size", "2", "--accumulation_steps", "1", "--max_steps", "2"]
+SMALLER = {  # flags that make a command small; of a flag that is given twice the last counts
+    "train_tokenizer.py": [], "make_demo_data.py": [],
+    "pretrain.py": [*TINY, "--preset", "nano"], "SFT.py": TINY, "SFT_long.py": TINY, "distill.py": TINY,
+    "eval_model.py": ["--max_new_tokens", "8"],
+    "evaluate.py": ["--max_new_tokens", "8", "--max_questions", "4", "--eval_tokens", "2000"],
+}
+OTHERS = ("bash quickstart.sh", "bash test.sh", "python3 -m venv .venv", "source .venv/bin/activate",
+          "pip install -r requirements.txt")  # run by the fixture, by CI, and by runs/venv.sh, which both source
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The commands in a document's code blocks of a language."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [line for block in found for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> tuple[Path, str]:
+    """A copy of the repository in which `bash quickstart.sh --smoke` has run, and what that printed."""
+    path = tmp_path_factory.mktemp("docs") / "repo"
+    ignored = shutil.ignore_patterns(".git", ".venv", "out", "data", "weakwater_tokenizer", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, path, ignore=ignored)
+    (path / ".venv").symlink_to(sys.prefix)
+    done = run("bash quickstart.sh --smoke --seed 7", path)
+    return path, done.stdout + done.stderr
+
+
+def run(command: str, path: Path, stdin: str = "") -> subprocess.CompletedProcess:
+    """Run a command line in the copy; it must succeed."""
+    scripts = Path(sys.executable).parent
+    env = os.environ | {"DATA": "out/quickstart/data", "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", command], cwd=path, env=env, capture_output=True, text=True, input=stdin)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def test_the_quickstart_runs_whole(copy):
+    """Smoke: every stage, the control, all scores, a conversation and the report."""
+    path, printed = copy
+    out = path / "out" / "quickstart"
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["seed"] == 7 and report["smoke"] is True
+    assert set(report["stages"]) == {"pretrain", "SFT", "SFT_long", "control", "distill"}
+    for scores in report["stages"].values():
+        assert set(scores["bpb"]) == {"pretrain", "sft_512", "r1_1024"}
+        assert min(scores[kind]["n"] for kind in ("facts/asked", "facts/never_asked", "one_step", "multi_step")) >= 200
+        assert sum(part["n"] for part in scores["by_steps"].values()) == scores["multi_step"]["n"]
+    assert 0 <= report["targets"]["control_targets"] - report["targets"]["targets"] < 10_000
+    assert len(report["thresholds"]) == 6
+    assert (out / "thinking.png").stat().st_size > 5000 and (out / "stages.png").stat().st_size > 5000
+    assert "> 你是谁？" in printed and "## Does thinking help?" in printed
+    assert (out / "report.md").read_text(encoding="utf-8").startswith("# Quickstart (smoke test")
+
+
+def test_both_readmes_have_the_same_commands():
+    for language in ("bash", "powershell"):
+        assert blocks(READMES[0], language) == blocks(READMES[1], language) != []
+
+
+def test_every_command_of_the_readme_runs(copy):
+    path, _ = copy
+    commands = blocks(READMES[0], "bash")
+    assert set(OTHERS) <= set(commands)
+    seen = set()
+    for command in commands:
+        if command in OTHERS or command in seen:
+            continue
+        seen.add(command)
+        words = shlex.split(command)
+        assert words[0] == "python" and words[1] in SMALLER, f"{command}: this test does not know how to run it"
+        if words[1] == "pretrain.py" and (path / "out" / "pretrain.pth").exists():
+            command += " --out_dir out/two_cores"  # the README's second way to run it
+        run(f"{command} {shlex.join(SMALLER[words[1]])}", path, stdin="你好\n")
+    assert {shlex.split(command)[1] for command in seen} == set(SMALLER) - {"make_demo_data.py"}
+
+
+def test_every_windows_command_runs(copy):
+    """The same words in bash; setting up is left to Windows."""
+    path, _ = copy
+    for command in blocks(READMES[0], "powershell")[3:]:
+        script = shlex.split(command)[1]
+        own = " --out_dir out/windows" * (script in ("pretrain.py", "eval_model.py"))
+        folder = "" if script == "make_demo_data.py" else " --tokenizer_path windows_tokenizer"
+        run(f"{command}{own}{folder} {shlex.join(SMALLER[script])}", path, stdin="你好\n")
+
+
+@pytest.mark.parametrize("arguments", ["--seed", "--seed x", "--fast"])
+def test_mistakes_of_the_quickstart_exit_2(arguments):
+    done = subprocess.run(["bash", str(ROOT / "quickstart.sh"), *arguments.split()], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "quickstart.sh: " in done.stderr
+
+
+def test_links_lead_somewhere():
+    """Every relative link and picture in the documents, and every file their layout tables name."""
+    for document in (*READMES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert ((ROOT / document).parent / target).exists(), f"{document}: {target}"
