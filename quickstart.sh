@@ -32,7 +32,7 @@ fi
 mkdir -p $OUT/eval
 
 steps=(900 300 120 300)  # optimizer steps of pretrain, SFT, SFT_long, distill
-preset=demo longest=$longest
+preset=demo longest=160
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16
 fi
@@ -83,7 +83,7 @@ run python distill.py --data_path $OUT/control/no_think.jsonl $same --out_dir $O
     --epochs 100
 took control
 
-score pretrain $OUT/pretrain.pth $(( longest < 24 ? longest : 24 ))  # it continues text: one sentence
+score pretrain $OUT/pretrain.pth $((longest < 24 ? longest : 24))  # it continues text: one sentence
 score SFT $OUT/SFT.pth $longest
 score SFT_long $OUT/SFT_long.pth $longest
 score control $OUT/control/distill.pth $longest

@@ -21,12 +21,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from Config import LLMConfig, OneLineParser, UserError
 from dataset import (
+    ROLES,
     TAGS,
     MalformedRecord,
     Progress,
@@ -152,7 +154,9 @@ def collect(data_path: str, val_path: str | None, sample_bytes: int, seed: int,
 
 def train_bpe(texts: Iterator[str], vocab_size: int, tags: tuple[str, ...] = TAGS) -> Tokenizer:
     """A byte-level BPE tokenizer: CONTROL, `tags`, the 256 bytes, and merges until there are `vocab_size` entries or no
-    pair occurs twice. No merge can spell a control string or a tag: the split cuts each of them before its `>`."""
+    pair occurs twice. No merge can spell a control string or a tag: the split cuts each of them before its `>`.
+
+    The role that begins every message of a chat becomes one entry, however rare it is in the texts."""
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
     bound = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_WORD_CHARS}}}"), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
@@ -162,8 +166,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int, tags: tuple[str, ...] = TAG
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[AddedToken(token, normalized=False) for token in (*CONTROL, *tags)], show_progress=False)
+    roles = ["\n".join(ROLES)] * 10_000
     done = []
-    thread = threading.Thread(target=lambda: done.append(tokenizer.train_from_iterator(texts, trainer)), daemon=True)
+    train = tokenizer.train_from_iterator
+    thread = threading.Thread(target=lambda: done.append(train(chain(texts, roles), trainer)), daemon=True)
     thread.start()
     thread.join()  # heeds Ctrl-C, which the Rust code does not
     assert done, "training failed: its traceback stands above"

@@ -20,14 +20,15 @@ from common.runtime import TrainingStopped, run
 from Config import OneLineParser, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.compile(r"^```bash\n(?P<command>(?:(?!```).*\n)*)```\n\n?```text\n(?P<output>(?:(?!```).*\n)*)```$", re.MULTILINE)
+BLOCKS = re.compile(r"^```bash\n(?P<command>(?:(?!```).*\n)*)```\n\n?"
+                    r"```text\n(?P<output>(?:(?!```).*\n)*)```$", re.MULTILINE)
 
 
 def output_of(command: str) -> str:
     """What a bash command prints to stdout. Raises TrainingStopped, with exit code 1, when it fails."""
     folder = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the same python
     result = subprocess.run(["bash", "-e", "-c", command], cwd=ROOT, env=os.environ | {"PATH": folder},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+                            capture_output=True, encoding="utf-8", errors="replace")
     if result.returncode:
         raise TrainingStopped(f"exit code {result.returncode}: {command}{result.stderr}", 1)
     return "".join(line.rstrip() + "\n" for line in result.stdout.splitlines())

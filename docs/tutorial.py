@@ -79,8 +79,9 @@ def open_model(args, stage: str):
 
 def open_documents(args, name: str, kind: str, tokenizer, max_seq_len: int):
     """The documents of a data file, in its order."""
+    path, cache_dir = str(existing(args, f"data/{name}")), str(Path(args.out_dir) / "cache")
     with contextlib.redirect_stdout(io.StringIO()):  # the time that tokenising took is no evidence
-        return load_documents(str(existing(args, f"data/{name}")), tokenizer, kind, f"{args.out_dir}/cache", max_seq_len)
+        return load_documents(path, tokenizer, kind, cache_dir, max_seq_len)
 
 
 def line_of(documents, document: int) -> int:
@@ -114,14 +115,22 @@ def texts(tokenizer, ids) -> list[str]:
     """The text of each id by itself; one that is only a part of a character shows as its number of bytes."""
     sizes = token_byte_lengths(tokenizer)
     alone = [tokenizer.decode([int(i)]) for i in ids]
-    return [f"({sizes[i]} byte)" if "\ufffd" in text else repr(text)[1:-1] for i, text in zip(ids, alone, strict=True)]
+    return [f"({sizes[i]} byte{'s' * (sizes[i] > 1)})" if "\ufffd" in text else repr(text)[1:-1]
+            for i, text in zip(ids, alone, strict=True)]
+
+
+def same(a, b) -> None:
+    """Assert that two tensors are equal, but for rounding."""
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def shape(tensor) -> str:
+    """As the text writes it: (1, 68, 192)."""
     return str(tuple(tensor.shape))
 
 
 def title(text: str) -> None:
+    """A heading in the output."""
     print(f"--- {text}")
 
 
@@ -139,7 +148,7 @@ def show_tokenizer(args) -> None:
     print("  ".join(f"{token} {tokenizer.convert_tokens_to_ids(token)}" for token in (*CONTROL, *TAGS)))
 
     title("text to ids and back")
-    for text in ("小明有12个苹果。", "2024", "𠮷", "Hello, 世界！"):
+    for text in ("小明有12个苹果。", "2024", "𠮷"):
         ids = encoder.encode([text])[0]
         assert tokenizer.decode(ids) == text and sum(sizes[i] for i in ids) == len(text.encode("utf-8"))
         print(f"{text}  {len(text)} characters, {len(text.encode('utf-8'))} bytes, {len(ids)} tokens")
@@ -195,15 +204,9 @@ def sample_record(args, tokenizer, documents, document: int) -> None:
     assert ids == tokens_of(documents, document).tolist()  # the cache holds the same
     assert mask == (kinds != CONTEXT).astype(int).tolist()
     title(f"{len(conversation)} messages, {len(ids)} ids, {sum(mask)} with a loss")
-    print_tokens(tokenizer, ids, kinds, {"mask": mask})
-
-
-def print_tokens(tokenizer, ids, kinds, columns: dict[str, list]) -> None:
-    """One token a line."""
-    print(f"{'t':>3} {'id':>5}  {'kind':8}" + "".join(f"{name:>7}" for name in columns) + "  token")
+    print(f"{'t':>3} {'id':>5}  {'kind':8}{'mask':>5}  token")
     for t, text in enumerate(texts(tokenizer, ids)):
-        values = "".join(f"{column[t]:7g}" for column in columns.values())
-        print(f"{t:3} {ids[t]:5}  {KINDS[int(kinds[t])]:8}{values}  {text}")
+        print(f"{t:3} {ids[t]:5}  {KINDS[int(kinds[t])]:8}{mask[t]:5}  {text}")
 
 
 def cut_of(step) -> list[list[int]]:
@@ -229,14 +232,14 @@ def sample_batch(tokenizer, few, step) -> None:
         print(f"micro-batch {number}: lines {[line_of(few, d) for d in inside]}, lengths {micro_batch.lengths}, "
               f"{len(micro_batch.tokens)} tokens, {len(micro_batch.targets)} targets, "
               f"weights sum to {micro_batch.weights.sum():g}")
-    assert step.total_weight == sum(float(micro_batch.weights.sum()) for micro_batch in step.micro_batches)
+    assert math.isclose(step.total_weight, sum(float(m.weights.sum()) for m in step.micro_batches), rel_tol=1e-5)
     print(f"total_weight of the step: {step.total_weight:g}")
 
     micro_batch, begin, end = with_first(step)
     title(f"the micro-batch with line {line_of(few, 0)}, as the model gets it")
     batch = micro_batch.to(CPU)
-    for name in ("tokens", "boundaries", "target_index", "targets", "weights"):
-        print(f"{name:13}{shape(batch[name]):10} {batch[name].dtype}")
+    print(", ".join(f"{name} {shape(batch[name])}" for name in ("tokens", "boundaries", "target_index", "targets",
+                                                                "weights")))
     positions = Packing(batch["lengths"], batch["boundaries"]).positions()[0]
     ranges = [f"{part[0]}..{part[-1]}" for part in positions.split(batch["lengths"])]
     print(f"lengths {batch['lengths']}, boundaries {batch['boundaries'].tolist()}, positions {', '.join(ranges)}")
@@ -259,7 +262,7 @@ def query_key_value(block, x_BTC, cos, sin):
     if c.qk_norm:
         q, k = attention.q_norm(q), attention.k_norm(k)
     turned_q, turned_k = rotate(q, cos, sin), rotate(k, cos, sin)
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))  # a rotation keeps every length
+    same(turned_q.norm(dim=-1), q.norm(dim=-1))  # a rotation keeps every length
     return turned_q, turned_k, v
 
 
@@ -298,19 +301,19 @@ def sample_forward(model, step) -> None:
     tell("  silu(gate) * up", inside)
     y = y + block.mlp.down_proj(inside)
     tell("  x + SwiGLU: the block's output", y)
-    torch.testing.assert_close(y, block(x, cos, sin, packing))
+    same(y, block(x, cos, sin, packing))
     for block in decoder.layers[1:]:
         y = block(y, cos, sin, packing)
     tell(f"after all {c.n_layers} blocks", y)
     hidden = decoder.norm(y)
     tell("final RMSNorm", hidden)
-    torch.testing.assert_close(hidden, decoder(batch["tokens"], batch["lengths"]))
+    same(hidden, decoder(batch["tokens"], batch["lengths"]))
     predicting = hidden[0, batch["target_index"]]
     tell("only where there is a target", predicting)
     logits = model.lm_head(predicting)
     tell("logits", logits)
     loss = (F.cross_entropy(logits, batch["targets"], reduction="none") * batch["weights"]).sum()
-    torch.testing.assert_close(loss, model(**batch))
+    same(loss, model(**batch))
     print(f"weighted sum of the cross-entropies {loss:.3f}: what model(**micro_batch) returns")
 
 
@@ -319,7 +322,7 @@ def losses_of(model, micro_batch) -> torch.Tensor:
     batch = micro_batch.to(CPU)
     logits = model(batch["tokens"], lengths=batch["lengths"])[0, batch["target_index"]]
     losses = F.cross_entropy(logits, batch["targets"], reduction="none")
-    torch.testing.assert_close((losses * batch["weights"]).sum(), model(**batch))
+    same((losses * batch["weights"]).sum(), model(**batch))
     return losses
 
 
@@ -339,9 +342,10 @@ def sample_loss(tokenizer, model, step) -> None:
     counts = [float(part.weights.sum()) for part in step.micro_batches]
     for number, (total, count) in enumerate(zip(sums, counts, strict=True), start=1):
         print(f"micro-batch {number}: sum {total:.3f} over a weight of {count:g}")
-    print(f"({' + '.join(f'{total:.3f}' for total in sums)}) / {step.total_weight:g} = {sum(sums) / step.total_weight:.3f}")
+    added = " + ".join(f"{total:.3f}" for total in sums)
+    print(f"({added}) / {step.total_weight:g} = {sum(sums) / step.total_weight:.3f}")
     means = [total / count for total, count in zip(sums, counts, strict=True)]
-    print(f"the mean of the two means would be {sum(means) / len(means):.3f}: targets in the smaller one would count more")
+    print(f"the mean of the two means would be {sum(means) / len(means):.3f}")
 
 
 def show_step(args) -> None:
@@ -350,13 +354,14 @@ def show_step(args) -> None:
     text = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=64)
     loader = StepLoader(text, max_seq_len=64, batch_size=3, accumulation_steps=1, seed=1)
     title("pretraining: the first three rows of 64 tokens, (document, first token, tokens)")
-    row, filled = [], 0
-    for piece in loader.step(0, 0).pieces:
+    row, filled, pieces = [], 0, loader.step(0, 0).pieces
+    for piece in pieces:
         row, filled = [*row, piece], filled + piece[2]
         if filled == 64:
             print("  ".join(map(str, row)))
             row, filled = [], 0
-    print(f"the first of these documents has {text.length[loader.step(0, 0).pieces[0][0]]} tokens")
+    for document in dict.fromkeys(document for document, first, _ in pieces if first):
+        print(f"document {document} has {text.length[document]} tokens and goes on in the next row")
 
     model = open_model(args, "SFT")
     chats = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
@@ -370,14 +375,14 @@ def show_step(args) -> None:
         loss = sum(losses) / step.total_weight
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
-        means = [float(part) / float(m.weights.sum()) for part, m in zip(losses, step.micro_batches, strict=True)]
+        means = [part.item() / float(m.weights.sum()) for part, m in zip(losses, step.micro_batches, strict=True)]
         print(f"{batch_size} x {accumulation_steps}: {len(step.pieces)} documents, micro-batches of "
               f"{[len(m.tokens) for m in step.micro_batches]} tokens, total_weight {step.total_weight:g}")
         print(f"       loss {loss.item():.4f}, gradient norm {norm:.3f}; mean of means {sum(means) / len(means):.4f}")
         seen.append((sorted(step.pieces), loss.detach(), norm))
     for pieces, loss, norm in seen[1:]:
         assert pieces == seen[0][0]
-        torch.testing.assert_close((loss, norm), seen[0][1:], rtol=1e-4, atol=1e-4)
+        same((loss, norm), seen[0][1:])
 
 
 def show_attention(args) -> None:
@@ -386,8 +391,9 @@ def show_attention(args) -> None:
     documents = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
     first, second = (torch.from_numpy(tokens_of(documents, document)) for document in (0, 1))
     with torch.no_grad():
-        title("attention weights of head 0 in layer 0: the first four tokens of each of two documents")
-        tokens, lengths = torch.cat([first[:4], second[:4]])[None], [4, 4]
+        title("attention weights of head 0 in layer 0: two packed documents of four tokens each")
+        said = slice(len(TextEncoder.of(tokenizer).headers["user"]), len(TextEncoder.of(tokenizer).headers["user"]) + 4)
+        tokens, lengths = torch.cat([first[said], second[said]])[None], [4, 4]
         packing = Packing(lengths, boundaries_of(lengths))
         block, x = model.model.layers[0], model.model.embed_tokens(tokens)
         q, k, v = query_key_value(block, x, *model.model.rotary(packing.positions(), x.dtype))
@@ -395,7 +401,7 @@ def show_attention(args) -> None:
         visible = (place[:, None] >= place) & (document[:, None] == document)
         scores = q[0, :, 0] @ k[0, :, 0].T / math.sqrt(model.config.head_dim)
         weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
-        torch.testing.assert_close(weights @ v[0, :, 0], attend_packed(q, k, v, packing)[0, :, 0])
+        same(weights @ v[0, :, 0], attend_packed(q, k, v, packing)[0, :, 0])
         for row, text in zip(weights.tolist(), texts(tokenizer, tokens[0].tolist()), strict=True):
             print(" ".join(f"{w:.2f}" if w else "   ." for w in row) + f"   {text}")
 
@@ -411,7 +417,7 @@ def show_attention(args) -> None:
         }
         for name, (a, b) in moved.items():
             print(f"{name:40} {(a - b).abs().max():.3f}")
-        torch.testing.assert_close(packed, alone, rtol=1e-3, atol=1e-3)
+        same(packed, alone)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -432,7 +438,11 @@ def show_distill(args) -> None:
     assert math.isclose(step.total_weight, weights[1:].sum(), rel_tol=1e-5)
     title(f"line {line_of(few, 0)} of val/r1_1024.jsonl with --tag_weight {args.tag_weight:g} "
           f"--think_weight {args.think_weight:g}")
-    print_tokens(tokenizer, ids, kinds, {"weight": weights})
+    cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
+    print(f"{'t':>9}  {'kind':8}{'weight':>7}  tokens")
+    for begin, end in zip(cuts, cuts[1:], strict=False):  # a stretch of one kind a line
+        print(f"{begin:4}..{end - 1:<3}  {KINDS[int(kinds[begin])]:8}{weights[begin]:7g}  "
+              f"{' | '.join(texts(tokenizer, ids[begin:end]))}")
     print("total_weight: " + " + ".join(f"{(kinds == kind).sum()} {KINDS[kind]} x {loader.kind_weights[kind]:g}"
                                         for kind in (REPLY, TAG, THINK)) + f" = {step.total_weight:g}")
 
@@ -470,10 +480,11 @@ def show_optimizer(args) -> None:
         for optimizer in make_optimizers(model, choice, learning_rate=5e-3, weight_decay=0.1):
             for group in optimizer.param_groups:
                 parameters = group["params"]
-                print(f"{type(optimizer).__name__}, decay {group['weight_decay']}: {len(parameters)} tensors, "
+                print(f"{type(optimizer).__name__}, decay {group['weight_decay']}: {len(parameters)} weights of "
                       f"{sum(p.numel() for p in parameters):,} parameters")
-                kinds = dict.fromkeys(re.sub(r"layers\.\d+", "layers.*", names[id(p)]) for p in parameters)
-                print("    " + "\n    ".join(kinds))
+                if choice == "muon":
+                    kinds = dict.fromkeys(re.sub(r"layers\.\d+", "layers.*", names[id(p)]) for p in parameters)
+                    print("    " + "\n    ".join(kinds))
 
     title("one Muon step on layers.0.mlp.up_proj: singular values, largest / median / smallest")
     documents = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=256)
@@ -496,7 +507,7 @@ def show_schedule(args) -> None:
     """learning rate / peak over 1,000 steps, for each --lr_schedule"""
     quickstart = dict(warmup_ratio=0.02, decay_ratio=0.4, min_lr_ratio=0.0)  # the flags in quickstart.sh
     print(f"{'step':>5}{'constant':>10}{'cosine':>10}{'trapezoid':>11}{'quickstart':>12}")
-    for step in (0, 10, 19, 250, 500, 599, 700, 800, 900, 999):
+    for step in (0, 19, 250, 500, 700, 900, 999):
         rates = [learning_rate(step, 1000, 1.0, name) for name in ("constant", "cosine", "trapezoid")]
         rates.append(learning_rate(step, 1000, 1.0, "trapezoid", **quickstart))
         print(f"{step:5}{rates[0]:10.3f}{rates[1]:10.3f}{rates[2]:11.3f}{rates[3]:12.3f}")
@@ -507,13 +518,13 @@ def show_precision(args) -> None:
     tokenizer, model = open_tokenizer(args), open_model(args, "SFT")
     documents = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
     micro_batch = StepLoader(documents, 512, batch_size=2, accumulation_steps=1, seed=1).step(0, 0).micro_batches[0]
-    print(f"{'':6}{'largest':>9}{'smallest normal':>17}{'1 + eps, eps':>14}{'1e-8':>10}{'loss':>9}")
+    print(f"{'':6}{'largest':>9}{'smallest normal':>17}{'eps':>10}{'1e-8':>10}{'loss':>9}")
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         with torch.no_grad(), autocast(CPU, name):
             loss = model(**micro_batch.to(CPU)) / float(micro_batch.weights.sum())
         info = torch.finfo(kind)
         tiny = torch.tensor(1e-8).to(kind).item()
-        print(f"{name:6}{info.max:9.1e}{info.tiny:17.1e}{info.eps:14.1e}{tiny:10.1e}{loss:9.2f}")
+        print(f"{name:6}{info.max:9.1e}{info.tiny:17.1e}{info.eps:10.1e}{tiny:10.1e}{loss:9.2f}")
 
 
 def show_resume(args) -> None:
@@ -561,7 +572,8 @@ def show_answer(args) -> None:
           f"logits {shape(logits)}")
 
     title("token by token: position, id, p, the three likeliest, text so far certain")
-    generator, decoder, ids, shown = torch.Generator().manual_seed(args.seed), generation.StreamDecoder(tokenizer), [], ""
+    generator, decoder = torch.Generator().manual_seed(args.seed), generation.StreamDecoder(tokenizer)
+    ids, shown = [], ""
     while True:
         scores = generation.adjust(logits, sampling)
         probability = scores.softmax(-1)[0]
@@ -578,11 +590,11 @@ def show_answer(args) -> None:
             break
         logits = generation.decode_one_token(model, token, torch.tensor([position]), cache, position + 1)
     with torch.no_grad():  # without a cache, all over again: the same logits
-        torch.testing.assert_close(logits[0], model(torch.tensor([prompt + ids[:-1]]))[0, -1], rtol=1e-3, atol=1e-3)
+        same(logits[0], model(torch.tensor([prompt + ids[:-1]]))[0, -1])
     ended = ids[-1] == encoder.eos_id
     assert whole.ids == (ids[:-1] if ended else ids) and (whole.reason == "eos") == ended
     title("the answer" if ended else f"cut after --max_new_tokens {args.max_new_tokens}")
-    print(shown + decoder.flush())
+    print(repr(shown + decoder.flush()))
 
 
 def show_score(args) -> None:
@@ -605,8 +617,8 @@ def show_score(args) -> None:
     print(f"together: loss {scores['loss']:.3f}, PPL {scores['ppl']:.2f}, bits per byte {scores['bpb']:.3f}")
 
     title("what is read from a reply, where the right answer is a number")
-    for reply in ("<think>\n20+8=28。\n</think>\n<answer>现在有28个苹果。</answer>", "3个桃子用掉1个，剩下2个。", "答案：75%",
-                  "不知道"):
+    for reply in ("<think>\n20+8=28。\n</think>\n<answer>现在有28个苹果。</answer>", "3个桃子用掉1个，剩下2个。",
+                  "答案：75%", "不知道"):
         print(f"{read_reply(reply, is_number=True)!s:>5}  from {reply!r}")
     title("right answers, and the 95 % interval of the share (Wilson)")
     for correct, n in ((0, 20), (18, 20), (252, 280)):

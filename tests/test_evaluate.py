@@ -201,8 +201,9 @@ def test_exact_answers_end_to_end(tmp_path, tokenizer, tokenizer_dir, capsys):
     assert (exact["questions"], exact["correct"], exact["accuracy"]) == (4, 2, 0.5)
     assert exact["well_formed"] == exact["ended"] == 0.75  # the last question does not fit the context
     assert exact["mean_tokens"] == 5 * 3 / 4
-    assert exact["by_source"] == {"a": {"questions": 1, "correct": 1, "accuracy": 1.0},
-                                  "b": {"questions": 2, "correct": 1, "accuracy": 0.5}}
+    assert exact["by_source"] == {
+        "a": {"questions": 1, "correct": 1, "accuracy": 1.0, "interval95": wilson(1, 1)},
+        "b": {"questions": 2, "correct": 1, "accuracy": 0.5, "interval95": wilson(1, 2)}}
     generations = [json.loads(line) for line in (tmp_path / "eval" / "distill_sums.jsonl").open(encoding="utf-8")]
     assert generations[0]["reply"] == "<think></think><answer>7</answer>"
     assert [g["correct"] for g in generations] == [True, False, True, False]
@@ -242,3 +243,19 @@ def test_mistakes_are_explained(tmp_path, tokenizer, tokenizer_dir, change, reas
 def test_a_file_of_something_else(tmp_path):
     with pytest.raises(UserError, match="no record with"):
         evaluate.kind_of(write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a"}]))
+
+
+def test_choices(tmp_path, tokenizer, tokenizer_dir, capsys):
+    """Right is the reply that names the right choice and no other; choices that cannot be told apart are malformed."""
+    reply = TextEncoder.of(tokenizer).encode(["小明的宠物是黑猫。"])[0]
+    save_nano(tmp_path / "SFT.pth", tokenizer, "SFT", reply)
+    pets = {"question": "小明养了什么？", "choices": ["黑猫", "白猫"]}
+    write_jsonl(tmp_path / "pets.jsonl", [
+        {**pets, "answer": "黑猫"}, {**pets, "answer": "白猫"}, {**pets, "choices": ["黑猫", "小明"], "answer": "黑猫"},
+        {**pets, "answer": "狗"}, {**pets, "choices": ["猫", "黑猫"], "answer": "猫"},
+        {**pets, "choices": "猫", "answer": "猫"}])
+    result, lines = scored(capsys, "--model_mode", 1, "--out_dir", tmp_path, "--tokenizer_path", tokenizer_dir,
+                           "--data_path", tmp_path / "pets.jsonl", "--max_bad_ratio", 0.5, "--dtype", "fp32")
+    assert result["exact"]["questions"] == 3 and result["exact"]["correct"] == 1 and result["exact"]["malformed"] == 3
+    assert [any(reason in line for line in lines) for reason in
+            ('not one of its "choices"', 'part of another', 'no list of texts')] == [True] * 3
