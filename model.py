@@ -157,10 +157,35 @@ def project(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
 
 def attend(q_BTHD, k_BSKD, v_BSKD, causal: bool, mask=None) -> torch.Tensor:
     """Scaled dot-product attention, (B, T, H, D). K and V are never copied out to H heads: the kernel groups."""
+    if causal and q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.bfloat16:
+        return attend_in_blocks(q_BTHD, k_BSKD, v_BSKD)
     return F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2),
         attn_mask=mask, is_causal=causal, enable_gqa=q_BTHD.shape[2] != k_BSKD.shape[2],
     ).transpose(1, 2)
+
+
+def attend_in_blocks(q_BTHD, k_BTKD, v_BTKD, block: int = 128) -> torch.Tensor:
+    """Causal attention as plain products, a block of queries at a time against the keys up to its end.
+
+    For bf16 on a CPU, where the library's kernel takes two to three times as long for documents of up to 512 tokens
+    (docs/LOG.md). Scores are rounded to bf16 before the softmax, which is computed in float32.
+    """
+    B, T, H, D = q_BTHD.shape
+    K = k_BTKD.shape[2]  # each key/value head serves G = H / K query heads, stacked on top of one another
+    q = (q_BTHD * D**-0.5).unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (BK, G, T, D)
+    k, v = k_BTKD.permute(0, 2, 3, 1).flatten(0, 1), v_BTKD.transpose(1, 2).flatten(0, 1)  # (BK, D, T), (BK, T, D)
+    ahead = torch.full((block, block), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    outs = []
+    for begin in range(0, T, block):
+        end = min(begin + block, T)
+        size = end - begin
+        scores = torch.bmm(q[:, :, begin:end].flatten(1, 2), k[:, :, :end])
+        scores = scores.unflatten(1, (-1, size))  # (BK, G, size, end)
+        scores[..., begin:] += ahead[:size, :size]
+        weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        outs.append(torch.bmm(weights.flatten(1, 2), v[:, :end]).unflatten(1, (-1, size)))
+    return torch.cat(outs, dim=2).unflatten(0, (B, K)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class Packing:
