@@ -247,7 +247,7 @@ def test_a_file_of_something_else(tmp_path):
 
 def test_choices(tmp_path, tokenizer, tokenizer_dir, capsys):
     """Right is the reply that names the right choice and no other; choices that cannot be told apart are malformed."""
-    reply = TextEncoder.of(tokenizer).encode(["小明的宠物是黑猫。"])[0]
+    reply = TextEncoder.of(tokenizer).encode(["黑猫。"])[0]
     save_nano(tmp_path / "SFT.pth", tokenizer, "SFT", reply)
     pets = {"question": "小明养了什么？", "choices": ["黑猫", "白猫"]}
     write_jsonl(tmp_path / "pets.jsonl", [

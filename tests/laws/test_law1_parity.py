@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import model as network
 from Config import LLMConfig, UserError
 from model import WeakWater
 
@@ -140,3 +141,34 @@ def test_too_long_a_sequence_is_refused():
     for tokens, lengths in ((17, None), (20, [3, 17]), (20, [10, 9])):
         with pytest.raises(UserError, match="longer than the model's max_seq_len|packed buffer"):
             model(torch.zeros(1, tokens, dtype=torch.long), lengths=lengths)
+
+
+@pytest.mark.parametrize("shape", [(2, 50, 4, 4, 16), (1, 300, 4, 2, 16), (3, 128, 4, 1, 32), (2, 129, 2, 1, 8)],
+                         ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.015)], ids=str)
+def test_attention_in_blocks(shape, dtype, tolerance):
+    """What a CPU does in bf16: the library's attention in float32 on the same numbers, and its gradients."""
+    torch.manual_seed(3)
+    B, T, H, K, D = shape
+    ours = [torch.randn(B, T, heads, D, dtype=dtype, requires_grad=True) for heads in (H, K, K)]
+    theirs = [x.detach().float().requires_grad_() for x in ours]
+    out = network.attend_in_blocks(*ours)
+    expected = network.attend(*theirs, causal=True)
+    gradient = torch.randn_like(expected)
+    out.backward(gradient.to(dtype))
+    expected.backward(gradient)
+    for a, b in zip([out, *(x.grad for x in ours)], [expected, *(x.grad for x in theirs)], strict=True):
+        assert (a.float() - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_which_attention_a_cpu_takes(monkeypatch):
+    """In bf16 in blocks, in float32 the library's."""
+    taken = []
+    monkeypatch.setattr(network, "attend_in_blocks", lambda q, k, v: taken.append(q.dtype) or q)
+    net = WeakWater(LLMConfig.preset("nano", vocab_size=97))
+    tokens = torch.randint(0, 97, (1, 30))
+    net(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(tokens)
+        net(tokens, lengths=[10, 10, 10])
+    assert taken == [torch.bfloat16] * 4  # two layers, twice
