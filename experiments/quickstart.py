@@ -2,9 +2,10 @@
 
     python experiments/quickstart.py estimate
     python experiments/quickstart.py report --out_dir out/quickstart --seed 1
+    python experiments/quickstart.py compare docs/results/quickstart/seed_*.json
 
 `report` reads what evaluate.py wrote to <out_dir>/eval, writes report.json, report.md and two charts, and exits with 1
-where one of THRESHOLDS is missed.
+where one of THRESHOLDS is missed. `compare` prints the thresholds of several reports side by side (runs/seeds.sh).
 """
 
 import argparse
@@ -41,7 +42,7 @@ PROBE_SECONDS = 0.20
 # before
 
 
-def estimate() -> None:
+def estimate() -> int:
     """Print how long the quickstart should take, from the time of a few training steps of the same size."""
     import torch
 
@@ -72,6 +73,7 @@ def estimate() -> None:
     step = sorted(seconds[1:])[2]
     print(f"{describe_machine(device)}; {dtype}: {reason}; a training step takes {step:.2f} s: "
           f"about {math.ceil(SECONDS_HERE * step / PROBE_SECONDS / 60)} minutes in all")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,6 +222,26 @@ def write_report(args) -> int:
     return 0
 
 
+def compare(paths: list[str]) -> int:
+    """Print a table of each threshold's value in several reports, and the smallest; 1 where one is missed."""
+    try:
+        reports = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a report.json: {error}") from None
+    reports.sort(key=lambda report: report["seed"])
+    rows, missed = [], False
+    for verdicts in zip(*(report["thresholds"] for report in reports), strict=True):
+        smallest = min(verdict["value"] for verdict in verdicts)
+        missed |= smallest < verdicts[0]["least"]
+        rows.append([verdicts[0]["what"], f"{verdicts[0]['least']:.0%}", *(f"{v['value']:.1%}" for v in verdicts),
+                     f"**{smallest:.1%}**"])
+    rows.append(["minutes", "", *(f"{sum(report['seconds'].values()) / 60:.1f}" for report in reports), ""])
+    print(table(["what", "at least", *(f"seed {report['seed']}" for report in reports), "smallest"], rows))
+    for machine in sorted({report["machine"] for report in reports}):
+        print(f"\n{machine}")
+    return int(missed)
+
+
 def main() -> int:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -228,8 +250,12 @@ def main() -> int:
     reporting.add_argument("--out_dir", default="out/quickstart")
     reporting.add_argument("--seed", type=int, default=1)
     reporting.add_argument("--smoke", action="store_true", help="thresholds do not count")
+    comparing = commands.add_parser("compare", help="several reports side by side")
+    comparing.add_argument("reports", nargs="+", metavar="report.json")
     args = parser.parse_args()
-    return write_report(args) if args.command == "report" else estimate()
+    if args.command == "estimate":
+        return estimate()
+    return write_report(args) if args.command == "report" else compare(args.reports)
 
 
 if __name__ == "__main__":

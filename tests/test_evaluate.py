@@ -251,7 +251,7 @@ def test_choices(tmp_path, tokenizer, tokenizer_dir, capsys):
     save_nano(tmp_path / "SFT.pth", tokenizer, "SFT", reply)
     pets = {"question": "小明养了什么？", "choices": ["黑猫", "白猫"]}
     write_jsonl(tmp_path / "pets.jsonl", [
-        {**pets, "answer": "黑猫"}, {**pets, "answer": "白猫"}, {**pets, "choices": ["黑猫", "小明"], "answer": "黑猫"},
+        {**pets, "answer": "黑猫"}, {**pets, "answer": "白猫"}, {**pets, "choices": ["黑", "猫"], "answer": "黑"},
         {**pets, "answer": "狗"}, {**pets, "choices": ["猫", "黑猫"], "answer": "猫"},
         {**pets, "choices": "猫", "answer": "猫"}])
     result, lines = scored(capsys, "--model_mode", 1, "--out_dir", tmp_path, "--tokenizer_path", tokenizer_dir,
