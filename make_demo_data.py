@@ -304,7 +304,7 @@ def thoughtful(thought, answer: str) -> str:
 COUNTS = {"portraits": 55, "lists": 2500, "lessons": 3000, "stories": 3500, "scenes": 1500,  # portraits: of each entity
           "short_sums": 9000, "short_problems": 3000, "short_facts": 9, "small_talk": 700,  # short_facts: for each fact
           "long_chats": 700, "thoughts": 20000, "thought_sums": 1500, "thought_facts": 1500,
-          "validation": 200, "problems_asked": 40}  # problems_asked: for each number of steps
+          "validation": 200, "long_validation": 20, "problems_asked": 40}  # problems_asked: for each number of steps
 
 
 class World:
@@ -496,6 +496,7 @@ def main(argv: list[str] | None = None) -> None:
         "sft_1024.jsonl": (world.long_chat() for _ in range(COUNTS["long_chats"])), "r1_1024.jsonl": world.thoughts(),
         "val/pretrain.jsonl": ({"text": text} for text in world.texts(share)),
         "val/sft_512.jsonl": world.short_chats(share), "val/r1_1024.jsonl": world.thoughts(share),
+        "val/sft_1024.jsonl": (world.long_chat() for _ in range(COUNTS["long_validation"])),
     }
     try:
         for folder in (out / "eval", out / "val"):

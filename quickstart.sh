@@ -31,7 +31,7 @@ if [ -e $OUT ]; then
 fi
 mkdir -p $OUT/eval
 
-steps=(900 300 120 300)  # optimizer steps of pretrain, SFT, SFT_long, distill
+steps=(500 200 60 180)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16
@@ -67,7 +67,7 @@ took pretrain
 run python SFT.py --data_path $DATA/sft_512.jsonl --val_path $DATA/val/sft_512.jsonl $same \
     --max_seq_len 512 --batch_size 8 --learning_rate 3e-3 --max_steps "${steps[1]}" --epochs 100
 took SFT
-run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_512.jsonl $same \
+run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 2e-3 --max_steps "${steps[2]}" --epochs 100
 took SFT_long
 run python distill.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl $same \
@@ -75,8 +75,8 @@ run python distill.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_10
 took distill
 
 # the control: the same problems from the same weights, without the thoughts, for as many target tokens
-run python experiments/control.py --data_path $DATA/r1_1024.jsonl --tokenizer_path $OUT/tokenizer --out_dir $OUT/control \
-    --cache_dir $OUT/cache --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
+run python experiments/control.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl \
+    --tokenizer_path $OUT/tokenizer --out_dir $OUT/control --cache_dir $OUT/cache --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
 control_steps=$(python -c "import json; print(json.loads(open('$OUT/control.json').read().splitlines()[-1])['control_steps'])")
 run python distill.py --data_path $OUT/control/no_think.jsonl $same --out_dir $OUT/control --cache_dir $OUT/cache \
     --init_from $OUT/SFT_long.pth --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "$control_steps" \

@@ -70,7 +70,7 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True, help="the R1 conversations that distill.py trains on")
     parser.add_argument("--out_dir", required=True, help="where no_think.jsonl and the token cache go")
-    for name in ("tokenizer_path", "cache_dir", "seed"):
+    for name in ("val_path", "tokenizer_path", "cache_dir", "seed"):
         parser.add_argument(f"--{name}", type=FLAGS[name].kind, default=FLAGS[name].default, help=FLAGS[name].help)
     for name in ("max_seq_len", "batch_size", "max_steps"):
         parser.add_argument(f"--{name}", type=int, required=True, help=FLAGS[name].help)
@@ -84,8 +84,9 @@ def main() -> None:
         raise UserError(f"--data_path {args.data_path}: no reply has a <think>: nothing to take out")
     tokenizer = load_tokenizer(args.tokenizer_path)
     loaders = []
-    for path in (args.data_path, str(control_path)):
-        train, _ = load_splits(path, None, tokenizer, "chat", args.cache_dir or str(out / "cache"), args.max_seq_len)
+    for path, val_path in ((args.data_path, args.val_path), (str(control_path), None)):
+        train, _ = load_splits(path, val_path, tokenizer, "chat", args.cache_dir or str(out / "cache"),
+                               args.max_seq_len)
         loaders.append(StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed))
     wanted = sum(targets_by_step(loaders[0], args.max_steps))
     per_step = targets_by_step(loaders[1])

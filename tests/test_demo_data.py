@@ -11,7 +11,8 @@ import pytest
 import make_demo_data as demo
 from common.answers import is_well_formed, read_choice, read_reply
 
-CHATS = ("sft_512.jsonl", "sft_1024.jsonl", "r1_1024.jsonl", "val/sft_512.jsonl", "val/r1_1024.jsonl")
+CHATS = ("sft_512.jsonl", "sft_1024.jsonl", "r1_1024.jsonl", "val/sft_512.jsonl", "val/sft_1024.jsonl",
+         "val/r1_1024.jsonl")
 TEXTS = ("pretrain.jsonl", "val/pretrain.jsonl")
 
 
