@@ -280,10 +280,10 @@ def main(argv: list[str] | None = None) -> int:
             history.clear()
             note("the conversation is forgotten")
         elif line.strip():
-            if not sys.stdin.isatty():
-                note(f"> {line}")  # so that a conversation read from a file can be followed
             try:
                 check_text(line, "the line")
+                if not sys.stdin.isatty():
+                    note(f"> {line}")  # so that a conversation read from a file can be followed
                 ids, dropped = make_prompt(loaded, system, history, line, args.max_new_tokens)
             except UserError as error:
                 note(str(error))

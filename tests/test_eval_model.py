@@ -71,7 +71,8 @@ def test_one_prompt_into_a_pipe_that_is_not_utf8(flags):
 def test_what_an_answer_ended_by_is_said(flags, capsys):
     assert eval_model.main(["--model_mode", "2", "--prompt", "你好", "--max_new_tokens", "3", *flags]) == 0
     assert "[3 tokens, " in (notes := capsys.readouterr().err) and "stopped at --max_new_tokens 3" in notes
-    eval_model.main(["--model_mode", "2", "--prompt", "你好", "--max_new_tokens", "3000", *flags])
+    eval_model.main(["--model_mode", "2", "--prompt", "你好", "--max_new_tokens", "3000", "--temperature", "0",
+                     *flags])
     assert "the context of 128 tokens is full" in capsys.readouterr().err
 
 
