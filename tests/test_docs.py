@@ -94,6 +94,7 @@ def test_every_command_of_the_readme_runs(copy):
     assert {shlex.split(command)[1] for command in seen} == set(SMALLER) - {"make_demo_data.py"}
 
 
+@pytest.mark.extra
 def test_every_windows_command_runs(copy):
     """The same words in bash; setting up is left to Windows."""
     path, _ = copy
