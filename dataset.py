@@ -22,7 +22,7 @@ import shutil
 import time
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,6 +105,18 @@ def _zst_lines(file: Path) -> Iterator[bytes]:
         raise EOFError("the file ends inside a compressed frame")
     if rest:
         yield rest
+
+
+def write_jsonl(records: Iterable[dict], path: Path) -> None:
+    """Write records to a file, whole or not at all. Raises UserError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+            stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error}") from None
 
 
 def _unique_keys(pairs: list) -> dict:

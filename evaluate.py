@@ -12,7 +12,6 @@ may be given more than once. The last line on stdout is one JSON object with eve
 
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -33,6 +32,7 @@ from dataset import (
     load_documents,
     parse_object,
     read_lines,
+    write_jsonl,
 )
 from eval_model import Loaded, model_parser, number, open_weights
 
@@ -105,18 +105,6 @@ def read_questions(files: list[Path], max_bad_ratio: float) -> tuple[list[dict],
         raise UserError(f"{len(malformed):,} of {n_lines:,} lines are malformed, more than --max_bad_ratio "
                         f"{max_bad_ratio} (the first: {malformed[0]})")
     return questions, len(malformed)
-
-
-def write_jsonl(records: list[dict], path: Path) -> None:
-    """Write records to a file, whole or not at all. Raises UserError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------

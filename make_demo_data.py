@@ -5,11 +5,11 @@
 People have a home, a trade, a favourite dish, a pet and a pastime; places have a river, a ware, a feast and a sight.
 Things are counted: they are bought, lost, multiplied and shared out. Out of this come
 
-    pretrain.jsonl     portraits, travel notes, stories in which one thing is counted, sums: every fact stands here
+    pretrain.jsonl     portraits, scenes, stories in which one thing is counted, sums: every fact stands here
     sft_512.jsonl      short chats: who are you, facts, sums, problems answered at once
-    sft_1024.jsonl     the same as long chats, 513 to 1,024 tokens of the quickstart's tokenizer
+    sft_1024.jsonl     the same as long chats, nearly all of 513 to 1,024 tokens of the quickstart's tokenizer
     r1_1024.jsonl      problems thought through before they are answered
-    val/               text, chats and thoughts of the same kinds, in none of the files above
+    val/               text, chats and thoughts of the same kinds, small talk and sums that repeat among them
     eval/              questions with checkable answers: facts, one_step and multi_step
 
 What is held out, and tests/test_demo_data.py proves it from the files:
@@ -21,8 +21,6 @@ What is held out, and tests/test_demo_data.py proves it from the files:
 """
 
 import argparse
-import json
-import os
 import random
 import sys
 from collections.abc import Iterator
@@ -30,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from Config import OneLineParser, UserError
+from dataset import write_jsonl
 
 # ---------------------------------------------------------------------------------------------
 # the world: people and places, and what can be said and asked of them
@@ -246,12 +245,13 @@ class Counting:
         self.rng = rng
         self.held_out = set(rng.sample(TRIPLES, self.HELD_OUT))
         self.known = [triple for triple in TRIPLES if triple not in self.held_out]
+        self.known_rare = [triple for triple in self.known if triple[1] in "*/"]
         self.after = {}  # number: the steps that may follow it
         for a, operation, b in self.known:
             self.after.setdefault(a, {}).setdefault(operation, []).append(b)
 
     def problem(self, n_steps: int) -> Problem:
-        """Each step's operation is drawn first, so that there are as many products as sums."""
+        """Each step's operation is drawn first, so that the few products and quotients are not lost among the sums."""
         while True:
             value = start = self.rng.randint(2, LIMIT)
             steps = []
@@ -305,6 +305,7 @@ COUNTS = {"portraits": 55, "lists": 2500, "lessons": 3000, "stories": 3500, "sce
           "short_sums": 9000, "short_problems": 3000, "short_facts": 9, "small_talk": 700,  # short_facts: for each fact
           "long_chats": 700, "thoughts": 20000, "thought_sums": 1500, "thought_facts": 1500,
           "validation": 200, "long_validation": 20, "problems_asked": 40}  # problems_asked: for each number of steps
+LONG_CHAT_CHARACTERS = (780, 1250)  # 513 to 1,024 tokens of the quickstart's tokenizer, but for a few
 
 
 class World:
@@ -313,6 +314,10 @@ class World:
     def __init__(self, seed: int):
         self.rng = rng = random.Random(seed)
         self.facts = make_facts(rng)
+        self.facts_of = {}  # by entity, and by name of relation
+        for fact in self.facts:
+            self.facts_of.setdefault(fact.entity, []).append(fact)
+            self.facts_of.setdefault(fact.relation.name, []).append(fact)
         self.askable = [fact for fact in self.facts if not fact.never_asked]
         self.people = list(dict.fromkeys(f.entity for f in self.facts if f.entity not in PLACES))
         self.counting = Counting(rng)
@@ -322,13 +327,12 @@ class World:
 
     def portrait(self, entity: str) -> str:
         """All that is known of an entity, in any order."""
-        facts = [fact for fact in self.facts if fact.entity == entity]
+        facts = self.facts_of[entity]
         return "".join(fact.tell(self.rng) for fact in self.rng.sample(facts, len(facts)))
 
     def comparison(self) -> str:
         """One relation of several entities."""
-        relation = self.rng.choice(OF_PEOPLE + OF_PLACES)
-        facts = [fact for fact in self.facts if fact.relation is relation]
+        facts = self.facts_of[self.rng.choice(OF_PEOPLE + OF_PLACES).name]
         return "".join(fact.tell(self.rng) for fact in self.rng.sample(facts, self.rng.randint(3, 6)))
 
     def lesson(self) -> str:
@@ -340,16 +344,16 @@ class World:
         """A sum that is not held out; products and quotients are few and come more often than their share."""
         if self.rng.random() < 0.7:
             return self.rng.choice(self.counting.known)
-        return self.rng.choice([t for t in self.counting.known if t[1] in "*/"])
+        return self.rng.choice(self.counting.known_rare)
 
     def story(self) -> str:
         """Somebody's things, counted once or more, each time anew."""
         parts = []
         for _ in range(self.rng.randint(2, 4)):
             a, operation, b = self.triple()
-            words = put_into_words(Problem(a, ((operation, b),)), self.rng.choice(self.people), self.rng)
-            told, change, _ = words.question.split("，")
-            parts.append(f"{told}，{change}，{words.answer}")
+            wording = put_into_words(Problem(a, ((operation, b),)), self.rng.choice(self.people), self.rng)
+            told, change, _ = wording.question.split("，")
+            parts.append(f"{told}，{change}，{wording.answer}")
         return "".join(parts)
 
     def scene(self) -> str:
@@ -357,8 +361,7 @@ class World:
         place = self.rng.choice(PLACES)
         season, nature, labour = self.rng.choice(SEASONS)
         text = f"{season}的{place}，{nature}，{labour}。这天{self.rng.choice(WEATHER)}。"
-        pastimes = [fact for fact in self.facts if fact.relation.name == "爱好"]
-        for fact in self.rng.sample(pastimes, 2):
+        for fact in self.rng.sample(self.facts_of["爱好"], 2):
             text += f"{fact.entity}从{place}路过，{self.rng.choice(('想着', '说起'))}最爱的{fact.value}。"
         return text
 
@@ -397,8 +400,8 @@ class World:
                 return put_into_words(problem, self.rng.choice(self.people), self.rng)
 
     def problem_asked(self) -> tuple[str, str]:
-        words = self.new_problem()
-        return words.question, words.answer
+        wording = self.new_problem()
+        return wording.question, wording.answer
 
     # ---- records
 
@@ -414,7 +417,7 @@ class World:
             yield chat(*self.problem_asked())
 
     def long_chat(self) -> dict:
-        """Greeting, then question after question, then good-bye: 513 to 1,024 tokens."""
+        """Small talk, then question after question of every kind."""
         turns = [*self.talk()]
         characters = self.rng.randint(*LONG_CHAT_CHARACTERS)
         while sum(map(len, turns)) < characters:
@@ -424,8 +427,8 @@ class World:
 
     def thoughts(self, share: float = 1.0) -> Iterator[dict]:
         for _ in range(round(share * COUNTS["thoughts"])):
-            words = self.new_problem()
-            yield chat(words.question, thoughtful(words.thought, words.answer))
+            wording = self.new_problem()
+            yield chat(wording.question, thoughtful(wording.thought, wording.answer))
         for _ in range(round(share * COUNTS["thought_sums"])):
             a, operation, b = self.triple()
             question, answer = one_step(a, operation, b, self.rng.choice(self.people), self.rng)
@@ -452,21 +455,19 @@ class World:
     def multi_step_questions(self) -> Iterator[dict]:
         for n_steps in range(LEAST_STEPS, MOST_STEPS + 1):
             for _ in range(COUNTS["problems_asked"]):
-                words = self.new_problem(n_steps)
-                yield {"question": words.question, "answer": str(words.problem.result()),
-                       "source": f"multi_step/{n_steps}", "numbers": words.problem.numbers(),
-                       "thought": list(words.thought)}
-
-
-LONG_CHAT_CHARACTERS = (780, 1250)
+                wording = self.new_problem(n_steps)
+                yield {"question": wording.question, "answer": str(wording.problem.result()),
+                       "source": f"multi_step/{n_steps}", "numbers": wording.problem.numbers(),
+                       "thought": list(wording.thought)}
 
 
 def one_step(a: int, operation: str, b: int, person: str, rng: random.Random) -> tuple[str, str]:
     """(question, answer) of a single step: as a bare sum or as a story."""
     if rng.random() < 0.5:
-        return (text.format(a=a, b=b, c=apply(a, operation, b)) for text in reversed(SUMS[operation]))
-    words = put_into_words(Problem(a, ((operation, b),)), person, rng)
-    return words.question, words.answer
+        told, asked = (text.format(a=a, b=b, c=apply(a, operation, b)) for text in SUMS[operation])
+        return asked, told
+    wording = put_into_words(Problem(a, ((operation, b),)), person, rng)
+    return wording.question, wording.answer
 
 
 def write(path: Path, records, rng: random.Random | None = None) -> int:
@@ -474,10 +475,7 @@ def write(path: Path, records, rng: random.Random | None = None) -> int:
     records = list(records)
     if rng:
         rng.shuffle(records)
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(temporary, path)
+    write_jsonl(records, path)
     return len(records)
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a model that thinks, in about ten minutes on two CPU cores: makes up a small Chinese world, trains the
+# From nothing to a model that thinks, in about eleven minutes on two CPU cores: makes up a small Chinese world, trains the
 # tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
 #
-#   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in under a minute, too short to learn anything
+#   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in a minute or two, too short to learn anything
 #
 # It sets up .venv, leaves everything in out/quickstart (an earlier one is moved aside) and exits with 1 when the model
 # misses one of the thresholds in the report.
@@ -76,7 +76,8 @@ took distill
 
 # the control: the same problems from the same weights, without the thoughts, for as many target tokens
 run python experiments/control.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl \
-    --tokenizer_path $OUT/tokenizer --out_dir $OUT/control --cache_dir $OUT/cache --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
+    --tokenizer_path $OUT/tokenizer --out_dir $OUT/control --cache_dir $OUT/cache \
+    --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
 control_steps=$(python -c "import json; print(json.loads(open('$OUT/control.json').read().splitlines()[-1])['control_steps'])")
 run python distill.py --data_path $OUT/control/no_think.jsonl $same --out_dir $OUT/control --cache_dir $OUT/cache \
     --init_from $OUT/SFT_long.pth --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "$control_steps" \

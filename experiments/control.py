@@ -11,7 +11,6 @@ A reply without its thought is short, so the control sees many more problems. Th
 
 import argparse
 import json
-import os
 import re
 import sys
 from itertools import count
@@ -21,7 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.runtime import run
 from Config import FLAGS, OneLineParser, UserError
-from dataset import MalformedRecord, StepLoader, find_files, load_splits, load_tokenizer, parse_record, read_lines
+from dataset import (
+    MalformedRecord,
+    StepLoader,
+    find_files,
+    load_splits,
+    load_tokenizer,
+    parse_record,
+    read_lines,
+    write_jsonl,
+)
 
 THOUGHT = re.compile(r"(<think>)(\s*).*?(</think>)", re.DOTALL)
 
@@ -33,26 +41,21 @@ def without_thoughts(record: dict) -> dict:
     return record | {"conversations": messages}
 
 
-def take_thoughts_out(path: str, target: Path) -> dict[str, int]:
-    """Write the records behind `path` without their thoughts; how many there were, emptied and malformed."""
-    counts = {"records": 0, "emptied": 0, "malformed": 0}
-    temporary = target.with_name(target.name + ".partial")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
-        for file in find_files(path):
-            for number, line in read_lines(file):
-                try:
-                    parse_record(line, "chat")
-                except MalformedRecord as error:
-                    counts["malformed"] += 1
-                    print(f"malformed: {file}:{number}: {error}", file=sys.stderr)
-                    continue
-                record = json.loads(line)
-                emptied = without_thoughts(record)
-                counts["records"] += 1
-                counts["emptied"] += emptied != record
-                stream.write(json.dumps(emptied, ensure_ascii=False) + "\n")
-    os.replace(temporary, target)
-    return counts
+def emptied_records(path: str, counts: dict[str, int]):
+    """The records behind `path` without their thoughts; counts how many there are, were emptied, are malformed."""
+    for file in find_files(path):
+        for number, line in read_lines(file):
+            try:
+                parse_record(line, "chat")
+            except MalformedRecord as error:
+                counts["malformed"] += 1
+                print(f"malformed: {file}:{number}: {error}", file=sys.stderr)
+                continue
+            record = json.loads(line)
+            emptied = without_thoughts(record)
+            counts["records"] += 1
+            counts["emptied"] += emptied != record
+            yield emptied
 
 
 def targets_by_step(loader: StepLoader, max_steps: int | None = None):
@@ -79,7 +82,8 @@ def main() -> None:
     out = Path(args.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     control_path = out / "no_think.jsonl"
-    counts = take_thoughts_out(args.data_path, control_path)
+    counts = {"records": 0, "emptied": 0, "malformed": 0}
+    write_jsonl(emptied_records(args.data_path, counts), control_path)
     if not counts["emptied"]:
         raise UserError(f"--data_path {args.data_path}: no reply has a <think>: nothing to take out")
     tokenizer = load_tokenizer(args.tokenizer_path)

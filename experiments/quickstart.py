@@ -109,7 +109,7 @@ def scores_of(out: Path, stage: str) -> dict:
     steps = sorted({int(r["source"].split("/")[1]) for r in longer})
     scores["by_steps"] = {n: share([r["correct"] for r in longer if r["source"] == f"multi_step/{n}"]) for n in steps}
     scores["well_formed"] = share([r["well_formed"] for r in longer])
-    files = {r["file"]: Path(r["file"]).read_text(encoding="utf-8").splitlines() for r in longer}
+    files = {file: Path(file).read_text(encoding="utf-8").splitlines() for file in {r["file"] for r in longer}}
     right = [thought_lines(r["reply"]) == json.loads(files[r["file"]][r["line"] - 1])["thought"] for r in longer]
     scores["thoughts_right"] = share(right)
     return scores
