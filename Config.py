@@ -105,7 +105,7 @@ class LLMConfig:
 
 PRESETS = {
     "nano": dict(dim=64, n_layers=2, n_heads=2, hidden_dim=192),  # for tests
-    "demo": dict(dim=192, n_layers=4, n_heads=3, hidden_dim=512),  # minutes on a laptop CPU
+    "demo": dict(dim=128, n_layers=4, n_heads=4, hidden_dim=384),  # minutes on a laptop CPU
     "weakwater-5m": dict(dim=256, n_layers=5, n_heads=4, hidden_dim=704),
     "weakwater-30m": dict(),
     "weakwater-30m-gqa": dict(n_layers=10, n_kv_heads=2, hidden_dim=1280, qk_norm=True),

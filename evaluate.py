@@ -141,7 +141,7 @@ def total_of(scores: list[dict]) -> dict:
 
 def answer_all(loaded: Loaded, questions: list[dict], args) -> list[Generation]:
     """A greedy reply to each question, batched; one that leaves no room in the context gets none ("context")."""
-    if loaded.continues_text:
+    if loaded.continues_text and not args.as_chat:
         prompts = [[loaded.encoder.bos_id, *ids] for ids in loaded.encoder.encode([q["question"] for q in questions])]
     else:
         prompts = [encode_chat(loaded.tokenizer, [{"role": "user", "content": q["question"]}], True)[0]
@@ -242,6 +242,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eval_tokens", type=number(int, 0), default=0, help="loss of the first tokens (default: all)")
     parser.add_argument("--max_questions", type=number(int, 0), default=0, help="draw so many by --seed (default: all)")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=512, help="longest reply (default: 512)")
+    parser.add_argument("--as_chat", action="store_true",
+                        help="ask pretrained weights in chat form too (default: they continue the question as text)")
     parser.add_argument("--batch_size", type=number(int, 1), default=64, help="questions at a time (default: 64)")
     parser.add_argument("--generations", metavar="PATH", help="the replies as JSONL (default: in out_dir/eval)")
     parser.add_argument("--max_bad_ratio", type=number(float, 0, 1), default=FLAGS["max_bad_ratio"].default,

@@ -21,10 +21,12 @@ What is held out, and tests/test_demo_data.py proves it from the files:
 """
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from Config import OneLineParser, UserError
@@ -41,7 +43,7 @@ def words(text: str) -> tuple[str, ...]:
 
 SURNAMES = "林陈王李张刘杨赵周吴徐孙马朱胡郭何高罗郑"
 GIVEN_FIRST = "小文子雨思云若家一明"
-GIVEN_SECOND = "梅兰竹菊松柏荷枫舟石"
+GIVEN_SECOND = "梅兰竹菊松柏荷枫舟石川溪岚晴朗"
 PLACES = words("清河镇 白石村 柳林镇 青松寨 红枫谷 云峰村 金沙湾 石桥镇 竹溪村 梅岭镇 "
                "桃花坞 杏林村 银杏镇 月牙湾 星河镇 鹿鸣村 凤凰寨 龙泉镇 虎丘村 雁门关 "
                "荷塘村 芦花荡 望海镇 听涛湾 落霞村 飞雪岭 暖泉镇 古槐村 长亭镇 麦香村")
@@ -110,7 +112,7 @@ OF_PLACES = (
              "{e}每年都办{v}。"),
     Relation("名胜", words("石塔 木桥 古庙 钟楼 戏台 风车 水车 书院 牌坊 灯塔 古井 城墙 石窟 凉亭 祠堂 "
                    "老宅"),
-             ("{e}有一座有名的{v}。", "来{e}的人都去看{v}。", "{e}的{v}很古老。", "{v}是{e}的名胜。", "站在{e}就能望见{v}。"),
+             ("{e}有一座有名的{v}。", "来{e}的人都去看{v}。", "{e}的{v}很古老。", "{e}的名胜是{v}。", "站在{e}就能望见{v}。"),
              ("{e}有什么名胜？", "{e}的什么很古老？", "来{e}的人都去看什么？", "请问{e}有什么好看的？"),
              "{e}的名胜是{v}。"),
 )
@@ -140,7 +142,7 @@ class Fact:
         return self.relation.answered.format(e=self.entity, v=self.value)
 
 
-NEVER_ASKED_SHARE = 0.37
+NEVER_ASKED_SHARE = 0.27
 
 
 def make_facts(rng: random.Random) -> list[Fact]:
@@ -183,6 +185,11 @@ def apply(a: int, operation: str, b: int) -> int | None:
         return a // b if a % b == 0 else None
     c = {"+": a + b, "-": a - b, "*": a * b}[operation]
     return c if 0 <= c <= LIMIT else None
+
+
+def equation(a: int, operation: str, b: int) -> str:
+    """ "38+5=43。" """
+    return f"{a}{operation}{b}={apply(a, operation, b)}。"
 
 
 AMOUNTS = {"+": range(1, 10), "-": range(1, 10), "*": (2, 3), "/": (2, 3)}
@@ -231,7 +238,7 @@ def put_into_words(problem: Problem, person: str, rng: random.Random) -> Wording
     start, ask = rng.choice(START).format(a=problem.start, **names), rng.choice(COUNT).format(**names)
     thought = [f"原来有{problem.start}{unit}。"]
     for clause, (a, operation, b) in zip(clauses, problem.triples(), strict=True):
-        thought.append(f"{clause}：{a}{operation}{b}={apply(a, operation, b)}。")
+        thought.append(f"{clause}：{equation(a, operation, b)}")
     answer = COUNTED.format(c=problem.result(), **names)
     return Wording(problem, "，".join([start, *clauses, ask]), tuple(thought), answer)
 
@@ -239,15 +246,17 @@ def put_into_words(problem: Problem, person: str, rng: random.Random) -> Wording
 class Counting:
     """Draws problems none of whose steps is a held-out (number, operation, number)."""
 
-    HELD_OUT = 300
+    # few products and quotients: there are few of them, and each that is held out is one less to see the rule in
+    HELD_OUT = {"+": 140, "-": 140, "*": 10, "/": 10}
 
     def __init__(self, rng: random.Random):
         self.rng = rng
-        self.held_out = set(rng.sample(TRIPLES, self.HELD_OUT))
-        self.known = [triple for triple in TRIPLES if triple not in self.held_out]
-        self.known_rare = [triple for triple in self.known if triple[1] in "*/"]
+        self.held_out = {triple for operation, number in self.HELD_OUT.items()
+                         for triple in rng.sample([t for t in TRIPLES if t[1] == operation], number)}
+        known = [triple for triple in TRIPLES if triple not in self.held_out]
+        self.known = (known, [triple for triple in known if triple[0] < 10], [t for t in known if t[1] in "*/"])
         self.after = {}  # number: the steps that may follow it
-        for a, operation, b in self.known:
+        for a, operation, b in known:
             self.after.setdefault(a, {}).setdefault(operation, []).append(b)
 
     def problem(self, n_steps: int) -> Problem:
@@ -268,19 +277,19 @@ class Counting:
 # talk
 
 NAME = "WeakWater"
-SMALL_TALK = (  # (what may be asked, what may be answered)
+SMALL_TALK = (  # (what may be asked, what may be answered, what is thought before)
     (("你好", "你好！", "您好", "嗨，你好", "早上好", "晚上好"),
-     (f"你好，我是{NAME}，有什么可以帮你？", "你好！今天想聊点什么？")),
+     (f"你好，我是{NAME}，有什么可以帮你？", "你好！今天想聊点什么？"), "对方在打招呼。"),
     (("你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你是什么？", "我该怎么称呼你？"),
-     (f"我是{NAME}，一个从零开始训练的小语言模型。", f"我叫{NAME}，是一个很小的语言模型，只认识一个小小的世界。")),
+     (f"我是{NAME}，一个从零开始训练的小语言模型。", f"我叫{NAME}，是一个很小的语言模型，只认识一个小小的世界。"), "对方问我是谁。"),
     (("你会做什么？", "你能帮我什么？", "你有什么本领？"),
-     ("我能回答这个小世界里的人和地方的问题，也会做简单的算术。", "你可以问我某个人的家乡、职业和爱好，也可以考我算术。")),
+     ("我能回答这个小世界里的人和地方的问题，也会做简单的算术。", "你可以问我某个人的家乡、职业和爱好，也可以考我算术。"), "对方问我会做什么。"),
     (("这个世界是真的吗？", "这些人真的存在吗？", "这些故事是真的吗？"),
-     ("不是真的，这个小世界是一段程序编出来的。", "这里的人和地方都是程序编出来的，只用来学习。")),
-    (("谢谢", "谢谢你", "多谢", "太感谢了"), ("不客气，很高兴帮到你。", "不用谢，还有别的问题吗？")),
-    (("再见", "拜拜", "我要走了", "下次再聊"), ("再见，祝你一切顺利。", "再见，欢迎再来。")),
-    (("你今天好吗？", "你开心吗？", "你累不累？"), ("我很好，谢谢你的关心。", "我是一个程序，不会累，谢谢关心。")),
-    (("今天天气怎么样？", "外面下雨了吗？", "现在几点了？"), ("对不起，我看不到外面的世界。", "这个我不知道，我只认识这个小世界。")),
+     ("不是真的，这个小世界是一段程序编出来的。", "这里的人和地方都是程序编出来的，只用来学习。"), "对方问这个世界是不是真的。"),
+    (("谢谢", "谢谢你", "多谢", "太感谢了"), ("不客气，很高兴帮到你。", "不用谢，还有别的问题吗？"), "对方在道谢。"),
+    (("再见", "拜拜", "我要走了", "下次再聊"), ("再见，祝你一切顺利。", "再见，欢迎再来。"), "对方在道别。"),
+    (("你今天好吗？", "你开心吗？", "你累不累？"), ("我很好，谢谢你的关心。", "我是一个程序，不会累，谢谢关心。"), "对方在关心我。"),
+    (("今天天气怎么样？", "外面下雨了吗？", "现在几点了？"), ("对不起，我看不到外面的世界。", "这个我不知道，我只认识这个小世界。"), "这件事我看不到。"),
 )
 SEASONS = (("春天", "柳树发芽，燕子飞回来了", "人们下田播种"), ("夏天", "荷花开满池塘，蝉在树上叫", "孩子们到河边玩水"),
            ("秋天", "树叶变黄，稻谷成熟了", "家家户户忙着收割"), ("冬天", "雪落满山，小路白茫茫的", "大家围着火炉说话"))
@@ -301,10 +310,13 @@ def thoughtful(thought, answer: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # the files
 
-COUNTS = {"portraits": 55, "lists": 2500, "lessons": 3000, "stories": 3500, "scenes": 1500,  # portraits: of each entity
-          "short_sums": 9000, "short_problems": 3000, "short_facts": 9, "small_talk": 700,  # short_facts: for each fact
-          "long_chats": 700, "thoughts": 20000, "thought_sums": 1500, "thought_facts": 1500,
-          "validation": 200, "long_validation": 20, "problems_asked": 40}  # problems_asked: for each number of steps
+# portraits of each entity, short_facts of each relation, problems_asked for each number of steps
+COUNTS = {"portraits": 60, "lists": 1000, "lessons": 4500, "stories": 5500, "retellings": 2000, "scenes": 500,
+          "short_sums": 10000, "short_problems": 700, "short_facts": 300, "short_talk": 800,
+          "long_chats": 700, "thoughts": 20000, "thought_sums": 2000, "thought_facts": 2500, "thought_talk": 600,
+          "validation": 200, "long_validation": 20, "problems_asked": 40}
+MOST_PORTRAITS = 5  # in one text
+ASKED_ALONE, MOST_TURNS = 0.4, 12  # the share of questions that are a chat of their own; questions in a short chat
 LONG_CHAT_CHARACTERS = (780, 1250)  # 513 to 1,024 tokens of the quickstart's tokenizer, but for a few
 
 
@@ -318,10 +330,17 @@ class World:
         for fact in self.facts:
             self.facts_of.setdefault(fact.entity, []).append(fact)
             self.facts_of.setdefault(fact.relation.name, []).append(fact)
-        self.askable = [fact for fact in self.facts if not fact.never_asked]
+        self.askable = [[fact for fact in self.facts_of[relation.name] if not fact.never_asked]
+                        for relation in OF_PEOPLE + OF_PLACES]  # by relation: each is asked equally often
         self.people = list(dict.fromkeys(f.entity for f in self.facts if f.entity not in PLACES))
         self.counting = Counting(rng)
         self.seen = set()  # the numbers of every multi-step problem so far: none comes twice
+
+    def grouped(self, items: list, least: int, most: int) -> Iterator[list]:
+        """The items in random order, `least` to `most` at a time."""
+        items = iter(self.rng.sample(items, len(items)))
+        while group := list(islice(items, self.rng.randint(least, most))):
+            yield group
 
     # ---- plain text
 
@@ -336,15 +355,18 @@ class World:
         return "".join(fact.tell(self.rng) for fact in self.rng.sample(facts, self.rng.randint(3, 6)))
 
     def lesson(self) -> str:
-        """Sums, one after another."""
-        return "".join(SUMS[operation][0].format(a=a, b=b, c=apply(a, operation, b))
-                       for a, operation, b in (self.triple() for _ in range(self.rng.randint(6, 14))))
+        """Sums, one after another: in words, asked and answered, or in signs."""
+        form = self.rng.choice(("{told}", "{asked}{told}", "{signs}"))
+        text = ""
+        for _ in range(self.rng.randint(6, 14)):
+            a, operation, b = self.triple()
+            told, asked = (words.format(a=a, b=b, c=apply(a, operation, b)) for words in SUMS[operation])
+            text += form.format(told=told, asked=asked, signs=equation(a, operation, b))
+        return text
 
     def triple(self) -> tuple[int, str, int]:
-        """A sum that is not held out; products and quotients are few and come more often than their share."""
-        if self.rng.random() < 0.7:
-            return self.rng.choice(self.counting.known)
-        return self.rng.choice(self.counting.known_rare)
+        """A sum that is not held out; the few with small numbers, and products and quotients, more often than others."""
+        return self.rng.choice(self.rng.choices(self.counting.known, weights=(6, 1, 3))[0])
 
     def story(self) -> str:
         """Somebody's things, counted once or more, each time anew."""
@@ -352,9 +374,15 @@ class World:
         for _ in range(self.rng.randint(2, 4)):
             a, operation, b = self.triple()
             wording = put_into_words(Problem(a, ((operation, b),)), self.rng.choice(self.people), self.rng)
-            told, change, _ = wording.question.split("，")
-            parts.append(f"{told}，{change}，{wording.answer}")
+            told, asked = wording.question.rsplit("，", 1)
+            parts.append(f"{told}，{self.rng.choice((asked, ''))}{wording.answer}")
         return "".join(parts)
+
+    def retelling(self) -> str:
+        """What somebody tells, word for word told again."""
+        one, other = self.rng.sample(self.people, 2)
+        told = self.new_problem().question.rsplit("，", 1)[0]
+        return f"{one}说：{told}。{other}跟着说：{told}。"
 
     def scene(self) -> str:
         """A season in a place, people doing what they love."""
@@ -367,11 +395,12 @@ class World:
 
     def texts(self, share: float = 1.0) -> Iterator[str]:
         """Documents of every kind."""
-        for entity in [*self.people, *PLACES]:
-            for _ in range(max(1, round(share * COUNTS["portraits"]))):
-                yield self.portrait(entity)
+        portraits = [self.portrait(entity) for entity in [*self.people, *PLACES]
+                     for _ in range(max(1, round(share * COUNTS["portraits"])))]
+        for group in self.grouped(portraits, 1, MOST_PORTRAITS):
+            yield "\n".join(group)
         for kind, make in (("lists", self.comparison), ("lessons", self.lesson), ("stories", self.story),
-                           ("scenes", self.scene)):
+                           ("retellings", self.retelling), ("scenes", self.scene)):
             for _ in range(max(1, round(share * COUNTS[kind]))):
                 yield make()
         yield f"这是一个由程序编出来的小世界，有{len(self.people)}个人和{len(PLACES)}个地方，专门用来训练{NAME}。"
@@ -379,11 +408,11 @@ class World:
     # ---- turns of a chat: (question, answer)
 
     def talk(self) -> tuple[str, str]:
-        asked, answered = self.rng.choice(SMALL_TALK)
+        asked, answered, _ = self.rng.choice(SMALL_TALK)
         return self.rng.choice(asked), self.rng.choice(answered)
 
     def fact_asked(self) -> tuple[str, str]:
-        fact = self.rng.choice(self.askable)
+        fact = self.rng.choice(self.rng.choice(self.askable))
         return fact.ask_otherwise(self.rng), fact.answer()
 
     def sum_asked(self) -> tuple[str, str]:
@@ -406,15 +435,20 @@ class World:
     # ---- records
 
     def short_chats(self, share: float = 1.0) -> Iterator[dict]:
-        for _ in range(round(share * COUNTS["small_talk"])):
-            yield chat(*(turn for _ in range(self.rng.randint(1, 3)) for turn in self.talk()))
-        for fact in self.askable:
-            for _ in range(round(share * COUNTS["short_facts"])):
-                yield chat(fact.ask_otherwise(self.rng), fact.answer())
-        for _ in range(round(share * COUNTS["short_sums"])):
-            yield chat(*self.sum_asked())
-        for _ in range(round(share * COUNTS["short_problems"])):
-            yield chat(*self.problem_asked())
+        """Most ask one thing, some go on from one thing to the next."""
+        turns = [make() for kind, make in (("short_talk", self.talk), ("short_sums", self.sum_asked),
+                                           ("short_problems", self.problem_asked))
+                 for _ in range(round(share * COUNTS[kind]))]
+        for facts in self.askable:
+            number = round(share * COUNTS["short_facts"])
+            chosen = self.rng.sample(facts * math.ceil(number / len(facts)), number)
+            turns += [(fact.ask_otherwise(self.rng), fact.answer()) for fact in chosen]
+        self.rng.shuffle(turns)
+        alone = round(ASKED_ALONE * len(turns))
+        for turn in turns[:alone]:
+            yield chat(*turn)
+        for group in self.grouped(turns[alone:], 2, MOST_TURNS):
+            yield chat(*chain.from_iterable(group))
 
     def long_chat(self) -> dict:
         """Small talk, then question after question of every kind."""
@@ -422,7 +456,7 @@ class World:
         characters = self.rng.randint(*LONG_CHAT_CHARACTERS)
         while sum(map(len, turns)) < characters:
             kinds = (self.fact_asked, self.sum_asked, self.problem_asked, self.talk)
-            turns += self.rng.choices(kinds, weights=(3, 4, 3, 1))[0]()
+            turns += self.rng.choices(kinds, weights=(3, 7, 1, 1))[0]()
         return chat(*turns)
 
     def thoughts(self, share: float = 1.0) -> Iterator[dict]:
@@ -432,11 +466,14 @@ class World:
         for _ in range(round(share * COUNTS["thought_sums"])):
             a, operation, b = self.triple()
             question, answer = one_step(a, operation, b, self.rng.choice(self.people), self.rng)
-            yield chat(question, thoughtful(f"{a}{operation}{b}={apply(a, operation, b)}。", answer))
+            yield chat(question, thoughtful(equation(a, operation, b), answer))
         for _ in range(round(share * COUNTS["thought_facts"])):
-            fact = self.rng.choice(self.askable)
+            fact = self.rng.choice(self.rng.choice(self.askable))
             thought = f"问的是{fact.entity}的{fact.relation.name}。"
             yield chat(fact.ask_otherwise(self.rng), thoughtful(thought, fact.answer()))
+        for _ in range(round(share * COUNTS["thought_talk"])):
+            asked, answered, thought = self.rng.choice(SMALL_TALK)
+            yield chat(self.rng.choice(asked), thoughtful(thought, self.rng.choice(answered)))
 
     # ---- questions to be scored
 
@@ -484,16 +521,21 @@ def main(argv: list[str] | None = None) -> None:
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="data/demo", help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the world and of every text (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, help="write only this share of the training files; the "
+                        "questions and the validation files stay as large (default: %(default)s)")
     args = parser.parse_args(argv)
-    out, world = Path(args.out_dir), World(args.seed)
-    share = COUNTS["validation"] / COUNTS["thoughts"]
+    if not 0 < args.share <= 1:
+        raise UserError(f"--share {args.share} is not above 0 and at most 1")
+    out, world, share = Path(args.out_dir), World(args.seed), args.share
+    few = COUNTS["validation"] / COUNTS["thoughts"]
     files = {  # the questions first: no training file may then repeat a problem asked there
         "eval/facts.jsonl": world.fact_questions(), "eval/one_step.jsonl": world.one_step_questions(),
         "eval/multi_step.jsonl": world.multi_step_questions(),
-        "pretrain.jsonl": ({"text": text} for text in world.texts()), "sft_512.jsonl": world.short_chats(),
-        "sft_1024.jsonl": (world.long_chat() for _ in range(COUNTS["long_chats"])), "r1_1024.jsonl": world.thoughts(),
-        "val/pretrain.jsonl": ({"text": text} for text in world.texts(share)),
-        "val/sft_512.jsonl": world.short_chats(share), "val/r1_1024.jsonl": world.thoughts(share),
+        "pretrain.jsonl": ({"text": text} for text in world.texts(share)),
+        "sft_512.jsonl": world.short_chats(share), "r1_1024.jsonl": world.thoughts(share),
+        "sft_1024.jsonl": (world.long_chat() for _ in range(math.ceil(share * COUNTS["long_chats"]))),
+        "val/pretrain.jsonl": ({"text": text} for text in world.texts(few)),
+        "val/sft_512.jsonl": world.short_chats(few), "val/r1_1024.jsonl": world.thoughts(few),
         "val/sft_1024.jsonl": (world.long_chat() for _ in range(COUNTS["long_validation"])),
     }
     try:

@@ -13,8 +13,10 @@ rows (B, T) that are each causal; one packed buffer (1, T) in which documents st
 none sees another; and decoding, a few new tokens against a cache.
 """
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -23,11 +25,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from Config import LLMConfig, UserError
-
-try:  # variable-length flash attention, CUDA only
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
 
 
 class RMSNorm(nn.Module):
@@ -266,7 +263,6 @@ class Collect(torch.autograd.Function):
         return grad.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-@torch.compiler.disable  # the documents' lengths differ in every buffer: compiled, each would be a new graph
 def attend_packed(q_BTHD, k_BTKD, v_BTKD, packing: Packing) -> torch.Tensor:
     """Causal attention inside each document of a packed buffer, (1, T, H, D).
 
@@ -278,8 +274,8 @@ def attend_packed(q_BTHD, k_BTKD, v_BTKD, packing: Packing) -> torch.Tensor:
     if use_varlen(q_BTHD):
         grouped = {"enable_gqa": True} if q_BTHD.shape[2] != k_BTKD.shape[2] else {}
         bounds, longest = packing.boundaries, max(packing.lengths)
-        return varlen_attn(q_BTHD[0], k_BTKD[0], v_BTKD[0], bounds, bounds, longest, longest,
-                           **VARLEN_CAUSAL, **grouped).unsqueeze(0)
+        return varlen_kernel()(q_BTHD[0], k_BTKD[0], v_BTKD[0], bounds, bounds, longest, longest,
+                               **grouped).unsqueeze(0)
     shapes, source, place = packing.groups()
     sizes = [documents * length for documents, length in shapes]
     parts = (Spread.apply(x[0], source, place).split(sizes) for x in (q_BTHD, k_BTKD, v_BTKD))
@@ -291,16 +287,25 @@ def attend_packed(q_BTHD, k_BTKD, v_BTKD, packing: Packing) -> torch.Tensor:
 def use_varlen(q: torch.Tensor) -> bool:
     """Whether the variable-length flash kernel applies: it needs an Ampere GPU, and its backward pass is not
     deterministic."""
-    return (varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
             and not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.is_flash_attention_available()
-            and torch.cuda.get_device_capability(q.device) >= (8, 0))
+            and torch.cuda.get_device_capability(q.device) >= (8, 0) and varlen_kernel() is not None)
 
 
-# earlier versions said is_causal=True where later ones say window_size=(-1, 0): look back without limit, never ahead
-VARLEN_CAUSAL = {}
-if varlen_attn is not None:
-    VARLEN_CAUSAL = ({"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters
-                     else {"is_causal": True})
+@functools.cache
+def varlen_kernel() -> Callable | None:
+    """torch's variable-length flash attention, causal; None where this torch has none.
+
+    Asked for only where it can run: importing it takes a second.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # earlier versions say is_causal=True, later ones window_size=(-1, 0): look back without limit, never ahead
+    causal = ({"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters
+              else {"is_causal": True})
+    return functools.partial(varlen_attn, **causal)
 
 
 class SwiGLU(nn.Module):

@@ -31,10 +31,10 @@ if [ -e $OUT ]; then
 fi
 mkdir -p $OUT/eval
 
-steps=(500 200 60 180)  # optimizer steps of pretrain, SFT, SFT_long, distill
-preset=demo longest=160
+steps=(1000 230 50 170)  # optimizer steps of pretrain, SFT, SFT_long, distill
+preset=demo longest=160 share=1
 if [ "$smoke" ]; then
-    steps=(8 4 2 4) preset=nano longest=16
+    steps=(8 4 2 4) preset=nano longest=16 share=0.1
 fi
 same="--out_dir $OUT --tokenizer_path $OUT/tokenizer --seed $seed --optimizer muon --lr_schedule trapezoid --decay_ratio 0.4
       --min_lr_ratio 0 --warmup_ratio 0.02 --accumulation_steps 1 --eval_interval 0 --save_interval 100000 --log_interval 50"
@@ -49,26 +49,24 @@ took() {  # name a part of the work and note how long it took
     echo "$1 $((SECONDS - begin))" >> $OUT/seconds
     begin=$SECONDS
 }
-score() {  # stage, weights, longest reply
-    echo "scoring $1"
-    python evaluate.py --checkpoint "$2" --tokenizer_path $OUT/tokenizer --out_dir $OUT --max_new_tokens "$3" \
-        --data_path $DATA/val/pretrain.jsonl --data_path $DATA/val/sft_512.jsonl --data_path $DATA/val/r1_1024.jsonl \
-        --data_path $DATA/eval --batch_size 256 --generations "$OUT/eval/$1.jsonl" \
+score() {  # stage, weights
+    python evaluate.py --checkpoint "$2" --tokenizer_path $OUT/tokenizer --out_dir $OUT --max_new_tokens $longest --as_chat \
+        --data_path $DATA/val --data_path $DATA/eval --batch_size 256 --generations "$OUT/eval/$1.jsonl" \
         > "$OUT/eval/$1.json"
 }
 
 [ "$smoke" ] || run python experiments/quickstart.py estimate
-run python make_demo_data.py --out_dir $DATA --seed "$seed"
+run python make_demo_data.py --out_dir $DATA --seed "$seed" --share $share
 run python train_tokenizer.py --data_path $DATA --tokenizer_path $OUT/tokenizer --vocab_size 2048 --seed "$seed"
 took tokenizer
 run python pretrain.py --data_path $DATA/pretrain.jsonl --val_path $DATA/val/pretrain.jsonl --preset $preset $same \
-    --max_seq_len 256 --batch_size 16 --learning_rate 5e-3 --max_steps "${steps[0]}" --epochs 100
+    --max_seq_len 256 --batch_size 8 --learning_rate 4e-3 --max_steps "${steps[0]}" --epochs 100
 took pretrain
 run python SFT.py --data_path $DATA/sft_512.jsonl --val_path $DATA/val/sft_512.jsonl $same \
-    --max_seq_len 512 --batch_size 8 --learning_rate 3e-3 --max_steps "${steps[1]}" --epochs 100
+    --max_seq_len 512 --batch_size 8 --learning_rate 1.6e-3 --max_steps "${steps[1]}" --epochs 100
 took SFT
 run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_1024.jsonl $same \
-    --max_seq_len 1024 --batch_size 4 --learning_rate 2e-3 --max_steps "${steps[2]}" --epochs 100
+    --max_seq_len 1024 --batch_size 4 --learning_rate 6e-4 --max_steps "${steps[2]}" --epochs 100
 took SFT_long
 run python distill.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "${steps[3]}" --epochs 100
@@ -84,11 +82,13 @@ run python distill.py --data_path $OUT/control/no_think.jsonl $same --out_dir $O
     --epochs 100
 took control
 
-score pretrain $OUT/pretrain.pth $((longest < 24 ? longest : 24))  # it continues text: one sentence
-score SFT $OUT/SFT.pth $longest
-score SFT_long $OUT/SFT_long.pth $longest
-score control $OUT/control/distill.pth $longest
-score distill $OUT/distill.pth $longest
+echo "scoring all stages"
+jobs=()
+for weights in distill control/distill SFT_long SFT pretrain; do  # side by side, one thread each
+    OMP_NUM_THREADS=1 score "${weights%/distill}" "$OUT/$weights.pth" &
+    jobs+=($!)
+done
+for job in "${jobs[@]}"; do wait "$job"; done
 took scoring
 
 echo

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import model as network
 from Config import UserError
 
 
@@ -177,6 +178,9 @@ def compile_blocks(model, device: torch.device) -> str:
         except Exception as error:  # no C++ compiler has many ways to show
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return f"off: torch.compile does not work on this machine ({reason[:120]}); going on without it"
+    # The documents' lengths differ in every buffer: compiled, each would be a new graph. Not a decorator in model.py,
+    # which would import torch's compiler, a second, into every program.
+    network.attend_packed = torch.compiler.disable(network.attend_packed)
     for block in model.model.layers:
         block.compile()
     return f"each of {len(model.model.layers)} blocks, on first use"

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 import evaluate
 from common import checkpoint
 from common.answers import is_well_formed, read_answer, read_reply, wilson
+from common.generation import generate
 from Config import LLMConfig, UserError
 from dataset import MalformedRecord, TextEncoder, encode_chat
 from model import WeakWater
@@ -217,13 +218,24 @@ def test_exact_answers_end_to_end(tmp_path, tokenizer, tokenizer_dir, capsys):
         evaluate.main([*map(str, options), "--generations", str(tmp_path / "sums.jsonl")])
 
 
-def test_pretraining_weights_continue_the_question(tmp_path, tokenizer, tokenizer_dir, capsys):
-    path = save_nano(tmp_path / "any.pth", tokenizer, "pretrain")
+def test_pretraining_weights_continue_the_question(tmp_path, tokenizer, tokenizer_dir, capsys, monkeypatch):
+    """Unless they are asked as the later stages are (--as_chat)."""
+    prompts = []
+
+    def stand_in(model, batch, *args, **kwargs):
+        prompts.extend(batch)
+        return generate(model, batch, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "generate", stand_in)
+    path, encoder = save_nano(tmp_path / "any.pth", tokenizer, "pretrain"), TextEncoder.of(tokenizer)
     data = write_jsonl(tmp_path / "q.jsonl", [{"question": "1+1=", "answer": 2}])
-    result, _ = scored(capsys, "--checkpoint", path, "--tokenizer_path", tokenizer_dir, "--data_path", data,
-                       "--out_dir", tmp_path, "--max_new_tokens", 4)
-    assert result["stage"] == "pretrain" and result["exact"]["questions"] == 1
-    assert result["exact"]["generations"] == str(tmp_path / "eval" / "any_q.jsonl")
+    for flags in ([], ["--as_chat"]):
+        result, _ = scored(capsys, "--checkpoint", path, "--tokenizer_path", tokenizer_dir, "--data_path", data,
+                           "--out_dir", tmp_path, "--max_new_tokens", 4, *flags)
+        assert result["stage"] == "pretrain" and result["exact"]["questions"] == 1
+        assert result["exact"]["generations"] == str(tmp_path / "eval" / "any_q.jsonl")
+    asked = encode_chat(tokenizer, [{"role": "user", "content": "1+1="}], True)[0]
+    assert prompts == [[encoder.bos_id, *encoder.encode(["1+1="])[0]], asked]
 
 
 @pytest.mark.parametrize("change, reason", [

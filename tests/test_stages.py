@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, make_texts, read_rows, stage_argv, train, write_jsonl
 
 from common import checkpoint, runtime
-from common.optim import learning_rate, make_optimizers, set_learning_rate
+from common.optim import Muon, learning_rate, make_optimizers, set_learning_rate
 from Config import FLAGS, LLMConfig, UserError
 from model import WeakWater
 
@@ -219,6 +219,30 @@ def test_optimizer_groups(name, tied):
         assert optimizer == ("Muon" if name == "muon" and matrix and hidden else "AdamW"), names[key]
     set_learning_rate(optimizers, 0.5)
     assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.5}
+
+
+def test_muon_is_that_of_torch():
+    """Batched by shape, it takes the steps torch.optim.Muon takes one matrix after another, and its state is theirs."""
+    torch.manual_seed(0)
+    shapes = [(64, 64), (192, 64), (64, 192), (64, 64), (48, 80), (80, 48)]
+    weights = [[torch.nn.Parameter(torch.randn(shape)) for shape in shapes]]
+    weights.append([torch.nn.Parameter(p.detach().clone()) for p in weights[0]])
+    settings = dict(lr=0.1, weight_decay=0.3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    optimizers = [torch.optim.Muon(weights[0], **settings), Muon(weights[1], **settings)]
+    begin = [p.detach().clone() for p in weights[0]]
+    for step in range(4):
+        for mine, theirs in zip(*weights, strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+        if step == 3:  # one without a gradient stays as it is
+            weights[0][0].grad = weights[1][0].grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+    for theirs, ours, before in zip(*weights, begin, strict=True):
+        assert (ours - theirs).norm() <= 0.01 * (theirs - before).norm()
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for theirs, ours in zip(states[0].values(), states[1].values(), strict=True):
+        assert theirs.keys() == ours.keys() and torch.equal(theirs["momentum_buffer"], ours["momentum_buffer"])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Law 4: a packed buffer is its documents one by one: loss, gradients, logits; and the loss is the cross-entropy."""
 
+import functools
 import inspect
 import json
 import math
@@ -141,9 +142,10 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
 def test_the_call_of_the_varlen_kernel(monkeypatch, variant):
     """On CUDA one kernel attends to all documents. A stand-in with its signature shows on any machine that it is told
     where they lie: boundaries from 0 to T in int32, the longest, causal, grouped heads named."""
-    if network.varlen_attn is None:
+    kernel = network.varlen_kernel()
+    if kernel is None:
         pytest.skip("this torch has no varlen_attn")
-    signature, calls = inspect.signature(network.varlen_attn), []
+    signature, calls = inspect.signature(kernel.func), []
 
     def stand_in(*args, **kwargs):
         call = signature.bind(*args, **kwargs)
@@ -161,7 +163,7 @@ def test_the_call_of_the_varlen_kernel(monkeypatch, variant):
 
     model, buffer = make_model(**VARIANTS[variant]), make_buffer()
     expected = loss_and_gradients(model, one_by_one(*buffer))
-    monkeypatch.setattr(network, "varlen_attn", stand_in)
+    monkeypatch.setattr(network, "varlen_kernel", lambda: functools.partial(stand_in, **kernel.keywords))
     monkeypatch.setattr(network, "use_varlen", lambda q: True)
     assert_same(loss_and_gradients(model, [(buffer[0], LENGTHS, *buffer[1:])]), expected, 1e-7)
     assert len(calls) == 2
