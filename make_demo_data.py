@@ -5,10 +5,10 @@
 People have a home, a trade, a favourite dish, a pet and a pastime; places have a river, a ware, a feast and a sight.
 Things are counted: they are bought, lost, multiplied and shared out. Out of this come
 
-    pretrain.jsonl     portraits, scenes, stories in which one thing is counted, sums: every fact stands here
-    sft_512.jsonl      short chats: who are you, facts, sums, problems answered at once
+    pretrain.jsonl     portraits, scenes, things counted, things told twice, sums: every fact stands here
+    sft_512.jsonl      short chats: who are you, facts, sums, a few problems answered at once
     sft_1024.jsonl     the same as long chats, nearly all of 513 to 1,024 tokens of the quickstart's tokenizer
-    r1_1024.jsonl      problems thought through before they are answered
+    r1_1024.jsonl      problems, and some of everything else, thought through before they are answered
     val/               text, chats and thoughts of the same kinds, small talk and sums that repeat among them
     eval/              questions with checkable answers: facts, one_step and multi_step
 
@@ -360,7 +360,7 @@ class World:
         text = ""
         for _ in range(self.rng.randint(6, 14)):
             a, operation, b = self.triple()
-            told, asked = (words.format(a=a, b=b, c=apply(a, operation, b)) for words in SUMS[operation])
+            told, asked = (frame.format(a=a, b=b, c=apply(a, operation, b)) for frame in SUMS[operation])
             text += form.format(told=told, asked=asked, signs=equation(a, operation, b))
         return text
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a model that thinks, in about eleven minutes on two CPU cores: makes up a small Chinese world, trains the
+# From nothing to a model that thinks, in about nine minutes on two CPU cores: makes up a small Chinese world, trains the
 # tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
 #
-#   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in a minute or two, too short to learn anything
+#   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in under a minute, too short to learn anything
 #
 # It sets up .venv, leaves everything in out/quickstart (an earlier one is moved aside) and exits with 1 when the model
 # misses one of the thresholds in the report.

@@ -211,13 +211,15 @@ def test_facts_never_asked_are_in_no_chat(files):
 
 
 def test_one_step_questions_are_in_no_training_file(files, trained_chains):
-    """Not as a sum, not as a story, not as a step of a longer problem or of a thought."""
+    """Not as a sum in words or in signs, not as a story, not as a step of a longer problem or of a thought."""
     held_out = {question["numbers"] for question in files["eval/one_step.jsonl"]}
     assert len(held_out) == len(files["eval/one_step.jsonl"])
     trained = {f"{a}{operation}{b}" for chain in trained_chains for a, operation, b in triples_of(chain)}
-    thought = {found for _, reply in turns(files) for found in re.findall(r"(\d+[-+*/]\d+)=", reply)}
-    assert len(trained) > 1000 and len(thought) > 1000
-    assert not held_out & (trained | thought)
+    texts = [r["text"] for name in TEXTS for r in files[name]]
+    signs = [{found for text in part for found in re.findall(r"(\d+[-+*/]\d+)=", text)}
+             for part in (texts, [reply for _, reply in turns(files)])]
+    assert min(map(len, (trained, *signs))) > 1000
+    assert not held_out & trained.union(*signs)
 
 
 def test_multi_step_questions_are_in_no_training_file(files, trained_chains):
@@ -236,6 +238,19 @@ def test_validation_is_not_trained_on(files):
 
 # ---------------------------------------------------------------------------------------------
 # the command
+
+
+def test_a_share_of_the_training_files(files, tmp_path, capsys):
+    """Smaller training files, as many questions; a share of nothing is refused."""
+    demo.main(["--out_dir", str(tmp_path), "--seed", "20", "--share", "0.1"])
+    lines = {p.relative_to(tmp_path).as_posix(): p.read_bytes().count(b"\n") for p in tmp_path.rglob("*.jsonl")}
+    assert lines.keys() == files.keys()
+    for name, number in lines.items():
+        whole = len(files[name])
+        assert 0.05 * whole < number < 0.2 * whole if "/" not in name else 0.7 * whole < number < 1.4 * whole, name
+    for wrong in ("0", "1.5"):
+        with pytest.raises(demo.UserError, match="--share"):
+            demo.main(["--out_dir", str(tmp_path), "--share", wrong])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

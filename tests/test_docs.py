@@ -62,7 +62,7 @@ def test_the_quickstart_runs_whole(copy):
     assert report["seed"] == 7 and report["smoke"] is True
     assert set(report["stages"]) == {"pretrain", "SFT", "SFT_long", "control", "distill"}
     for scores in report["stages"].values():
-        assert set(scores["bpb"]) == {"pretrain", "sft_512", "r1_1024"}
+        assert set(scores["bpb"]) == {"pretrain", "sft_512", "sft_1024", "r1_1024"}
         assert min(scores[kind]["n"] for kind in ("facts/asked", "facts/never_asked", "one_step", "multi_step")) >= 200
         assert sum(part["n"] for part in scores["by_steps"].values()) == scores["multi_step"]["n"]
     assert 0 <= report["targets"]["control_targets"] - report["targets"]["targets"] < 10_000
