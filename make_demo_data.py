@@ -16,8 +16,9 @@ What is held out, and tests/test_demo_data.py proves it from the files:
 
     facts, asked         its question stands in chats, but never in the words of eval/facts.jsonl
     facts, never_asked   no chat and no thought mentions it; only pretrain.jsonl tells it
-    one_step             (number, operation, number) is in no training file, as a step of a longer problem neither
-    multi_step           the start and the steps, taken together, are in no training file
+    one_step             (number, operation, number) is in no training file, as a step of a longer problem neither;
+                         its inverse may be (26-3 where 23+3 is asked)
+    multi_step           the numbers and steps are in no training file, as a part of a longer problem neither
 """
 
 import argparse
@@ -215,6 +216,11 @@ class Problem:
     def result(self) -> int:
         return apply(*self.triples()[-1])
 
+    def parts(self) -> set[tuple]:
+        """The triples of every two or more steps in a row: the whole, and the problems it contains."""
+        triples = tuple(self.triples())
+        return {triples[i:j] for i in range(len(triples)) for j in range(i + 2, len(triples) + 1)}
+
     def numbers(self) -> str:
         """What identifies a problem whatever its words: "23+5*2"."""
         return str(self.start) + "".join(f"{operation}{b}" for operation, b in self.steps)
@@ -335,6 +341,7 @@ class World:
         self.people = list(dict.fromkeys(f.entity for f in self.facts if f.entity not in PLACES))
         self.counting = Counting(rng)
         self.seen = set()  # the numbers of every multi-step problem so far: none comes twice
+        self.questions = set()  # the triples of those in eval/: none is a part of another problem
 
     def grouped(self, items: list, least: int, most: int) -> Iterator[list]:
         """The items in random order, `least` to `most` at a time."""
@@ -421,10 +428,10 @@ class World:
         return one_step(a, operation, b, self.rng.choice(self.people), self.rng)
 
     def new_problem(self, n_steps: int | None = None) -> Wording:
-        """A problem of several steps that no file holds yet."""
+        """A problem of several steps that no file holds yet, and that holds none of eval/."""
         while True:
             problem = self.counting.problem(n_steps or self.rng.randint(LEAST_STEPS, MOST_STEPS))
-            if problem.numbers() not in self.seen:
+            if problem.numbers() not in self.seen and not problem.parts() & self.questions:
                 self.seen.add(problem.numbers())
                 return put_into_words(problem, self.rng.choice(self.people), self.rng)
 
@@ -493,6 +500,7 @@ class World:
         for n_steps in range(LEAST_STEPS, MOST_STEPS + 1):
             for _ in range(COUNTS["problems_asked"]):
                 wording = self.new_problem(n_steps)
+                self.questions.add(tuple(wording.problem.triples()))
                 yield {"question": wording.question, "answer": str(wording.problem.result()),
                        "source": f"multi_step/{n_steps}", "numbers": wording.problem.numbers(),
                        "thought": list(wording.thought)}
@@ -538,6 +546,9 @@ def main(argv: list[str] | None = None) -> None:
         "val/sft_512.jsonl": world.short_chats(few), "val/r1_1024.jsonl": world.thoughts(few),
         "val/sft_1024.jsonl": (world.long_chat() for _ in range(COUNTS["long_validation"])),
     }
+    there = [str(out / name) for name in files if (out / name).exists()]
+    if there:
+        raise UserError(f"--out_dir {out}: {there[0]} is there already: remove it or choose another folder")
     try:
         for folder in (out / "eval", out / "val"):
             folder.mkdir(parents=True, exist_ok=True)

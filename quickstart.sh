@@ -21,6 +21,7 @@ done
 source runs/venv.sh
 prepare_venv requirements.txt
 activate_venv
+export PYTHONUTF8=1  # Windows writes files in another encoding else
 
 OUT=out/quickstart
 DATA=$OUT/data
@@ -50,7 +51,7 @@ took() {  # name a part of the work and note how long it took
     begin=$SECONDS
 }
 score() {  # stage, weights
-    python evaluate.py --checkpoint "$2" --tokenizer_path $OUT/tokenizer --out_dir $OUT --max_new_tokens $longest --as_chat \
+    exec python evaluate.py --checkpoint "$2" --tokenizer_path $OUT/tokenizer --out_dir $OUT --max_new_tokens $longest --as_chat \
         --data_path $DATA/val --data_path $DATA/eval --batch_size 256 --generations "$OUT/eval/$1.jsonl" \
         > "$OUT/eval/$1.json"
 }
@@ -77,18 +78,21 @@ run python experiments/control.py --data_path $DATA/r1_1024.jsonl --val_path $DA
     --tokenizer_path $OUT/tokenizer --out_dir $OUT/control --cache_dir $OUT/cache \
     --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
 control_steps=$(python -c "import json; print(json.loads(open('$OUT/control.json').read().splitlines()[-1])['control_steps'])")
-run python distill.py --data_path $OUT/control/no_think.jsonl $same --out_dir $OUT/control --cache_dir $OUT/cache \
+run python distill.py --data_path $OUT/control/no_think.jsonl --val_path $OUT/control/no_think_val.jsonl $same --out_dir $OUT/control --cache_dir $OUT/cache \
     --init_from $OUT/SFT_long.pth --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "$control_steps" \
     --epochs 100
 took control
 
 echo "scoring all stages"
-jobs=()
+jobs=() failed=""
+trap 'kill "${jobs[@]}" 2> /dev/null' EXIT
 for weights in distill control/distill SFT_long SFT pretrain; do  # side by side, one thread each
     OMP_NUM_THREADS=1 score "${weights%/distill}" "$OUT/$weights.pth" &
     jobs+=($!)
 done
-for job in "${jobs[@]}"; do wait "$job"; done
+for job in "${jobs[@]}"; do wait "$job" || failed=yes; done
+trap - EXIT
+[ ! "$failed" ] || { echo "quickstart.sh: scoring failed" >&2; exit 2; }
 took scoring
 
 echo

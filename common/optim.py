@@ -25,8 +25,7 @@ def make_optimizers(model: WeakWater, name: str, learning_rate: float,
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     if name != "muon":
         return [adamw]
-    muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, momentum=0.95,
-                       adjust_lr_fn="match_rms_adamw")
+    muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
 
 
@@ -38,7 +37,7 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self) -> None:
         """One optimizer step on every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -64,7 +63,10 @@ class Muon(torch.optim.Muon):
 
 def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int,
                    eps: float) -> torch.Tensor:
-    """(N, short, long) → U V' of each matrix U S V', by Newton–Schulz in bfloat16: singular values of 0.7 to 1.2."""
+    """(N, short, long) → about U V' of each matrix U S V', by Newton–Schulz iteration in bfloat16.
+
+    Singular values that are not tiny beside the largest become 0.7 to 1.2; tiny ones grow, but stay below.
+    """
     a, b, c = coefficients
     x = matrices.bfloat16()
     x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]

@@ -200,8 +200,10 @@ def write_report(args) -> int:
                for s, label in STAGES.items()]), "",
         "![what each stage answers](stages.png)", "",
         "## Does thinking help?", "",
-        f"`control` starts from the same SFT_long weights and trains on the same problems with the thoughts taken out, "
-        f"for as many target tokens ({control['control_targets']:,}; distill: {control['targets']:,}).", "",
+        f"`control` starts from the same SFT_long weights and trains on the same file with the thoughts taken out, for "
+        f"as many target tokens ({control['control_targets']:,}; distill: {control['targets']:,}). Without thoughts replies "
+        f"are short, so it sees {control['control_conversations']:,} conversations where distill sees "
+        f"{control['conversations']:,}.", "",
         table(["multi-step problems of", *(f"{n} steps" for n in steps), "all", "well-formed", "thoughts all right"],
               [[STAGES[s], *(percent(scores[s]["by_steps"][n]) for n in steps), percent(scores[s]["multi_step"]),
                 *([percent(scores[s][k]) for k in ("well_formed", "thoughts_right")] if s == "distill" else ["", ""])]

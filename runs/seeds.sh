@@ -9,7 +9,8 @@ seeds=("$@")
 [ $# -gt 0 ] || seeds=(1 2 3 4 5)
 mkdir -p $RESULTS out
 for seed in "${seeds[@]}"; do
-    bash quickstart.sh --seed "$seed" > "out/quickstart_$seed.log" || echo "seed $seed: see out/quickstart_$seed.log"
+    rm -f out/quickstart/report.json  # of an earlier run
+    bash quickstart.sh --seed "$seed" > "out/quickstart_$seed.log" 2>&1 || echo "seed $seed: see out/quickstart_$seed.log"
     cp out/quickstart/report.json "$RESULTS/seed_$seed.json"
     [ "$seed" != "${seeds[0]}" ] || cp out/quickstart/{report.md,thinking.png,stages.png} $RESULTS
 done

@@ -1,0 +1,66 @@
+"""What the benchmarks share: turns taken (A B A B …), medians with their spread, the machine's own limits, tables."""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def take_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each piece of work, `repeats` times in turn after one round that does not count.
+
+    On a shared machine the speed drifts; taken in turns, all drift together, and their ratios stay.
+    """
+    seconds = {name: [] for name in work}
+    for turn in range(repeats + 1):
+        for name, do in work.items():
+            begin = time.perf_counter()
+            do()
+            wait_for_device()
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def wait_for_device() -> None:
+    """Until the GPU, if there is one, has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """How often `fast` fits into `slow`: median, smallest and largest over the turns."""
+    turns = [a / b for a, b in zip(slow, fast, strict=True)]
+    return {"median": statistics.median(turns), "min": min(turns), "max": max(turns)}
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
+    """FLOP/s of a large square matrix product: the limit of arithmetic on this machine, now."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = take_turns({"product": lambda: a @ b}, repeats)["product"]
+    return 2 * n**3 / statistics.median(seconds)
+
+
+def peak_mebibytes(device: torch.device) -> float:
+    """The most memory this process has held: on a GPU that of its tensors, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table, its columns aligned."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+def print_result(result: dict) -> None:
+    """The last line of a benchmark: one JSON object, with "ratios" in it."""
+    print(json.dumps(result, ensure_ascii=False))

@@ -1,0 +1,312 @@
+"""Training speed beside transformers: one optimizer step on the same documents from the same weights, taken in turns.
+
+    python benchmarks/train_throughput.py --preset weakwater-30m --repeats 5
+
+ours                 documents packed, bf16 where the machine has it, as the stage scripts do it
+transformers fp32    LlamaForCausalLM (sdpa, no cache), one document a row padded to --max_seq_len, fused AdamW: the
+                     loop of small-model repositories on a CPU; micro-batches of the size that is fastest
+transformers bf16    the same under bf16 autocast
+
+"chats": conversations with the lengths of real SFT data, where padding hurts. "full rows": rows without padding, where
+only the arithmetic counts. The losses of the first step must agree, else nothing is timed. With CUDA, transformers is
+also timed compiled (--compile also compiles ours). --sweep shows how both grow with model, row length and rows.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from benchmarks.measure import matmul_rate, peak_mebibytes, print_result, print_table, ratio, take_turns
+from common import runtime
+from common.optim import make_optimizers
+from Config import PRESETS, LLMConfig, OneLineParser, UserError
+from model import WeakWater
+
+TARGET_SHARE = 0.57  # of the tokens of an SFT conversation; measured, like the lengths, on 6,000 real conversations
+MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS = 108, 1.05, 16  # a log-normal distribution, cut to what a row holds
+AGREEMENT = 0.02  # how far a bf16 loss may lie from the fp32 one, as a share of it
+
+
+# ---------------------------------------------------------------------------------------------
+# the work
+
+
+def make_chats(rng: np.random.Generator, vocab_size: int, tokens: int, longest: int) -> list[tuple]:
+    """Conversations of about `tokens` tokens in all: (ids, is_target) of each. The last fifth or so is the reply."""
+    chats, total = [], 0
+    while total < tokens:
+        length = int(np.clip(MEDIAN_TOKENS * math.exp(LOG_DEVIATION * rng.standard_normal()), LEAST_TOKENS, longest))
+        is_target = np.arange(length) >= round(length * (1 - TARGET_SHARE))
+        chats.append((rng.integers(0, vocab_size, length), is_target))
+        total += length
+    return chats
+
+
+def make_rows(rng: np.random.Generator, vocab_size: int, rows: int, length: int) -> list[tuple]:
+    """Full rows of text: every token but the first is a target."""
+    return [(rng.integers(0, vocab_size, length), np.arange(length) > 0) for _ in range(rows)]
+
+
+class Ours:
+    """The step of the stage scripts: one packed buffer a micro-batch."""
+
+    def __init__(self, config: LLMConfig, device: torch.device, rows: int, max_seq_len: int, compiled: bool):
+        torch.manual_seed(0)
+        self.device, self.dtype = device, runtime.pick_dtype("auto", device)[0]
+        self.model = WeakWater(config).to(device).train()
+        self.optimizers = make_optimizers(self.model, "adamw", 1e-4, 0.1)
+        self.buffer_tokens = rows * max_seq_len
+        if compiled:
+            print(f"ours, compile: {runtime.compile_blocks(self.model, device)}")
+
+    def micro_batches(self, documents: list[tuple]) -> list[dict]:
+        """Buffers of at most rows x max_seq_len tokens."""
+        buffers, room = [[]], self.buffer_tokens
+        for document in documents:
+            if len(document[0]) > room:
+                buffers.append([])
+                room = self.buffer_tokens
+            buffers[-1].append(document)
+            room -= len(document[0])
+        batches = []
+        for buffer in buffers:
+            lengths = [len(ids) for ids, _ in buffer]
+            starts = np.cumsum([0, *lengths])
+            index = np.concatenate([start + np.flatnonzero(is_target) - 1
+                                    for start, (_, is_target) in zip(starts, buffer, strict=False)])
+            tokens = torch.from_numpy(np.concatenate([ids for ids, _ in buffer])).to(self.device)
+            index = torch.from_numpy(index).to(self.device)
+            batches.append(dict(
+                tokens=tokens[None], lengths=lengths, target_index=index, targets=tokens[index + 1],
+                weights=torch.ones(len(index), device=self.device),
+                boundaries=torch.from_numpy(starts.astype(np.int32)).to(self.device)))
+        return batches
+
+    def step(self, documents: list[tuple]) -> float:
+        """One optimizer step; its loss."""
+        batches = self.micro_batches(documents)
+        total, step_loss = sum(len(batch["targets"]) for batch in batches), 0.0
+        for batch in batches:
+            with runtime.autocast(self.device, self.dtype):
+                loss = self.model(**batch) / total
+            loss.backward()
+            step_loss += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(step_loss)
+
+
+class Transformers:
+    """The step with transformers' Llama, as its documentation says, one document a row."""
+
+    def __init__(self, config: LLMConfig, device: torch.device, bf16: bool, padded_to: int, compiled: bool):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        if config.qk_norm:
+            raise UserError("--preset: a model with qk_norm is no Llama: choose one without")
+        torch.manual_seed(0)
+        weights = WeakWater(config).state_dict()
+        self.model = LlamaForCausalLM._from_config(LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
+            intermediate_size=config.hidden_dim, max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta, tie_word_embeddings=config.tie_embeddings,
+            use_cache=False), attn_implementation="sdpa")
+        self.model.load_state_dict(weights, strict=not config.tie_embeddings)
+        self.model.to(device).train()
+        self.forward = torch.compile(self.model) if compiled else self.model
+        self.device, self.bf16, self.padded_to = device, bf16, padded_to
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1,
+                                           fused=True)
+        self.rows = 8
+
+    def choose_rows(self, documents: list[tuple], choices: tuple[int, ...]) -> None:
+        """Keep the micro-batch with which a step is fastest."""
+        seconds = take_turns({rows: partial(self.step, documents, rows) for rows in choices}, 2)
+        self.rows = min(choices, key=lambda rows: min(seconds[rows]))
+
+    def step(self, documents: list[tuple], rows: int | None = None) -> float:
+        """One optimizer step; its loss."""
+        rows = rows or self.rows
+        total, step_loss = sum(int(is_target.sum()) for _, is_target in documents), 0.0
+        for begin in range(0, len(documents), rows):
+            part = documents[begin:begin + rows]
+            ids = np.zeros((len(part), self.padded_to), np.int64)
+            labels, mask = np.full_like(ids, -100), np.zeros_like(ids)
+            for row, (document, is_target) in enumerate(part):
+                ids[row, :len(document)], mask[row, :len(document)] = document, 1
+                labels[row, :len(document)] = np.where(is_target, document, -100)
+            ids, labels, mask = (torch.from_numpy(x).to(self.device) for x in (ids, labels, mask))
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                loss = self.forward(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=total).loss
+            loss.backward()
+            step_loss += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(step_loss)
+
+
+# ---------------------------------------------------------------------------------------------
+# measuring
+
+
+def make_loops(args, config: LLMConfig, device: torch.device, names: list[str]) -> dict:
+    """The named loops, each with weights of its own."""
+    loops = {}
+    for name in names:
+        if name == "ours":
+            loops[name] = Ours(config, device, args.rows, args.max_seq_len, args.compile)
+        else:
+            loops[name] = Transformers(config, device, "bf16" in name, args.max_seq_len, "compiled" in name)
+    return loops
+
+
+def work_of(args, config: LLMConfig) -> dict[str, list[tuple]]:
+    """The documents of a step: of chats and of full rows."""
+    rng = np.random.default_rng(args.seed)
+    return {"chats": make_chats(rng, config.vocab_size, args.rows * args.max_seq_len, args.max_seq_len),
+            "full rows": make_rows(rng, config.vocab_size, args.rows, args.max_seq_len)}
+
+
+def first_step(args, config: LLMConfig, device: torch.device) -> dict:
+    """One loop alone in this process: seconds from its start to the end of the first step, and memory after three."""
+    documents = work_of(args, config)["chats"]
+    loop = make_loops(args, config, device, [args.alone])[args.alone]
+    loop.step(documents)
+    seconds = time.time() - float(os.environ["BENCHMARK_START"])  # when `alone` started this process
+    for _ in range(2):
+        loop.step(documents)
+    return {"seconds_to_first_step": seconds, "peak_mebibytes": peak_mebibytes(device)}
+
+
+def alone(args, name: str) -> dict:
+    """`first_step` of a loop, in a process of its own."""
+    command = [sys.executable, __file__, "--alone", name, "--preset", args.preset, "--rows", str(args.rows),
+               "--max_seq_len", str(args.max_seq_len), "--seed", str(args.seed), "--device", args.device]
+    done = subprocess.run([*command, *["--compile"] * args.compile], capture_output=True, text=True,
+                          env=os.environ | {"BENCHMARK_START": str(time.time())})
+    if done.returncode:
+        raise RuntimeError(f"{name} alone: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_agreement(loops: dict, documents: list[tuple]) -> dict[str, float]:
+    """The loss of each loop's first step; raises RuntimeError where they are not those of the same work."""
+    losses = {name: loop.step(documents) for name, loop in loops.items()}
+    reference = losses["transformers fp32"]
+    for name, loss in losses.items():
+        if abs(loss - reference) > AGREEMENT * reference:
+            raise RuntimeError(f"{name}: loss {loss:.5f}, transformers fp32: {reference:.5f}: not the same work")
+    return losses
+
+
+def compare(args, config: LLMConfig, device: torch.device, peak: float) -> dict:
+    """Time all loops on both kinds of work, print the tables, return everything."""
+    names = ["ours", "transformers fp32", "transformers bf16"]
+    if device.type == "cuda":
+        names += ["transformers fp32 compiled", "transformers bf16 compiled"]
+    loops, result, seconds = make_loops(args, config, device, names), {}, {}
+    own = {name: alone(args, name) for name in names}
+    for kind, documents in work_of(args, config).items():
+        losses = check_agreement(loops, documents) if kind == "chats" else {}
+        for name in names[1:]:
+            loops[name].choose_rows(documents, (2, 4, 8, 16))
+        seconds[kind] = take_turns({n: partial(loop.step, documents) for n, loop in loops.items()}, args.repeats)
+        useful = sum(len(ids) for ids, _ in documents)
+        flops = useful * loops["ours"].model.flops_per_token(
+            sum(len(ids)**2 for ids, _ in documents) / useful)
+        rows = []
+        for name in names:
+            positions = useful if name == "ours" else len(documents) * args.max_seq_len
+            middle = statistics.median(seconds[kind][name])
+            result[f"{kind}, {name}"] = dict(
+                seconds=seconds[kind][name], useful_tokens_per_second=useful / middle,
+                positions_per_second=positions / middle, useful_share=useful / positions, mfu=flops / middle / peak,
+                loss=losses.get(name), rows=getattr(loops[name], "rows", args.rows), **own[name])
+            rows.append([name, f"{useful / middle:,.0f}", f"{useful / max(seconds[kind][name]):,.0f} to "
+                         f"{useful / min(seconds[kind][name]):,.0f}", f"{positions / middle:,.0f}",
+                         f"{useful / positions:.0%}", f"{flops / middle / peak:.1%}",
+                         f"{own[name]['seconds_to_first_step']:.1f}", f"{own[name]['peak_mebibytes']:,.0f}"])
+        print(f"\n{kind}: {len(documents)} documents, {useful:,} tokens a step")
+        print_table(["", "useful tokens/s", "range", "positions/s", "useful", "MFU", "s to first step", "peak MiB"],
+                    rows)
+    result["ratios"] = {
+        "useful_vs_padded_fp32": ratio(seconds["chats"]["transformers fp32"], seconds["chats"]["ours"]),
+        "positions_vs_fp32": ratio(seconds["full rows"]["transformers fp32"], seconds["full rows"]["ours"]),
+        "positions_vs_transformers_bf16": ratio(seconds["full rows"]["transformers bf16"],
+                                                seconds["full rows"]["ours"])}
+    if device.type == "cuda":
+        result["ratios"]["positions_vs_transformers_bf16_compiled"] = ratio(
+            seconds["full rows"]["transformers bf16 compiled"], seconds["full rows"]["ours"])
+    return result
+
+
+def sweep(args, device: torch.device) -> list[dict]:
+    """Ours beside transformers in bf16 on full rows, with one of preset, row length and rows changed at a time."""
+    cases = [dict(preset=p) for p in ("nano", "demo", "weakwater-5m", "weakwater-30m")]
+    cases += [dict(max_seq_len=n) for n in (128, 256, 1024)] + [dict(rows=n) for n in (2, 4, 16)]
+    results, rows = [], []
+    for case in cases:
+        here = argparse.Namespace(**(vars(args) | case))
+        config = LLMConfig.preset(here.preset)
+        loops = make_loops(here, config, device, ["ours", "transformers bf16"])
+        documents = work_of(here, config)["full rows"]
+        seconds = take_turns({n: partial(loop.step, documents) for n, loop in loops.items()}, min(args.repeats, 3))
+        tokens = here.rows * here.max_seq_len
+        middle = {name: statistics.median(times) for name, times in seconds.items()}
+        gain = ratio(seconds["transformers bf16"], seconds["ours"])
+        results.append(case | {"tokens_per_second": {n: tokens / s for n, s in middle.items()}, "ratio": gain})
+        rows.append([here.preset, str(here.max_seq_len), str(here.rows), f"{tokens / middle['ours']:,.0f}",
+                     f"{tokens / middle['transformers bf16']:,.0f}", f"{gain['median']:.2f}"])
+    print("\nfull rows")
+    print_table(["preset", "row length", "rows", "ours, tokens/s", "transformers bf16, tokens/s", "ratio"], rows)
+    return results
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS), help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a step (default: %(default)s)")
+    parser.add_argument("--max_seq_len", type=int, default=512, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the documents (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile ours as well")
+    parser.add_argument("--sweep", action="store_true", help="also: other models, row lengths and rows")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device, _ = runtime.pick_device(args.device)
+    runtime.prepare(device, args.seed, False)
+    config = LLMConfig.preset(args.preset)
+    if args.alone:
+        print_result(first_step(args, config, device))
+        return
+    peak = matmul_rate(device, torch.bfloat16)
+    print(f"{runtime.describe_machine(device)}; matrix products: {peak / 1e12:.2f} TFLOP/s in bf16; {args.preset}, "
+          f"{args.rows} x {args.max_seq_len} tokens a step, {args.repeats} turns")
+    result = compare(args, config, device, peak)
+    if args.sweep:
+        result["sweep"] = sweep(args, device)
+    for name, value in result["ratios"].items():
+        print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
+    print_result(result | {"machine": runtime.describe_machine(device), "preset": args.preset,
+                           "matmul_flops": peak})
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run(main))
