@@ -1,7 +1,8 @@
 """Stage 2: supervised fine-tuning on dialogues of up to 512 tokens.
 
 one GPU      python SFT.py --data_path data/sft_512.jsonl
-two cores    python SFT.py --data_path data/sft_512.jsonl --batch_size 8 --accumulation_steps 1
+two cores    python SFT.py --data_path data/sft_512.jsonl --batch_size 8 --accumulation_steps 1 \\
+                 --optimizer muon --learning_rate 2e-3
 go on        the same command with --resume
 
 Reads {"conversations": [...]} lines, starts from out/pretrain.pth and writes out/SFT.pth, which SFT_long.py starts

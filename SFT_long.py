@@ -1,7 +1,8 @@
 """Stage 3: supervised fine-tuning on dialogues of 513 to 1,024 tokens. It is SFT.py with other defaults.
 
 one GPU      python SFT_long.py --data_path data/sft_1024.jsonl
-two cores    python SFT_long.py --data_path data/sft_1024.jsonl --batch_size 4 --accumulation_steps 1
+two cores    python SFT_long.py --data_path data/sft_1024.jsonl --batch_size 4 --accumulation_steps 1 \\
+                 --optimizer muon --learning_rate 1e-3
 go on        the same command with --resume
 
 Starts from out/SFT.pth and writes out/SFT_long.pth, which distill.py starts from.

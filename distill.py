@@ -1,7 +1,8 @@
 """Stage 4: R1 distillation: learning to think, inside <think>...</think>, before answering.
 
 one GPU      python distill.py --data_path data/r1_1024.jsonl
-two cores    python distill.py --data_path data/r1_1024.jsonl --batch_size 4 --accumulation_steps 1
+two cores    python distill.py --data_path data/r1_1024.jsonl --batch_size 4 --accumulation_steps 1 \\
+                 --optimizer muon --learning_rate 2e-3
 go on        the same command with --resume
 
 Reads the conversations of a teacher whose replies are <think>...</think><answer>...</answer>, starts from

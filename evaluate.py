@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from common import runtime
-from common.answers import is_well_formed, read_answer, read_choice, read_reply, wilson
+from common.answers import is_well_formed, normalise, read_answer, read_choice, read_reply, wilson
 from common.generation import Generation, Sampling, generate
 from common.scoring import score
 from Config import FLAGS, UserError
@@ -81,7 +81,8 @@ def check_choices(choices, answer: str) -> None:
         raise MalformedRecord('"choices" is no list of texts')
     if answer not in choices:
         raise MalformedRecord('"answer" is not one of its "choices"')
-    if any(one in other for i, one in enumerate(choices) for j, other in enumerate(choices) if i != j):
+    plain = [normalise(choice) for choice in choices]
+    if any(one in other for i, one in enumerate(plain) for j, other in enumerate(plain) if i != j):
         raise MalformedRecord('one of its "choices" is part of another')
 
 

@@ -1,8 +1,8 @@
 """Stage 1: next-token prediction on plain text.
 
 one GPU      python pretrain.py --data_path data/pretrain.jsonl
-two cores    python pretrain.py --data_path data/pretrain.jsonl --preset weakwater-5m --batch_size 16 \\
-                 --accumulation_steps 1 --optimizer muon --learning_rate 3e-3
+two cores    python pretrain.py --data_path data/pretrain.jsonl --preset weakwater-5m --batch_size 8 \\
+                 --accumulation_steps 1 --optimizer muon --learning_rate 4e-3
 go on        the same command with --resume
 
 Reads {"text": ...} lines and writes out/pretrain.pth, which SFT.py starts from. Every token of a document but

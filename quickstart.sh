@@ -78,9 +78,9 @@ run python experiments/control.py --data_path $DATA/r1_1024.jsonl --val_path $DA
     --tokenizer_path $OUT/tokenizer --out_dir $OUT/control --cache_dir $OUT/cache \
     --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
 control_steps=$(python -c "import json; print(json.loads(open('$OUT/control.json').read().splitlines()[-1])['control_steps'])")
-run python distill.py --data_path $OUT/control/no_think.jsonl --val_path $OUT/control/no_think_val.jsonl $same --out_dir $OUT/control --cache_dir $OUT/cache \
-    --init_from $OUT/SFT_long.pth --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "$control_steps" \
-    --epochs 100
+run python distill.py --data_path $OUT/control/no_think.jsonl --val_path $OUT/control/no_think_val.jsonl $same \
+    --out_dir $OUT/control --cache_dir $OUT/cache --init_from $OUT/SFT_long.pth --max_seq_len 1024 --batch_size 4 \
+    --learning_rate 3e-3 --max_steps "$control_steps" --epochs 100
 took control
 
 echo "scoring all stages"
@@ -99,11 +99,10 @@ echo
 echo "a conversation with the last stage:"
 python - $DATA/eval/multi_step.jsonl $DATA/eval/facts.jsonl <<'EOF' > $OUT/conversation.txt
 import json, sys
-last = [json.loads(line)["question"] for line in open(sys.argv[1], encoding="utf-8")][100]
-fact = [json.loads(line)["question"] for line in open(sys.argv[2], encoding="utf-8")][7]
-print("\n".join(["你好", "你是谁？", fact, last]))
+problems, facts = ([json.loads(line)["question"] for line in open(path, encoding="utf-8")] for path in sys.argv[1:])
+print("\n".join(["你好", "你是谁？", facts[7], problems[100]]))  # a problem of four steps
 EOF
 python eval_model.py --checkpoint $OUT/distill.pth --tokenizer_path $OUT/tokenizer --temperature 0 --history_turns 0 \
-    < $OUT/conversation.txt 2>&1
+    --max_new_tokens $longest < $OUT/conversation.txt 2>&1
 took conversation
 run python experiments/quickstart.py report --out_dir $OUT --seed "$seed" $smoke

@@ -172,12 +172,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def compile_blocks(model, device: torch.device) -> str:
     """torch.compile each block in place (names in the state dict stay), or say why that cannot be done."""
-    if device.type == "cpu":
-        try:
-            torch.compile(lambda x: x * 2 + 1)(torch.ones(8))
-        except Exception as error:  # no C++ compiler has many ways to show
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"off: torch.compile does not work on this machine ({reason[:120]}); going on without it"
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no C++ compiler, no Triton: it has many ways to show
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"off: torch.compile does not work on this machine ({reason[:120]}); going on without it"
     # The documents' lengths differ in every buffer: compiled, each would be a new graph. Not a decorator in model.py,
     # which would import torch's compiler, a second, into every program.
     network.attend_packed = torch.compiler.disable(network.attend_packed)

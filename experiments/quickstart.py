@@ -43,7 +43,7 @@ PROBE_SECONDS = 0.22
 
 
 def estimate() -> int:
-    """Print how long the quickstart should take, from the time of a few training steps of the same size."""
+    """Print how long the quickstart should take, from the time of a few training steps of its model."""
     import torch
 
     from common import runtime
@@ -80,8 +80,10 @@ def estimate() -> int:
 # after
 
 
-def share(hits: list[bool]) -> dict:
-    """A share of yes, with its 95 % interval."""
+def share(hits: list[bool], what: str) -> dict:
+    """A share of yes, with its 95 % interval. Raises UserError where there is nothing to share."""
+    if not hits:
+        raise UserError(f"no reply to a question of {what}: run quickstart.sh")
     return {"n": len(hits), "correct": sum(hits), "accuracy": sum(hits) / len(hits),
             "interval95": wilson(sum(hits), len(hits))}
 
@@ -92,37 +94,43 @@ def thought_lines(reply: str) -> list[str]:
     return [line.strip() for line in match.group(1).strip().split("\n")] if match else []
 
 
+def last_line(path: Path) -> dict:
+    """The JSON object that a command printed last."""
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+
 def scores_of(out: Path, stage: str) -> dict:
-    """One stage's scores, from evaluate.py's last line and its generations. Raises UserError if they are missing."""
-    try:
-        result = json.loads((out / "eval" / f"{stage}.json").read_text(encoding="utf-8").splitlines()[-1])
-        lines = (out / "eval" / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{out / 'eval' / stage}: evaluate.py's result is not there ({error}): "
-                        "run quickstart.sh") from None
-    replies = [json.loads(line) for line in lines]
+    """One stage's scores, from evaluate.py's last line and its generations."""
+    result = last_line(out / "eval" / f"{stage}.json")
+    replies = [json.loads(line) for line in (out / "eval" / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()]
     scores = {"bpb": {Path(f["file"]).name.split(".")[0]: f["bpb"] for f in result["files"]}}
     for source in ("facts/asked", "facts/never_asked", "one_step"):
-        scores[source] = share([r["correct"] for r in replies if r["source"] == source])
+        scores[source] = share([r["correct"] for r in replies if r["source"] == source], source)
     longer = [r for r in replies if r["source"].startswith("multi_step/")]
-    scores["multi_step"] = share([r["correct"] for r in longer])
+    scores["multi_step"] = share([r["correct"] for r in longer], "multi_step")
+    scores["right_lines"] = sorted(r["line"] for r in longer if r["correct"])
     steps = sorted({int(r["source"].split("/")[1]) for r in longer})
-    scores["by_steps"] = {n: share([r["correct"] for r in longer if r["source"] == f"multi_step/{n}"]) for n in steps}
-    scores["well_formed"] = share([r["well_formed"] for r in longer])
-    files = {file: Path(file).read_text(encoding="utf-8").splitlines() for file in {r["file"] for r in longer}}
-    right = [thought_lines(r["reply"]) == json.loads(files[r["file"]][r["line"] - 1])["thought"] for r in longer]
-    scores["thoughts_right"] = share(right)
+    scores["by_steps"] = {n: share([r["correct"] for r in longer if r["source"] == f"multi_step/{n}"], f"{n} steps")
+                          for n in steps}
+    scores["well_formed"] = share([r["well_formed"] for r in longer], "multi_step")
+    asked = (out / "data" / "eval" / "multi_step.jsonl").read_text(encoding="utf-8").splitlines()
+    right = [thought_lines(r["reply"]) == json.loads(asked[r["line"] - 1])["thought"] for r in longer]
+    scores["thoughts_right"] = share(right, "multi_step")
     return scores
 
 
 def gain(scores: dict, other: str) -> tuple[float, float, float]:
-    """distill's multi-step accuracy less that of another stage, and its 95 % interval (Newcombe 1998, method 10)."""
-    p, q = scores["distill"]["multi_step"], scores[other]["multi_step"]
-    difference = p["accuracy"] - q["accuracy"]
-    (p_low, p_high), (q_low, q_high) = p["interval95"], q["interval95"]
-    down = math.hypot(p["accuracy"] - p_low, q_high - q["accuracy"])
-    up = math.hypot(p_high - p["accuracy"], q["accuracy"] - q_low)
-    return difference, difference - down, difference + up
+    """distill's multi-step accuracy less that of another stage, and its 95 % interval over the questions.
+
+    Both answer the same questions, so what counts are those that only one of them has right (Bonett & Price 2012,
+    adjusted Wald interval for paired proportions). What another seed of the training would change is not in it.
+    """
+    n, ours, theirs = (scores["distill"]["multi_step"]["n"], set(scores["distill"]["right_lines"]),
+                       set(scores[other]["right_lines"]))
+    only_ours, only_theirs = ((len(one) + 1) / (n + 2) for one in (ours - theirs, theirs - ours))
+    middle = only_ours - only_theirs
+    reach = 1.959964 * math.sqrt((only_ours + only_theirs - middle**2) / (n + 2))
+    return (len(ours) - len(theirs)) / n, middle - reach, middle + reach
 
 
 def percent(score: dict) -> str:
@@ -173,11 +181,18 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def write_report(args) -> int:
-    """Score, write, judge; the exit code."""
+    """Score, write, judge; the exit code. Raises UserError where a run is not whole."""
     out = Path(args.out_dir)
-    scores = {stage: scores_of(out, stage) for stage in STAGES}
-    seconds = {name: int(n) for name, n in (line.split() for line in (out / "seconds").read_text().splitlines())}
-    control = json.loads((out / "control.json").read_text(encoding="utf-8").splitlines()[-1])
+    try:
+        scores = {stage: scores_of(out, stage) for stage in STAGES}
+        seconds = {name: int(n) for name, n in (line.split() for line in (out / "seconds").read_text().splitlines())}
+        control = {key: last_line(out / "control.json")[key]
+                   for key in ("targets", "control_targets", "conversations", "control_conversations")}
+        if not seconds:
+            raise UserError("no times")
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        mistake = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"--out_dir {out} holds no whole run of quickstart.sh ({mistake})") from None
     verdicts = [{"what": what, "least": least, "value": value(scores), "met": value(scores) >= least}
                 for what, least, value in THRESHOLDS]
     machine = describe_machine(pick_device("auto")[0])
@@ -186,6 +201,9 @@ def write_report(args) -> int:
               "thresholds": verdicts}
     (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     draw(out, scores)
+    def judged(met: bool) -> str:
+        return "not judged" if args.smoke else "met" if met else "**missed**"
+
     files = list(scores["pretrain"]["bpb"])
     steps = list(scores["distill"]["by_steps"])
     lines = [
@@ -201,8 +219,8 @@ def write_report(args) -> int:
         "![what each stage answers](stages.png)", "",
         "## Does thinking help?", "",
         f"`control` starts from the same SFT_long weights and trains on the same file with the thoughts taken out, for "
-        f"as many target tokens ({control['control_targets']:,}; distill: {control['targets']:,}). Without thoughts replies "
-        f"are short, so it sees {control['control_conversations']:,} conversations where distill sees "
+        f"as many target tokens ({control['control_targets']:,}; distill: {control['targets']:,}). Without thoughts "
+        f"replies are short, so it sees {control['control_conversations']:,} conversations where distill sees "
         f"{control['conversations']:,}.", "",
         table(["multi-step problems of", *(f"{n} steps" for n in steps), "all", "well-formed", "thoughts all right"],
               [[STAGES[s], *(percent(scores[s]["by_steps"][n]) for n in steps), percent(scores[s]["multi_step"]),
@@ -213,11 +231,13 @@ def write_report(args) -> int:
         "![accuracy by number of steps](thinking.png)", "",
         "## Thresholds", "",
         table(["what", "at least", "is", ""], [[v["what"], f"{v['least']:.0%}", f"{v['value']:.1%}",
-                                               "met" if v["met"] else "**missed**"] for v in verdicts]), "",
+                                               judged(v["met"])] for v in verdicts]), "",
     ]
     (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(line for line in lines if not line.startswith("![")))
-    print(f"report: {out / 'report.md'}, report.json, thinking.png, stages.png")
+    print(f"report: {out / 'report.md'}, report.json, thinking.png, stages.png\n"
+          f"talk to it: python eval_model.py --model_mode 2 --out_dir {out} --tokenizer_path {out / 'tokenizer'} "
+          "--temperature 0 --history_turns 0   (source .venv/bin/activate first)")
     missed = [v["what"] for v in verdicts if not v["met"]]
     if missed and not args.smoke:
         print("missed: " + "; ".join(missed), file=sys.stderr)
@@ -229,9 +249,13 @@ def compare(paths: list[str]) -> int:
     """Print a table of each threshold's value in several reports, and the smallest; 1 where one is missed."""
     try:
         reports = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
-    except (OSError, ValueError) as error:
-        raise UserError(f"not a report.json: {error}") from None
-    reports.sort(key=lambda report: report["seed"])
+        reports.sort(key=lambda report: report["seed"])
+        if len({tuple(v["what"] for v in report["thresholds"]) for report in reports}) > 1:
+            raise UserError("the reports have other thresholds: they come from different versions of this script")
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"not a report.json of quickstart.sh: {type(error).__name__}: {error}") from None
     rows, missed = [], False
     for verdicts in zip(*(report["thresholds"] for report in reports), strict=True):
         smallest = min(verdict["value"] for verdict in verdicts)

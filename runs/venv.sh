@@ -11,15 +11,17 @@ prepare_venv() {
         grep -qxF "$(cksum < "$file") $file" .venv/installed 2>/dev/null || missing=yes
     done
     [ "$missing" ] || return 0
-    for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3 python; do
-        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             chosen=$candidate
             break
         fi
     done
-    [ "$chosen" ] || { echo "needs Python 3.11 or later (PYTHON=… says where it is)" >&2; exit 2; }
+    [ "$chosen" ] || { echo "needs Python 3.11 or later, not ${PYTHON:-found} (PYTHON=… says where it is)" >&2; exit 2; }
     echo "installing $* in .venv" >&2
-    [ -e .venv/bin/python ] || [ -e .venv/Scripts/python.exe ] || "$chosen" -m venv .venv
+    if [ ! -e .venv/bin/activate ] && [ ! -e .venv/Scripts/activate ]; then
+        "$chosen" -m venv .venv || { echo "$chosen -m venv .venv failed (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
+    fi
     activate_venv
     # torch first and alone: another package's wider range must not choose its version
     python -m pip install --quiet "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
