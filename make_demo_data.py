@@ -260,7 +260,7 @@ class Counting:
         self.held_out = {triple for operation, number in self.HELD_OUT.items()
                          for triple in rng.sample([t for t in TRIPLES if t[1] == operation], number)}
         known = [triple for triple in TRIPLES if triple not in self.held_out]
-        self.known = (known, [triple for triple in known if triple[0] < 10], [t for t in known if t[1] in "*/"])
+        self.known = (known, [triple for triple in known if triple[0] < 20], [t for t in known if t[1] in "*/"])
         self.after = {}  # number: the steps that may follow it
         for a, operation, b in known:
             self.after.setdefault(a, {}).setdefault(operation, []).append(b)
@@ -373,7 +373,7 @@ class World:
 
     def triple(self) -> tuple[int, str, int]:
         """A sum that is not held out; the few with small numbers, and products and quotients, more often than others."""
-        return self.rng.choice(self.rng.choices(self.counting.known, weights=(6, 1, 3))[0])
+        return self.rng.choice(self.rng.choices(self.counting.known, weights=(5, 3, 3))[0])
 
     def story(self) -> str:
         """Somebody's things, counted once or more, each time anew."""

@@ -64,7 +64,7 @@ run python pretrain.py --data_path $DATA/pretrain.jsonl --val_path $DATA/val/pre
     --max_seq_len 256 --batch_size 8 --learning_rate 4e-3 --max_steps "${steps[0]}" --epochs 100
 took pretrain
 run python SFT.py --data_path $DATA/sft_512.jsonl --val_path $DATA/val/sft_512.jsonl $same \
-    --max_seq_len 512 --batch_size 8 --learning_rate 1.6e-3 --max_steps "${steps[1]}" --epochs 100
+    --max_seq_len 512 --batch_size 8 --learning_rate 1.7e-3 --max_steps "${steps[1]}" --epochs 100
 took SFT
 run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 6e-4 --max_steps "${steps[2]}" --epochs 100
