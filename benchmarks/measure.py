@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 import torch
 
+from Config import UserError
+from model import WeakWater
+
 
 def take_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each piece of work, `repeats` times in turn after one round that does not count.
@@ -52,6 +55,23 @@ def peak_mebibytes(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def to_transformers(model: WeakWater):
+    """transformers' LlamaForCausalLM with the same weights, which have the same names. Raises UserError for qk_norm."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = model.config
+    if config.qk_norm:
+        raise UserError("--preset: a model with qk_norm is a Qwen3 and no Llama: choose one without")
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim,
+        intermediate_size=config.hidden_dim, max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_embeddings, attn_implementation="sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}))
+    theirs.load_state_dict(model.state_dict())
+    return theirs
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:

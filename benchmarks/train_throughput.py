@@ -28,10 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from benchmarks.measure import matmul_rate, peak_mebibytes, print_result, print_table, ratio, take_turns
+from benchmarks.measure import (
+    matmul_rate,
+    peak_mebibytes,
+    print_result,
+    print_table,
+    ratio,
+    take_turns,
+    to_transformers,
+)
 from common import runtime
 from common.optim import make_optimizers
-from Config import PRESETS, LLMConfig, OneLineParser, UserError
+from Config import PRESETS, LLMConfig, OneLineParser
+from eval_model import number
 from model import WeakWater
 
 TARGET_SHARE = 0.57  # of the tokens of an SFT conversation; measured, like the lengths, on 6,000 real conversations
@@ -114,20 +123,9 @@ class Transformers:
     """The step with transformers' Llama, as its documentation says, one document a row."""
 
     def __init__(self, config: LLMConfig, device: torch.device, bf16: bool, padded_to: int, compiled: bool):
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        if config.qk_norm:
-            raise UserError("--preset: a model with qk_norm is no Llama: choose one without")
         torch.manual_seed(0)
-        weights = WeakWater(config).state_dict()
-        self.model = LlamaForCausalLM._from_config(LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
-            intermediate_size=config.hidden_dim, max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta, tie_word_embeddings=config.tie_embeddings,
-            use_cache=False), attn_implementation="sdpa")
-        self.model.load_state_dict(weights, strict=not config.tie_embeddings)
-        self.model.to(device).train()
+        self.model = to_transformers(WeakWater(config)).to(device).train()
+        self.model.config.use_cache = False
         self.forward = torch.compile(self.model) if compiled else self.model
         self.device, self.bf16, self.padded_to = device, bf16, padded_to
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1,
@@ -281,9 +279,9 @@ def sweep(args, device: torch.device) -> list[dict]:
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS), help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step (default: %(default)s)")
-    parser.add_argument("--max_seq_len", type=int, default=512, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a step (default: %(default)s)")
+    parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the documents (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile ours as well")
