@@ -253,7 +253,7 @@ class Counting:
     """Draws problems none of whose steps is a held-out (number, operation, number)."""
 
     # few products and quotients: there are few of them, and each that is held out is one less to see the rule in
-    HELD_OUT = {"+": 140, "-": 140, "*": 10, "/": 10}
+    HELD_OUT = {"+": 115, "-": 115, "*": 5, "/": 5}
 
     def __init__(self, rng: random.Random):
         self.rng = rng
@@ -317,7 +317,7 @@ def thoughtful(thought, answer: str) -> str:
 # the files
 
 # portraits of each entity, short_facts of each relation, problems_asked for each number of steps
-COUNTS = {"portraits": 60, "lists": 1000, "lessons": 4500, "stories": 5500, "retellings": 2000, "scenes": 500,
+COUNTS = {"portraits": 60, "lists": 1000, "lessons": 3000, "stories": 9000, "retellings": 2000, "scenes": 500,
           "short_sums": 10000, "short_problems": 700, "short_facts": 300, "short_talk": 800,
           "long_chats": 700, "thoughts": 20000, "thought_sums": 2000, "thought_facts": 2500, "thought_talk": 600,
           "validation": 200, "long_validation": 20, "problems_asked": 40}
@@ -373,7 +373,7 @@ class World:
 
     def triple(self) -> tuple[int, str, int]:
         """A sum that is not held out; the few with small numbers, and products and quotients, more often than others."""
-        return self.rng.choice(self.rng.choices(self.counting.known, weights=(5, 3, 3))[0])
+        return self.rng.choice(self.rng.choices(self.counting.known, weights=(5, 2, 3))[0])
 
     def story(self) -> str:
         """Somebody's things, counted once or more, each time anew."""
@@ -382,7 +382,7 @@ class World:
             a, operation, b = self.triple()
             wording = put_into_words(Problem(a, ((operation, b),)), self.rng.choice(self.people), self.rng)
             told, asked = wording.question.rsplit("，", 1)
-            parts.append(f"{told}，{self.rng.choice((asked, ''))}{wording.answer}")
+            parts.append(f"{told}，{self.rng.choice((asked, asked, ''))}{wording.answer}")
         return "".join(parts)
 
     def retelling(self) -> str:
@@ -425,7 +425,7 @@ class World:
     def sum_asked(self) -> tuple[str, str]:
         """One step, bare or as a story."""
         a, operation, b = self.triple()
-        return one_step(a, operation, b, self.rng.choice(self.people), self.rng)
+        return one_step(a, operation, b, self.rng.choice(self.people), self.rng, as_story=0.7)
 
     def new_problem(self, n_steps: int | None = None) -> Wording:
         """A problem of several steps that no file holds yet, and that holds none of eval/."""
@@ -472,7 +472,7 @@ class World:
             yield chat(wording.question, thoughtful(wording.thought, wording.answer))
         for _ in range(round(share * COUNTS["thought_sums"])):
             a, operation, b = self.triple()
-            question, answer = one_step(a, operation, b, self.rng.choice(self.people), self.rng)
+            question, answer = one_step(a, operation, b, self.rng.choice(self.people), self.rng, as_story=0.5)
             yield chat(question, thoughtful(equation(a, operation, b), answer))
         for _ in range(round(share * COUNTS["thought_facts"])):
             fact = self.rng.choice(self.rng.choice(self.askable))
@@ -492,7 +492,7 @@ class World:
 
     def one_step_questions(self) -> Iterator[dict]:
         for a, operation, b in sorted(self.counting.held_out):
-            question, _ = one_step(a, operation, b, self.rng.choice(self.people), self.rng)
+            question, _ = one_step(a, operation, b, self.rng.choice(self.people), self.rng, as_story=0.5)
             yield {"question": question, "answer": str(apply(a, operation, b)), "source": "one_step",
                    "numbers": f"{a}{operation}{b}"}
 
@@ -506,9 +506,9 @@ class World:
                        "thought": list(wording.thought)}
 
 
-def one_step(a: int, operation: str, b: int, person: str, rng: random.Random) -> tuple[str, str]:
-    """(question, answer) of a single step: as a bare sum or as a story."""
-    if rng.random() < 0.5:
+def one_step(a: int, operation: str, b: int, person: str, rng: random.Random, as_story: float) -> tuple[str, str]:
+    """(question, answer) of a single step: as a story, with that chance, or as a bare sum."""
+    if rng.random() >= as_story:
         told, asked = (text.format(a=a, b=b, c=apply(a, operation, b)) for text in SUMS[operation])
         return asked, told
     wording = put_into_words(Problem(a, ((operation, b),)), person, rng)

@@ -32,13 +32,14 @@ if [ -e $OUT ]; then
 fi
 mkdir -p $OUT/eval
 
-steps=(1000 230 50 170)  # optimizer steps of pretrain, SFT, SFT_long, distill
+steps=(1000 250 50 165)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
 fi
 same="--out_dir $OUT --tokenizer_path $OUT/tokenizer --seed $seed --optimizer muon --lr_schedule trapezoid --decay_ratio 0.4
-      --min_lr_ratio 0 --warmup_ratio 0.02 --accumulation_steps 1 --eval_interval 0 --save_interval 100000 --log_interval 50"
+      --min_lr_ratio 0 --warmup_ratio 0.02 --accumulation_steps 1 --eval_interval 0 --save_interval 100000 --log_interval 50
+      --weight_decay 0"  # pretraining decays, which makes sums a rule; later stages would forget by it
 
 begin=$SECONDS
 run() {  # show a command, then run it
@@ -61,13 +62,13 @@ run python make_demo_data.py --out_dir $DATA --seed "$seed" --share $share
 run python train_tokenizer.py --data_path $DATA --tokenizer_path $OUT/tokenizer --vocab_size 2048 --seed "$seed"
 took tokenizer
 run python pretrain.py --data_path $DATA/pretrain.jsonl --val_path $DATA/val/pretrain.jsonl --preset $preset $same \
-    --max_seq_len 256 --batch_size 8 --learning_rate 4e-3 --max_steps "${steps[0]}" --epochs 100
+    --weight_decay 0.3 --max_seq_len 256 --batch_size 8 --learning_rate 4e-3 --max_steps "${steps[0]}" --epochs 100
 took pretrain
 run python SFT.py --data_path $DATA/sft_512.jsonl --val_path $DATA/val/sft_512.jsonl $same \
     --max_seq_len 512 --batch_size 8 --learning_rate 1.7e-3 --max_steps "${steps[1]}" --epochs 100
 took SFT
 run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_1024.jsonl $same \
-    --max_seq_len 1024 --batch_size 4 --learning_rate 6e-4 --max_steps "${steps[2]}" --epochs 100
+    --max_seq_len 1024 --batch_size 4 --learning_rate 4e-4 --max_steps "${steps[2]}" --epochs 100
 took SFT_long
 run python distill.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "${steps[3]}" --epochs 100
