@@ -111,6 +111,19 @@ def test_mistakes_of_the_quickstart_exit_2(arguments):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "quickstart.sh: " in done.stderr
 
 
+def test_the_readmes_show_the_recorded_run():
+    """The tables hold the figures of docs/results/quickstart/seed_1.json, and that run met every threshold."""
+    report = json.loads((ROOT / "docs" / "results" / "quickstart" / "seed_1.json").read_text(encoding="utf-8"))
+    assert all(verdict["met"] for verdict in report["thresholds"])
+    for document in READMES:
+        text = (ROOT / document).read_text(encoding="utf-8").replace("*", "")
+        for kind in ("facts/asked", "facts/never_asked", "one_step", "multi_step"):
+            scores = [report["stages"][stage][kind] for stage in ("pretrain", "SFT_long", "control", "distill")]
+            cells = [f"{100 * s['accuracy']:.0f} % ({100 * s['interval95'][0]:.0f}–{100 * s['interval95'][1]:.0f})"
+                     for s in scores]
+            assert " | ".join(cells) in text, (document, kind)
+
+
 def test_links_lead_somewhere():
     """Every relative link and picture in the documents, and every file their layout tables name."""
     for document in (*READMES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))):
