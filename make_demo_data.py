@@ -418,8 +418,11 @@ class World:
         asked, answered, _ = self.rng.choice(SMALL_TALK)
         return self.rng.choice(asked), self.rng.choice(answered)
 
+    def askable_fact(self) -> Fact:
+        return self.rng.choice(self.rng.choice(self.askable))
+
     def fact_asked(self) -> tuple[str, str]:
-        fact = self.rng.choice(self.rng.choice(self.askable))
+        fact = self.askable_fact()
         return fact.ask_otherwise(self.rng), fact.answer()
 
     def sum_asked(self) -> tuple[str, str]:
@@ -475,7 +478,7 @@ class World:
             question, answer = one_step(a, operation, b, self.rng.choice(self.people), self.rng, as_story=0.5)
             yield chat(question, thoughtful(equation(a, operation, b), answer))
         for _ in range(round(share * COUNTS["thought_facts"])):
-            fact = self.rng.choice(self.rng.choice(self.askable))
+            fact = self.askable_fact()
             thought = f"问的是{fact.entity}的{fact.relation.name}。"
             yield chat(fact.ask_otherwise(self.rng), thoughtful(thought, fact.answer()))
         for _ in range(round(share * COUNTS["thought_talk"])):

@@ -2,7 +2,7 @@
 # From nothing to a model that thinks, in about nine minutes on two CPU cores: makes up a small Chinese world, trains the
 # tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
 #
-#   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in under a minute, too short to learn anything
+#   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in about a minute, too short to learn anything
 #
 # It sets up .venv, leaves everything in out/quickstart (an earlier one is moved aside) and exits with 1 when the model
 # misses one of the thresholds in the report.
@@ -51,10 +51,10 @@ took() {  # name a part of the work and note how long it took
     echo "$1 $((SECONDS - begin))" >> $OUT/seconds
     begin=$SECONDS
 }
-score() {  # stage, weights
-    exec python evaluate.py --checkpoint "$2" --tokenizer_path $OUT/tokenizer --out_dir $OUT --max_new_tokens $longest --as_chat \
-        --data_path $DATA/val --data_path $DATA/eval --batch_size 256 --generations "$OUT/eval/$1.jsonl" \
-        > "$OUT/eval/$1.json"
+score() {  # stage, weights; `exec`, so that the job is Python itself and can be stopped
+    exec python evaluate.py --checkpoint "$2" --tokenizer_path $OUT/tokenizer --out_dir $OUT --as_chat \
+        --max_new_tokens $longest --data_path $DATA/val --data_path $DATA/eval --batch_size 256 \
+        --generations "$OUT/eval/$1.jsonl" > "$OUT/eval/$1.json"
 }
 
 [ "$smoke" ] || run python experiments/quickstart.py estimate

@@ -4,8 +4,8 @@
 
 ours            common/generation.py with its static key/value cache, as eval_model.py and evaluate.py call it
 transformers    LlamaForCausalLM.generate on the same weights, as its documentation says
-llama.cpp       llama-cpp-python (requirements-extra.txt) on a GGUF of the same weights, F32, BF16 and Q8_0; left out,
-                and said so, where the package is not installed; batch 1 only
+llama.cpp       on a GGUF of the same weights, F32, BF16 and Q8_0 (pip install gguf llama-cpp-python); left out, and
+                said so, where the packages are not installed; batch 1 only
 
 A prompt of --prompt_tokens is continued by exactly --new_tokens, greedily and sampled (temperature 0.7, top_p 0.9), one
 prompt and --batch of them. "time to first token" is the same call for a single token. Before anything is timed, the
@@ -146,13 +146,13 @@ def read_rate(device: torch.device) -> float:
     return 2**29 / statistics.median(take_turns({"sum": block.sum}, 5)["sum"])
 
 
-def bytes_per_token(config: LLMConfig, n_bytes: float, positions: float) -> float:
-    """What one decoded token has to read: every weight but the embeddings' table, once as the output matrix, and the
-    keys and values of the positions before it (two bytes each where weights have at most two, else four)."""
-    width = config.dim // config.n_heads * config.n_kv_heads
-    layer = 2 * config.dim**2 + 2 * config.dim * width + 3 * config.dim * config.hidden_dim
-    weights = config.n_layers * layer + config.vocab_size * config.dim
-    return weights * n_bytes + 2 * config.n_layers * width * positions * min(4, max(2, n_bytes))
+def bytes_per_token(model: WeakWater, n_bytes: float, positions: float) -> float:
+    """What one decoded token has to read: every matrix once, the output matrix too, and the keys and values of the
+    positions before it (two bytes each where weights have at most two, else four)."""
+    config, parts = model.config, model.num_parameters()
+    weights = parts["attention"] + parts["mlp"] + config.vocab_size * config.dim
+    cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions
+    return weights * n_bytes + cached * max(2, n_bytes)
 
 
 def decoders_of(model: WeakWater, device: torch.device, dtype: str, folder: Path, context: int) -> dict:
@@ -162,7 +162,7 @@ def decoders_of(model: WeakWater, device: torch.device, dtype: str, folder: Path
         import gguf  # noqa: F401
         import llama_cpp  # noqa: F401
     except ImportError as error:
-        print(f"llama.cpp is left out: {error} (pip install -r requirements-extra.txt)")
+        print(f"llama.cpp is left out: {error} (pip install gguf llama-cpp-python)")
         return decoders
     for kind in ("F32",) if dtype == "fp32" else ("BF16", "Q8_0"):
         path = folder / f"{kind}.gguf"
@@ -208,7 +208,7 @@ def main() -> None:
                 for name in taking:
                     n_bytes = 34 / 32 if name.endswith("Q8_0") else 2 if dtype == "bf16" else 4
                     limit = batch * bandwidth / bytes_per_token(
-                        config, n_bytes, batch * (args.prompt_tokens + args.new_tokens / 2))
+                        model, n_bytes, batch * (args.prompt_tokens + args.new_tokens / 2))
                     rates = [batch * args.new_tokens / seconds for seconds in whole[name]]
                     result[f"{case}, {name}"] = dict(tokens_per_second=rates, limit=limit, first_token=first[name])
                     rows.append([case, name, f"{1000 * statistics.median(first[name]):.0f}",

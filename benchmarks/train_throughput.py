@@ -40,10 +40,11 @@ from benchmarks.measure import (
 from common import runtime
 from common.optim import make_optimizers
 from Config import PRESETS, LLMConfig, OneLineParser
+from dataset import MicroBatch
 from eval_model import number
 from model import WeakWater
 
-TARGET_SHARE = 0.57  # of the tokens of an SFT conversation; measured, like the lengths, on 6,000 real conversations
+TARGET_SHARE = 0.57  # of an SFT conversation; measured in characters, like the lengths, on 6,000 real conversations
 MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS = 108, 1.05, 16  # a log-normal distribution, cut to what a row holds
 AGREEMENT = 0.02  # how far a bf16 loss may lie from the fp32 one, as a share of it
 
@@ -53,7 +54,7 @@ AGREEMENT = 0.02  # how far a bf16 loss may lie from the fp32 one, as a share of
 
 
 def make_chats(rng: np.random.Generator, vocab_size: int, tokens: int, longest: int) -> list[tuple]:
-    """Conversations of about `tokens` tokens in all: (ids, is_target) of each. The last fifth or so is the reply."""
+    """Conversations of about `tokens` tokens in all: (ids, is_target) of each. The reply stands at the end."""
     chats, total = [], 0
     while total < tokens:
         length = int(np.clip(MEDIAN_TOKENS * math.exp(LOG_DEVIATION * rng.standard_normal()), LEAST_TOKENS, longest))
@@ -80,7 +81,7 @@ class Ours:
         if compiled:
             print(f"ours, compile: {runtime.compile_blocks(self.model, device)}")
 
-    def micro_batches(self, documents: list[tuple]) -> list[dict]:
+    def micro_batches(self, documents: list[tuple]) -> list[MicroBatch]:
         """Buffers of at most rows x max_seq_len tokens."""
         buffers, room = [[]], self.buffer_tokens
         for document in documents:
@@ -92,24 +93,18 @@ class Ours:
         batches = []
         for buffer in buffers:
             lengths = [len(ids) for ids, _ in buffer]
-            starts = np.cumsum([0, *lengths])
-            index = np.concatenate([start + np.flatnonzero(is_target) - 1
-                                    for start, (_, is_target) in zip(starts, buffer, strict=False)])
-            tokens = torch.from_numpy(np.concatenate([ids for ids, _ in buffer])).to(self.device)
-            index = torch.from_numpy(index).to(self.device)
-            batches.append(dict(
-                tokens=tokens[None], lengths=lengths, target_index=index, targets=tokens[index + 1],
-                weights=torch.ones(len(index), device=self.device),
-                boundaries=torch.from_numpy(starts.astype(np.int32)).to(self.device)))
+            tokens = np.concatenate([ids for ids, _ in buffer])
+            index = np.flatnonzero(np.concatenate([is_target for _, is_target in buffer])) - 1  # the first is no target
+            batches.append(MicroBatch(tokens, lengths, index, tokens[index + 1], np.ones(len(index), np.float32)))
         return batches
 
     def step(self, documents: list[tuple]) -> float:
         """One optimizer step; its loss."""
         batches = self.micro_batches(documents)
-        total, step_loss = sum(len(batch["targets"]) for batch in batches), 0.0
+        total, step_loss = sum(len(batch.targets) for batch in batches), 0.0
         for batch in batches:
             with runtime.autocast(self.device, self.dtype):
-                loss = self.model(**batch) / total
+                loss = self.model(**batch.to(self.device)) / total
             loss.backward()
             step_loss += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -5,13 +5,14 @@
 # PYTHON=… chooses the Python it is made with; else the first one of at least 3.11.
 
 prepare_venv() {
-    local file candidate chosen="" files=() missing=""
+    local file candidate chosen="" files=() missing="" candidates=(python3.11 python3.12 python3.13 python3 python)
     for file in "$@"; do
         files+=(-r "$file")
         grep -qxF "$(cksum < "$file") $file" .venv/installed 2>/dev/null || missing=yes
     done
     [ "$missing" ] || return 0
-    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             chosen=$candidate
             break
