@@ -319,7 +319,7 @@ def thoughtful(thought, answer: str) -> str:
 # portraits of each entity, short_facts of each relation, problems_asked for each number of steps
 COUNTS = {"portraits": 60, "lists": 1000, "lessons": 3000, "stories": 9000, "retellings": 2000, "scenes": 500,
           "short_sums": 10000, "short_problems": 700, "short_facts": 300, "short_talk": 800,
-          "long_chats": 700, "thoughts": 20000, "thought_sums": 2000, "thought_facts": 2500, "thought_talk": 600,
+          "long_chats": 700, "thoughts": 20000, "thought_sums": 2000, "thought_facts": 2500, "thought_talk": 2000,
           "validation": 200, "long_validation": 20, "problems_asked": 40}
 MOST_PORTRAITS = 5  # in one text
 ASKED_ALONE, MOST_TURNS = 0.4, 12  # the share of questions that are a chat of their own; questions in a short chat
