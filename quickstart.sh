@@ -2,7 +2,7 @@
 # From nothing to a model that thinks, in about nine minutes on two CPU cores: makes up a small Chinese world, trains the
 # tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
 #
-#   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in about a minute, too short to learn anything
+#   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in under a minute, too short to learn anything
 #
 # It sets up .venv, leaves everything in out/quickstart (an earlier one is moved aside) and exits with 1 when the model
 # misses one of the thresholds in the report.
@@ -51,10 +51,23 @@ took() {  # name a part of the work and note how long it took
     echo "$1 $((SECONDS - begin))" >> $OUT/seconds
     begin=$SECONDS
 }
-score() {  # stage, weights; `exec`, so that the job is Python itself and can be stopped
-    exec python evaluate.py --checkpoint "$2" --tokenizer_path $OUT/tokenizer --out_dir $OUT --as_chat \
-        --max_new_tokens $longest --data_path $DATA/val --data_path $DATA/eval --batch_size 256 \
-        --generations "$OUT/eval/$1.jsonl" > "$OUT/eval/$1.json"
+jobs="" unscored=""
+trap 'kill $jobs 2> /dev/null' EXIT
+trained() {  # stage: to be scored when all are trained; in a smoke run, where no time counts, beside the next stage
+    took "$1"
+    unscored="$unscored $1"
+    [ ! "$smoke" ] || score
+}
+score() {  # what is unscored, side by side, one thread each
+    for stage in $unscored; do
+        weights=$OUT/$stage.pth
+        [ "$stage" != control ] || weights=$OUT/control/distill.pth
+        OMP_NUM_THREADS=1 python evaluate.py --checkpoint $weights --tokenizer_path $OUT/tokenizer --out_dir $OUT \
+            --as_chat --max_new_tokens $longest --data_path $DATA/val --data_path $DATA/eval --batch_size 256 \
+            --generations "$OUT/eval/$stage.jsonl" > "$OUT/eval/$stage.json" &
+        jobs="$jobs $!"
+    done
+    unscored=""
 }
 
 [ "$smoke" ] || run python experiments/quickstart.py estimate
@@ -63,16 +76,16 @@ run python train_tokenizer.py --data_path $DATA --tokenizer_path $OUT/tokenizer 
 took tokenizer
 run python pretrain.py --data_path $DATA/pretrain.jsonl --val_path $DATA/val/pretrain.jsonl --preset $preset $same \
     --weight_decay 0.3 --max_seq_len 256 --batch_size 8 --learning_rate 4e-3 --max_steps "${steps[0]}" --epochs 100
-took pretrain
+trained pretrain
 run python SFT.py --data_path $DATA/sft_512.jsonl --val_path $DATA/val/sft_512.jsonl $same \
     --max_seq_len 512 --batch_size 8 --learning_rate 1.7e-3 --max_steps "${steps[1]}" --epochs 100
-took SFT
+trained SFT
 run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 4e-4 --max_steps "${steps[2]}" --epochs 100
-took SFT_long
+trained SFT_long
 run python distill.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "${steps[3]}" --epochs 100
-took distill
+trained distill
 
 # the control: the same problems from the same weights, without the thoughts, for as many target tokens
 run python experiments/control.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl \
@@ -82,17 +95,13 @@ control_steps=$(python -c "import json; print(json.loads(open('$OUT/control.json
 run python distill.py --data_path $OUT/control/no_think.jsonl --val_path $OUT/control/no_think_val.jsonl $same \
     --out_dir $OUT/control --cache_dir $OUT/cache --init_from $OUT/SFT_long.pth --max_seq_len 1024 --batch_size 4 \
     --learning_rate 3e-3 --max_steps "$control_steps" --epochs 100
-took control
+trained control
 
 echo "scoring all stages"
-jobs=() failed=""
-trap 'kill "${jobs[@]}" 2> /dev/null' EXIT
-for weights in distill control/distill SFT_long SFT pretrain; do  # side by side, one thread each
-    OMP_NUM_THREADS=1 score "${weights%/distill}" "$OUT/$weights.pth" &
-    jobs+=($!)
-done
-for job in "${jobs[@]}"; do wait "$job" || failed=yes; done
-trap - EXIT
+score
+failed=""
+for job in $jobs; do wait "$job" || failed=yes; done
+jobs=""
 [ ! "$failed" ] || { echo "quickstart.sh: scoring failed" >&2; exit 2; }
 took scoring
 
