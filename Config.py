@@ -192,6 +192,19 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: an int or float between `low` and `high`."""
+    def read(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
+        return value
+
+    read.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return read
+
+
 def parse_args(stage: str, description: str, argv: list[str] | None = None, leave_out: tuple = (), **defaults):
     """The arguments of one training stage as a namespace.
 

@@ -22,7 +22,7 @@ import torch
 
 from common import checkpoint, runtime
 from common.generation import Sampling, StreamDecoder, stream
-from Config import FLAGS, OneLineParser, UserError
+from Config import FLAGS, OneLineParser, UserError, number
 from dataset import TAG_PATTERN, TAGS, TextEncoder, encode_chat, load_tokenizer
 from model import WeakWater
 
@@ -34,19 +34,6 @@ HELP = "/clear forgets the conversation, /quit leaves (also Ctrl-D), Ctrl-C stop
 
 # ---------------------------------------------------------------------------------------------
 # arguments and weights, for evaluate.py too
-
-
-def number(kind: type, low: float, high: float = math.inf):
-    """An argparse type: an int or float between `low` and `high`."""
-    def read(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
-        return value
-
-    read.__name__ = kind.__name__  # for argparse's "invalid int value"
-    return read
 
 
 def model_parser(prog: str, description: str) -> OneLineParser:

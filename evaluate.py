@@ -22,7 +22,7 @@ from common import runtime
 from common.answers import is_well_formed, normalise, read_answer, read_choice, read_reply, wilson
 from common.generation import Generation, Sampling, generate
 from common.scoring import score
-from Config import FLAGS, UserError
+from Config import FLAGS, UserError, number
 from dataset import (
     MalformedRecord,
     encode_chat,
@@ -34,7 +34,7 @@ from dataset import (
     read_lines,
     write_jsonl,
 )
-from eval_model import Loaded, model_parser, number, open_weights
+from eval_model import Loaded, model_parser, open_weights
 
 SCORE_TOKENS = 16_384  # tokens in a buffer when a loss is computed
 

@@ -253,7 +253,7 @@ class Counting:
     """Draws problems none of whose steps is a held-out (number, operation, number)."""
 
     # few products and quotients: there are few of them, and each that is held out is one less to see the rule in
-    HELD_OUT = {"+": 115, "-": 115, "*": 5, "/": 5}
+    HELD_OUT = {"+": 100, "-": 100, "*": 2, "/": 2}
 
     def __init__(self, rng: random.Random):
         self.rng = rng
@@ -317,7 +317,7 @@ def thoughtful(thought, answer: str) -> str:
 # the files
 
 # portraits of each entity, short_facts of each relation, problems_asked for each number of steps
-COUNTS = {"portraits": 60, "lists": 1000, "lessons": 3000, "stories": 9000, "retellings": 2000, "scenes": 500,
+COUNTS = {"portraits": 60, "lists": 1000, "lessons": 3000, "stories": 9000, "retellings": 2000, "counting": 800, "scenes": 500,
           "short_sums": 10000, "short_problems": 700, "short_facts": 300, "short_talk": 800,
           "long_chats": 700, "thoughts": 20000, "thought_sums": 2000, "thought_facts": 2500, "thought_talk": 2000,
           "validation": 200, "long_validation": 20, "problems_asked": 40}
@@ -371,6 +371,15 @@ class World:
             text += form.format(told=told, asked=asked, signs=equation(a, operation, b))
         return text
 
+    def counting_aloud(self) -> str:
+        """A stretch of the numbers, forwards or backwards: how they follow one another, also over the tens."""
+        first = self.rng.randint(1, LIMIT - 5)
+        numbers = list(range(first, min(first + self.rng.randint(5, 15), LIMIT) + 1))
+        if self.rng.random() < 0.5:
+            numbers.reverse()
+        listed = "、".join(map(str, numbers))
+        return f"{self.rng.choice(self.people)}从{numbers[0]}数到{numbers[-1]}：{listed}。"
+
     def triple(self) -> tuple[int, str, int]:
         """A sum that is not held out; the few with small numbers, and products and quotients, more often than others."""
         return self.rng.choice(self.rng.choices(self.counting.known, weights=(5, 2, 3))[0])
@@ -407,7 +416,7 @@ class World:
         for group in self.grouped(portraits, 1, MOST_PORTRAITS):
             yield "\n".join(group)
         for kind, make in (("lists", self.comparison), ("lessons", self.lesson), ("stories", self.story),
-                           ("retellings", self.retelling), ("scenes", self.scene)):
+                           ("retellings", self.retelling), ("counting", self.counting_aloud), ("scenes", self.scene)):
             for _ in range(max(1, round(share * COUNTS[kind]))):
                 yield make()
         yield f"这是一个由程序编出来的小世界，有{len(self.people)}个人和{len(PLACES)}个地方，专门用来训练{NAME}。"

@@ -75,10 +75,10 @@ run python make_demo_data.py --out_dir $DATA --seed "$seed" --share $share
 run python train_tokenizer.py --data_path $DATA --tokenizer_path $OUT/tokenizer --vocab_size 2048 --seed "$seed"
 took tokenizer
 run python pretrain.py --data_path $DATA/pretrain.jsonl --val_path $DATA/val/pretrain.jsonl --preset $preset $same \
-    --weight_decay 0.3 --max_seq_len 256 --batch_size 8 --learning_rate 4e-3 --max_steps "${steps[0]}" --epochs 100
+    --weight_decay 0.5 --max_seq_len 256 --batch_size 8 --learning_rate 4e-3 --max_steps "${steps[0]}" --epochs 100
 trained pretrain
 run python SFT.py --data_path $DATA/sft_512.jsonl --val_path $DATA/val/sft_512.jsonl $same \
-    --max_seq_len 512 --batch_size 8 --learning_rate 1.7e-3 --max_steps "${steps[1]}" --epochs 100
+    --max_seq_len 512 --batch_size 8 --learning_rate 1.1e-3 --max_steps "${steps[1]}" --epochs 100
 trained SFT
 run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 4e-4 --max_steps "${steps[2]}" --epochs 100

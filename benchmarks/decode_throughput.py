@@ -27,8 +27,7 @@ import torch
 from benchmarks.measure import print_result, print_table, ratio, take_turns, to_transformers
 from common import runtime
 from common.generation import Sampling, generate
-from Config import PRESETS, LLMConfig, OneLineParser
-from eval_model import number
+from Config import PRESETS, LLMConfig, OneLineParser, number
 from model import WeakWater
 
 SAMPLED = Sampling(temperature=0.7, top_p=0.9)

@@ -1,16 +1,18 @@
-"""What the benchmarks share: turns taken (A B A B …), medians with their spread, the machine's own limits, tables."""
+"""What the benchmarks share: turns taken (A B A B …), medians with their spread, the machine's own limits, tables.
+
+torch is imported where it is needed: to measure the memory of a tokenizer's training, it must not be there.
+"""
 
 import json
-import resource
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
-
-import torch
+from itertools import count
+from pathlib import Path
 
 from Config import UserError
-from model import WeakWater
 
 
 def take_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -31,7 +33,8 @@ def take_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str,
 
 def wait_for_device() -> None:
     """Until the GPU, if there is one, has done what it was told."""
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
@@ -41,23 +44,49 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     return {"median": statistics.median(turns), "min": min(turns), "max": max(turns)}
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
+def matmul_rate(device, dtype, repeats: int = 7) -> float:
     """FLOP/s of a large square matrix product: the limit of arithmetic on this machine, now."""
+    import torch
+
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     seconds = take_turns({"product": lambda: a @ b}, repeats)["product"]
     return 2 * n**3 / statistics.median(seconds)
 
 
-def peak_mebibytes(device: torch.device) -> float:
+def peak_mebibytes(device=None) -> float:
     """The most memory this process has held: on a GPU that of its tensors, else resident memory."""
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def to_transformers(model: WeakWater):
+def middle(runs: list[dict], key: str) -> float:
+    """The median of one measurement over the turns."""
+    return statistics.median(run[key] for run in runs)
+
+
+def make_corpus(path: Path, megabytes: float) -> None:
+    """Generated text of about so many megabytes: the quickstart's world, with one seed after another."""
+    from make_demo_data import World
+
+    size = 0
+    with open(path, "w", encoding="utf-8") as stream:
+        for seed in count():
+            for text in World(seed).texts():
+                size += stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n") * 3  # bytes, about
+                if size >= 1e6 * megabytes:
+                    return
+
+
+def to_transformers(model):
     """transformers' LlamaForCausalLM with the same weights, which have the same names. Raises UserError for qk_norm."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -39,9 +39,8 @@ from benchmarks.measure import (
 )
 from common import runtime
 from common.optim import make_optimizers
-from Config import PRESETS, LLMConfig, OneLineParser
+from Config import PRESETS, LLMConfig, OneLineParser, number
 from dataset import MicroBatch
-from eval_model import number
 from model import WeakWater
 
 TARGET_SHARE = 0.57  # of an SFT conversation; measured in characters, like the lengths, on 6,000 real conversations

@@ -1,0 +1,230 @@
+"""Text into training steps: the token cache beside tokenising in a data set's `__getitem__`.
+
+    python benchmarks/data_throughput.py --megabytes 8 --repeats 5
+    python benchmarks/data_throughput.py --data_path data/pretrain.jsonl --tokenizer_path weakwater_tokenizer
+
+ours            dataset.open_cache writes the tokens of all documents once; dataset.StepLoader lays them end to end
+__getitem__     a torch Dataset with all lines in memory; each text is tokenised, cut and padded to --max_seq_len when
+                it is asked for, by a DataLoader in the training process or in two workers (MiniMind's way)
+
+Everything runs in a process of its own, which sees one core or two. "first batch" counts from the start of that
+process, its imports included. Memory is the most that the operating system saw resident, workers not counted: of ours
+in one pass over the text, and over eight times as much. Before anything is timed the ids of both ways are compared.
+Without --data_path the text is generated, and the tokenizer trained on it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import count, islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import make_corpus, middle, peak_mebibytes, print_result, print_table, ratio, take_turns
+from common import runtime
+from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
+from dataset import StepLoader, load_documents, load_tokenizer, open_cache, parse_record, read_lines
+
+GROWTH = 8  # the larger corpus is so many times the smaller one
+SAME = 1000  # documents whose ids are compared
+
+
+# ---------------------------------------------------------------------------------------------
+# the two ways, each in a process of its own
+
+
+class TokenisedWhenAsked:
+    """A torch Dataset as small-model repositories write it: rows of --max_seq_len ids, padded."""
+
+    def __init__(self, path: str, tokenizer, max_seq_len: int):
+        with open(path, encoding="utf-8") as stream:
+            self.texts = [json.loads(line)["text"] for line in stream]
+        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int):
+        import torch
+
+        text = self.tokenizer.bos_token + self.texts[index] + self.tokenizer.eos_token
+        ids = self.tokenizer(text, max_length=self.max_seq_len, padding="max_length", truncation=True).input_ids
+        return torch.tensor(ids)
+
+
+def batches_of(args):
+    """Micro-batches of one epoch, in the way that args.alone names: (useful tokens) of each."""
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    if args.alone == "ours":
+        documents = load_documents(args.data_path, tokenizer, "text", args.cache_dir, args.max_seq_len,
+                                   say=lambda line: None)
+        loader = StepLoader(documents, args.max_seq_len, args.rows, 1, seed=0)
+        for step in range(loader.steps_in_epoch(0)):
+            for micro_batch in loader.step(0, step).micro_batches:
+                micro_batch.to("cpu")
+                yield len(micro_batch.tokens)
+    else:
+        from torch.utils.data import DataLoader
+
+        data = TokenisedWhenAsked(args.data_path, tokenizer, args.max_seq_len)
+        pad = tokenizer.pad_token_id
+        for batch in DataLoader(data, batch_size=args.rows, shuffle=True, num_workers=args.workers):
+            yield int((batch != pad).sum())
+
+
+def go_through(args) -> dict:
+    """Seconds to the first batch, useful tokens per second after it, peak memory: of this process."""
+    begin = float(os.environ["BENCHMARK_START"])  # when `alone` started this process
+    batches = batches_of(args)
+    next(batches)
+    first, tokens = time.time(), 0
+    for tokens_now in islice(batches, args.batches or None):
+        tokens += tokens_now
+    return {"seconds_to_first_batch": first - begin, "tokens_per_second": tokens / (time.time() - first),
+            "mebibytes": peak_mebibytes()}
+
+
+def build(args) -> dict:
+    """Megabytes of text per second into a new token cache, without the imports."""
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        open_cache(args.data_path, tokenizer, "text", folder)
+        seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "megabytes_per_second": Path(args.data_path).stat().st_size / 1e6 / seconds,
+            "mebibytes": peak_mebibytes()}
+
+
+# ---------------------------------------------------------------------------------------------
+# measuring
+
+
+def alone(args, what: str, data_path: str, cores: int = 2, workers: int = 0, batches: int = 0,
+          cache_dir: str = "") -> dict:
+    """`what` ("ours", "getitem" or "build") in a new process that may use `cores` cores; what it printed last."""
+    command = [sys.executable, __file__, "--alone", what, "--data_path", data_path, "--rows", str(args.rows),
+               "--tokenizer_path", args.tokenizer_path, "--max_seq_len", str(args.max_seq_len),
+               "--workers", str(workers), "--batches", str(batches), "--cores", str(cores), "--cache_dir", cache_dir]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"BENCHMARK_START": str(time.time())})
+    if done.returncode:
+        raise RuntimeError(f"{what}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def repeat_corpus(path: str, target: Path, times: int) -> None:
+    """The lines of `path` that hold text, `times` times: more to read, with nothing new in it."""
+    with open(target, "w", encoding="utf-8") as stream:
+        for _ in range(times):
+            for _, line in read_lines(Path(path)):
+                stream.write(json.dumps({"text": parse_record(line, "text")["text"]}, ensure_ascii=False) + "\n")
+
+
+def check_equal(args, data_path: str, folder: Path) -> None:
+    """Raises RuntimeError where both ways do not give the same ids."""
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    cache = open_cache(data_path, tokenizer, "text", str(folder))
+    theirs = TokenisedWhenAsked(data_path, tokenizer, args.max_seq_len)
+    bounds = cache.documents["start"]
+    for index in range(min(SAME, len(theirs))):
+        ours = cache.tokens[bounds[index]:bounds[index + 1]][:args.max_seq_len].tolist()
+        if theirs[index].tolist()[:len(ours)] != ours:
+            raise RuntimeError(f"{data_path}:{index + 1}: the two ways do not give the same ids")
+    print(f"ids of {min(SAME, len(theirs)):,} documents: equal both ways")
+
+
+def compare(args, data_path: str, folder: Path) -> dict:
+    """Run everything in turns, print the table, return the result."""
+    larger, cache_dir = folder / "larger.jsonl", str(folder / "cache")
+    repeat_corpus(data_path, larger, GROWTH)
+    for path in (data_path, str(larger)):
+        open_cache(path, load_tokenizer(args.tokenizer_path), "text", cache_dir)
+    fresh = (str(folder / f"fresh{i}") for i in count())  # for a cache that is not there yet
+    few = dict(batches=args.batches)
+    work = {
+        "cache, one core": lambda: alone(args, "build", data_path, cores=1),
+        "cache, two cores": lambda: alone(args, "build", data_path, cores=2),
+        "ours, without a cache": lambda: alone(args, "ours", data_path, cache_dir=next(fresh)),
+        "ours": lambda: alone(args, "ours", data_path, cache_dir=cache_dir),
+        f"ours, {GROWTH} x the text": lambda: alone(args, "ours", str(larger), cache_dir=cache_dir),
+        "__getitem__": lambda: alone(args, "getitem", data_path, **few),
+        "__getitem__, two workers": lambda: alone(args, "getitem", data_path, workers=2, **few),
+        f"__getitem__, {GROWTH} x the text": lambda: alone(args, "getitem", str(larger), **few),
+    }
+    runs = {name: [] for name in work}
+    take_turns({name: lambda name=name, do=do: runs[name].append(do()) for name, do in work.items()}, args.repeats)
+    runs = {name: done[1:] for name, done in runs.items()}  # the first round does not count
+    print_table(["", "text to tokens, MB/s", "first batch, s", "tokens/s", "peak MiB"], [
+        [name, *(f"{middle(done, key):{form}}" if key in done[0] else "" for key, form in (
+            ("megabytes_per_second", ".1f"), ("seconds_to_first_batch", ".1f"), ("tokens_per_second", ",.0f"),
+            ("mebibytes", ",.0f")))] for name, done in runs.items()])
+
+    def of(name: str, key: str) -> list[float]:
+        return [run[key] for run in runs[name]]
+
+    return {"cases": runs, "ratios": {
+        "cache_two_cores_vs_one": ratio(of("cache, one core", "seconds"), of("cache, two cores", "seconds")),
+        "first_batch_vs_getitem": ratio(of("__getitem__", "seconds_to_first_batch"),
+                                        of("ours", "seconds_to_first_batch")),
+        "tokens_vs_getitem": ratio(of("ours", "tokens_per_second"), of("__getitem__", "tokens_per_second")),
+        "tokens_vs_getitem_two_workers": ratio(of("ours", "tokens_per_second"),
+                                               of("__getitem__, two workers", "tokens_per_second")),
+        "memory_as_text_grows": ratio(of(f"ours, {GROWTH} x the text", "mebibytes"), of("ours", "mebibytes")),
+        "getitem_memory_as_text_grows": ratio(of(f"__getitem__, {GROWTH} x the text", "mebibytes"),
+                                              of("__getitem__", "mebibytes"))}}
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS),
+                        help="its vocabulary size (default: %(default)s)")
+    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--data_path", help="a JSONL file of texts (default: generated)")
+    parser.add_argument("--tokenizer_path", help="(default: trained on the text)")
+    parser.add_argument("--megabytes", type=number(float, 0.1), default=8, help="generated text (default: %(default)s)")
+    parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a batch (default: %(default)s)")
+    parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
+    parser.add_argument("--batches", type=number(int, 0), default=200,
+                        help="that __getitem__ is timed for; 0: all (default: %(default)s)")
+    for hidden in ("alone", "workers", "cores", "cache_dir"):
+        parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(args.cores)])
+        os.environ["TOKENIZERS_PARALLELISM"] = "true" if args.alone == "build" or args.alone == "ours" else "false"
+        args.workers = int(args.workers)
+        print_result((build if args.alone == "build" else go_through)(args))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data_path = args.data_path or str(folder / "text.jsonl")
+        if not args.data_path:
+            make_corpus(folder / "text.jsonl", args.megabytes)
+        elif not Path(data_path).is_file():
+            raise UserError(f"--data_path {data_path}: not a file")
+        if not args.tokenizer_path:
+            args.tokenizer_path = str(folder / "tokenizer")
+            done = subprocess.run([sys.executable, "train_tokenizer.py", "--data_path", data_path, "--tokenizer_path",
+                                   args.tokenizer_path, "--vocab_size", str(LLMConfig.preset(args.preset).vocab_size)],
+                                  cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"the tokenizer was not trained: {done.stderr.strip()}")
+        import torch
+
+        machine = runtime.describe_machine(torch.device("cpu"))
+        print(f"{machine}; {Path(data_path).stat().st_size / 1e6:.1f} MB of text, {args.repeats} turns")
+        check_equal(args, data_path, folder / "check")
+        result = compare(args, data_path, folder)
+    for name, value in result["ratios"].items():
+        print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
+    print_result(result | {"machine": machine, "preset": args.preset})
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run(main))

@@ -1,0 +1,164 @@
+"""Training the tokenizer: train_tokenizer.py beside plain byte-level BPE training with `tokenizers`.
+
+    python benchmarks/tokenizer_training.py --megabytes 8 --repeats 5
+    python benchmarks/tokenizer_training.py --data_path data/pretrain.jsonl
+
+ours     python train_tokenizer.py: a sample of the text in bounded memory, a split that keeps digits apart and bounds
+         the length of a word, a held-out report
+plain    BpeTrainer behind ByteLevel pre-tokenisation with its usual regex, over all of the text, as in the
+         documentation of `tokenizers`
+
+Each runs in a process of its own, on one, two and four times the text, from start to saved file. Memory is the most
+that the operating system saw resident. "bytes a token" is measured on the same held-out texts: the more, the shorter
+the text. Without --data_path the text is generated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import make_corpus, middle, peak_mebibytes, print_result, print_table, ratio, take_turns
+from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
+from dataset import parse_record, read_lines
+
+TIMES = (1, 2, 4)
+HELD_OUT = 500  # documents
+
+
+def plain(data_path: str, target: Path, vocab_size: int) -> None:
+    """The usual byte-level BPE tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def texts():
+        with open(data_path, encoding="utf-8") as stream:
+            for line in stream:
+                yield json.loads(line)["text"]
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.save(str(target))
+
+
+def train(args) -> dict:
+    """Train args.alone's tokenizer in this process: seconds from its start, and peak memory."""
+    if args.alone == "ours":
+        import train_tokenizer
+
+        train_tokenizer.main(["--data_path", args.data_path, "--tokenizer_path", args.out,
+                              "--vocab_size", args.vocab_size])
+    else:
+        Path(args.out).mkdir()
+        plain(args.data_path, Path(args.out) / "tokenizer.json", int(args.vocab_size))
+    return {"seconds": time.time() - float(os.environ["BENCHMARK_START"]), "mebibytes": peak_mebibytes()}
+
+
+def alone(name: str, data_path: Path, out: Path, vocab_size: int) -> dict:
+    """`train` in a new process."""
+    command = [sys.executable, __file__, "--alone", name, "--data_path", str(data_path), "--out", str(out),
+               "--vocab_size", str(vocab_size)]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"BENCHMARK_START": str(time.time())})
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bytes_per_token(path: Path, texts: list[str]) -> float:
+    """Raises RuntimeError when a text does not come back whole from its ids."""
+    from tokenizers import Tokenizer
+
+    tokenizer, tokens = Tokenizer.from_file(str(path / "tokenizer.json")), 0
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if tokenizer.decode(ids, skip_special_tokens=False) != text:
+            raise RuntimeError(f"{path}: a text does not come back whole")
+        tokens += len(ids)
+    return sum(len(text.encode("utf-8")) for text in texts) / tokens
+
+
+def compare(args, lines: list[str], folder: Path) -> dict:
+    """Both tokenizers on one, two and four times the text; prints the table, returns the result."""
+    vocab_size, held_out = LLMConfig.preset(args.preset).vocab_size, lines[-HELD_OUT:]
+    lines, texts = lines[:-HELD_OUT], [json.loads(line)["text"] for line in held_out]
+    result, rows, ratios = {}, [], {}
+    for times in TIMES:
+        data, size = folder / f"{times}.jsonl", len(lines) * times // max(TIMES)
+        data.write_text("".join(lines[:size]), encoding="utf-8")
+        runs = {"ours": [], "plain": []}
+
+        def turn(name: str, runs=runs, data=data):
+            out = folder / f"{name}_{data.stem}_{len(runs[name])}"
+            runs[name].append(alone(name, data, out, vocab_size) | {"bytes_per_token": bytes_per_token(out, texts)})
+
+        take_turns({name: lambda name=name: turn(name) for name in runs}, args.repeats)
+        runs = {name: done[1:] for name, done in runs.items()}  # the first round does not count
+        for name, done in runs.items():
+            result[f"{times} x the text, {name}"] = done
+            rows.append([f"{data.stat().st_size / 1e6:.1f} MB, {name}", f"{middle(done, 'seconds'):.1f}",
+                         f"{min(r['seconds'] for r in done):.1f} to {max(r['seconds'] for r in done):.1f}",
+                         f"{middle(done, 'mebibytes'):,.0f}", f"{middle(done, 'bytes_per_token'):.3f}"])
+        for what in ("seconds", "mebibytes"):
+            ratios[f"plain_over_ours_{what}_{times}x"] = ratio(*([r[what] for r in runs[name]]
+                                                                 for name in ("plain", "ours")))
+    print_table(["", "seconds", "range", "peak MiB", "bytes a token"], rows)
+    return {"cases": result, "ratios": ratios}
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS),
+                        help="its vocabulary size (default: %(default)s)")
+    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--data_path", help="a JSONL file of texts (default: generated)")
+    parser.add_argument("--megabytes", type=number(float, 0.1), default=8,
+                        help="of the largest text (default: %(default)s)")
+    for hidden in ("alone", "out", "vocab_size"):
+        parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        print_result(train(args))
+        return
+    import torch
+
+    from common import runtime
+
+    machine = runtime.describe_machine(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(args.data_path or Path(name) / "text.jsonl")
+        if not args.data_path:
+            make_corpus(source, args.megabytes)
+        elif not source.is_file():
+            raise UserError(f"--data_path {source}: not a file")
+        lines, size = [], 0
+        for _, line in read_lines(source):
+            text = parse_record(line, "text")["text"]
+            lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            size += len(text.encode("utf-8"))
+            if size >= 1e6 * args.megabytes:
+                break
+        if len(lines) < 2 * HELD_OUT:
+            raise UserError(f"{source}: {len(lines)} texts are too few: at least {2 * HELD_OUT} are needed")
+        print(f"{machine}; {size / 1e6:.1f} MB of text, {args.repeats} turns")
+        result = compare(args, lines, Path(name))
+    for name, value in result["ratios"].items():
+        print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
+    print_result(result | {"machine": machine, "preset": args.preset})
+
+
+if __name__ == "__main__":
+    if "--alone" in sys.argv:  # a measurement, in whose memory torch has no place
+        sys.exit(main())
+    from common import runtime
+
+    sys.exit(runtime.run(main))
