@@ -16,12 +16,13 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from common import checkpoint, runtime
-from common.generation import Sampling, StreamDecoder, stream
+from common.generation import Fused, Sampling, StreamDecoder, stream
 from Config import FLAGS, OneLineParser, UserError, number
 from dataset import TAG_PATTERN, TAGS, TextEncoder, encode_chat, load_tokenizer
 from model import WeakWater
@@ -73,6 +74,12 @@ class Loaded:
     def autocast(self):
         """The context to run the model in."""
         return runtime.autocast(self.device, self.dtype)
+
+    @cached_property
+    def fused(self) -> Fused:
+        """The weights for decoding, in the precision of `dtype`."""
+        with self.autocast():
+            return Fused(self.model)
 
     def generator(self, seed: int) -> torch.Generator:
         """A random generator on the model's device."""
@@ -149,15 +156,14 @@ def answer(loaded: Loaded, ids: list[int], args, generator: torch.Generator, col
     decoder, display, text, n_tokens, reason = StreamDecoder(loaded.tokenizer), Display(colour), "", 0, "interrupted"
     begin, times = time.perf_counter(), []
     try:
-        with loaded.autocast():
-            for _, new_ids, reason_now in stream(loaded.model, [ids], args.max_new_tokens, sampling,
-                                                 {loaded.encoder.eos_id}, loaded.encoder.vocab_size, generator):
-                times.append(time.perf_counter())
-                n_tokens += len(new_ids)  # none, with </s>
-                piece = "".join(map(decoder.push, new_ids))
-                text += piece
-                print(display.push(piece), end="", flush=True)
-                reason = reason_now or reason
+        for _, new_ids, reason_now in stream(loaded.fused, [ids], args.max_new_tokens, sampling,
+                                             {loaded.encoder.eos_id}, loaded.encoder.vocab_size, generator):
+            times.append(time.perf_counter())
+            n_tokens += len(new_ids)  # none, with </s>
+            piece = "".join(map(decoder.push, new_ids))
+            text += piece
+            print(display.push(piece), end="", flush=True)
+            reason = reason_now or reason
     except KeyboardInterrupt:
         pass
     rest = decoder.flush()

@@ -154,9 +154,8 @@ def answer_all(loaded: Loaded, questions: list[dict], args) -> list[Generation]:
     begin, n_tokens = time.perf_counter(), 0
     for start in range(0, len(fitting), args.batch_size):
         chosen = fitting[start:start + args.batch_size]
-        with loaded.autocast():
-            batch = generate(loaded.model, [prompts[i] for i in chosen], args.max_new_tokens, Sampling(),
-                             {loaded.encoder.eos_id}, loaded.encoder.vocab_size, sync_every=sync_every)
+        batch = generate(loaded.fused, [prompts[i] for i in chosen], args.max_new_tokens, Sampling(),
+                         {loaded.encoder.eos_id}, loaded.encoder.vocab_size, sync_every=sync_every)
         for i, reply in zip(chosen, batch, strict=True):
             replies[i] = reply
         n_tokens += sum(len(reply.ids) for reply in batch)

@@ -6,11 +6,11 @@ Module names are those of transformers' Llama (of Qwen3 with `qk_norm`), so that
 loads there strictly and without renaming.
 
 A tensor's name ends in its shape where that helps: B batch, T tokens, C model width (dim), V vocabulary,
-H query heads, K key/value heads, D head width, S cache slots, N tokens with a loss.
+H query heads, K key/value heads, D head width, S keys and values, N tokens with a loss.
 
-Attention comes in three forms, all the same function of the same weights:
-rows (B, T) that are each causal; one packed buffer (1, T) in which documents stand end to end and
-none sees another; and decoding, a few new tokens against a cache.
+Attention comes in two forms, the same function of the same weights: rows (B, T) that are each causal, and one packed
+buffer (1, T) in which documents stand end to end and none sees another. A third, a few new tokens against a cache of
+those before, is in common/generation.py.
 """
 
 import functools
@@ -89,33 +89,12 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return x_BTHD * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, S, K, D).
-
-    Each row of the batch stands at its own position, so prompts of unequal length decode together:
-    a row's slots beyond its position hold rubbish that the mask hides and later tokens overwrite.
-    """
-
-    def __init__(self, config: LLMConfig, batch_size: int, max_length: int, device, dtype: torch.dtype):
-        shape = (config.n_layers, batch_size, max_length, config.n_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.max_length = max_length
-        self.rows = torch.arange(batch_size, device=device).unsqueeze(1)  # (B, 1)
-
-    def update(self, layer: int, k_BTKD, v_BTKD, positions, length: int):
-        """Store new keys and values at `positions` (B, T); return all of the first `length` slots, (B, S, K, D)."""
-        self.keys[layer][self.rows, positions] = k_BTKD.to(self.keys.dtype)
-        self.values[layer][self.rows, positions] = v_BTKD.to(self.values.dtype)
-        return self.keys[layer, :, :length], self.values[layer, :, :length]
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: LLMConfig, layer: int):
+    def __init__(self, config: LLMConfig):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
@@ -124,7 +103,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x_BTC, cos, sin, packing=None, cache=None, positions=None, length=0, mask=None):
+    def forward(self, x_BTC, cos, sin, packing=None):
         c = self.config
         B, T, _ = x_BTC.shape
         q, k, v = (projected.view(B, T, -1, c.head_dim)
@@ -133,21 +112,13 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         # under autocast q and k come out of the rotation in float32: back to the precision of v
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions, length)
-            out = attend(q, k.to(q.dtype), v.to(q.dtype), causal=False, mask=mask)
-        elif packing is not None:
-            out = attend_packed(q, k, v, packing)
-        else:
-            out = attend(q, k, v, causal=True)
+        out = attend(q, k, v, causal=True) if packing is None else attend_packed(q, k, v, packing)
         return self.o_proj(out.reshape(B, T, c.n_heads * c.head_dim))
 
 
 def project(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
-    """What each of several linear layers makes of the same x. In training as one product: larger products are faster,
-    and x is brought to the precision of the product once. In decoding to put the weights together would cost more."""
-    if not torch.is_grad_enabled():
-        return tuple(layer(x) for layer in layers)
+    """What each of several linear layers makes of the same x, as one product: larger products are faster, and x is
+    brought to the precision of the product once."""
     together = torch.cat([layer.weight for layer in layers])
     return F.linear(x, together).split([layer.out_features for layer in layers], dim=-1)
 
@@ -325,17 +296,16 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One layer: attention and SwiGLU, each behind a norm and added to the stream."""
 
-    def __init__(self, config: LLMConfig, layer: int):
+    def __init__(self, config: LLMConfig):
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = SwiGLU(config)
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTC, cos, sin, packing=None, cache=None, positions=None, length=0, mask=None):
-        attended = self.self_attn(self.input_layernorm(x_BTC), cos, sin, packing, cache, positions, length, mask)
-        x_BTC = x_BTC + self.dropout(attended)
+    def forward(self, x_BTC, cos, sin, packing=None):
+        x_BTC = x_BTC + self.dropout(self.self_attn(self.input_layernorm(x_BTC), cos, sin, packing))
         return x_BTC + self.dropout(self.mlp(self.post_attention_layernorm(x_BTC)))
 
 
@@ -345,40 +315,30 @@ class Decoder(nn.Module):
     def __init__(self, config: LLMConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.max_seq_len)
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
 
-    def forward(self, tokens, lengths=None, boundaries=None, positions=None, cache=None, length=0):
+    def forward(self, tokens, lengths=None, boundaries=None):
         B, T = tokens.shape
         limit, longest = self.rotary.cos_SD.shape[0], max(lengths) if lengths is not None else T
         if longest > limit:
             raise UserError(f"a sequence of {longest} tokens is longer than the model's max_seq_len of {limit}")
-        packing = mask = None
-        if lengths is not None and cache is not None:
-            raise UserError("a packed buffer cannot be decoded: give lengths or a cache")
-        if positions is None and lengths is None:
-            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        packing, positions = None, torch.arange(T, device=tokens.device).expand(B, T)
         if lengths is not None:
             if B != 1 or sum(lengths) != T:
                 raise UserError(f"a packed buffer is (1, sum(lengths)) = (1, {sum(lengths)}), not ({B}, {T})")
             packing = Packing(lengths, boundaries_of(lengths).to(tokens.device) if boundaries is None else boundaries)
             positions = packing.positions()
-        elif cache is not None:
-            length = length or int(positions.max()) + 1  # asking the device waits for it
-            if length > min(limit, cache.max_length):
-                raise UserError(f"position {length} is beyond the cache ({cache.max_length}) or max_seq_len ({limit})")
-            # (B, 1, T, S): a token sees the slots up to its own position, in every head
-            mask = torch.arange(length, device=tokens.device) <= positions[:, None, :, None]
         x_BTC = self.dropout(self.embed_tokens(tokens))
         cos, sin = self.rotary(positions, x_BTC.dtype)
         for block in self.layers:
             if self.gradient_checkpointing and self.training:
                 x_BTC = checkpoint(block, x_BTC, cos, sin, packing, use_reentrant=False)
             else:
-                x_BTC = block(x_BTC, cos, sin, packing, cache, positions, length, mask)
+                x_BTC = block(x_BTC, cos, sin, packing)
         return self.norm(x_BTC)
 
 
@@ -387,8 +347,6 @@ class WeakWater(nn.Module):
 
     lengths            the documents in a packed buffer (1, T): each is attended to alone, from position 0
     boundaries         what boundaries_of(lengths) gives, on the device already, where the caller has it there
-    positions, cache   decoding: tokens (B, T) stand at positions (B, T); their keys and values go into the cache;
-    length             the largest position + 1, where the caller knows it
     target_index,      training: the positions (N,) in the flattened buffer that predict, the ids (N,) they should
     targets, weights   predict, and the loss weight (N,) of each. Returns the weighted *sum* of the cross-entropies
                        in nats, a float32 scalar, and no logits.
@@ -414,9 +372,8 @@ class WeakWater(nn.Module):
             for projection in (module.self_attn.o_proj, module.mlp.down_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
 
-    def forward(self, tokens, lengths=None, boundaries=None, positions=None, cache=None, length=0, target_index=None,
-                targets=None, weights=None):
-        hidden_BTC = self.model(tokens, lengths, boundaries, positions, cache, length)
+    def forward(self, tokens, lengths=None, boundaries=None, target_index=None, targets=None, weights=None):
+        hidden_BTC = self.model(tokens, lengths, boundaries)
         if targets is None:
             return self.lm_head(hidden_BTC)
         hidden_NC = hidden_BTC.flatten(0, 1)[target_index]  # positions without a target cost no logits

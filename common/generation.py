@@ -1,14 +1,14 @@
 """Decoding: prompts in, ids and text out. Pure functions over a key/value cache, after gpt-fast's generate.py.
 
+    Fused              a model's weights as decoding reads them, and the network over a KVCache
     prefill            all prompts into the cache at once    → logits (B, V) after the last token of each
     decode_one_token   one more token in each row            → logits (B, V)
     adjust, sample     logits (B, V) → scores (B, V) → ids (B,)
     stream, generate   the loop over these, as it goes or at its end
     StreamDecoder      ids → text, never a part of a character
 
-A tensor's name ends in its shape where that helps: B rows, T tokens, V vocabulary.
-Mixed precision is the caller's: run the whole loop inside one `runtime.autocast`, which then casts the
-weights once and not for every token.
+A tensor's name ends in its shape where that helps: B rows, T tokens, S cache slots, C model width, H query heads,
+K key/value heads, D head width, V vocabulary.
 """
 
 import math
@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from Config import UserError
-from model import KVCache, WeakWater
+from Config import LLMConfig, UserError
+from model import WeakWater, attend
 
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is the argmax to within float32
 
@@ -52,36 +53,124 @@ class Sampling:
 # the network
 
 
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, S, K, D).
+
+    Each row of the batch stands at its own position, so prompts of unequal length decode together:
+    a row's slots beyond its position hold rubbish that the mask hides and later tokens overwrite.
+    """
+
+    def __init__(self, config: LLMConfig, batch_size: int, length: int, device, dtype: torch.dtype):
+        shape = (config.n_layers, batch_size, length, config.n_kv_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows_B1 = torch.arange(batch_size, device=device).unsqueeze(1)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Only these rows go on."""
+        self.keys, self.values, self.rows_B1 = self.keys[:, rows], self.values[:, rows], self.rows_B1[:len(rows)]
+
+
+class Fused:
+    """model.WeakWater for decoding: the same function of the same weights from as few operations as can be, since in a
+    small model they take longer to start than to run.
+
+    Matrices that multiply the same vector are one. They and the cache are in `dtype`, the precision of the products
+    (default: autocast's where it is on, else the weights'); all else is in the precision that autocast would use.
+    A copy of the weights: make it anew after they change.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: WeakWater, dtype: torch.dtype | None = None):
+        self.config = c = model.config
+        self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
+        self.device = self.embedding.device
+        if dtype is None:
+            kind = self.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.dtype
+        self.dtype = dtype
+        self.head = model.lm_head.weight.to(dtype)
+        self.layers = []
+        for block in model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+            gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            head_norm = torch.cat([attention.q_norm.weight.expand(c.n_heads, -1),
+                                   attention.k_norm.weight.expand(c.n_kv_heads, -1)]) if c.qk_norm else None
+            self.layers.append((
+                block.input_layernorm.weight, qkv.to(dtype), head_norm, attention.o_proj.weight.to(dtype),
+                block.post_attention_layernorm.weight, gate_up.to(dtype), mlp.down_proj.weight.to(dtype)))
+        # model.rotate is x cos + (-second half, first half) sin: with the minus in the sine, half a head is rolled over
+        exact = torch.promote_types(self.embedding.dtype, torch.float32)
+        self.cos_SD, sin_SD = (table.to(exact) for table in (model.model.rotary.cos_SD, model.model.rotary.sin_SD))
+        self.sin_SD = torch.cat([-sin_SD[:, :c.head_dim // 2], sin_SD[:, c.head_dim // 2:]], dim=1)
+
+    def normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """model.RMSNorm, then in the precision of the products."""
+        x32 = x.to(self.cos_SD.dtype)
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.norm_eps)
+        return (weight * x32.to(x.dtype)).to(self.dtype)
+
+    def hidden(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, cache: KVCache, length: int,
+               aligned: bool) -> torch.Tensor:
+        """Hidden states (B, T, C) of tokens at `positions_BT`, of which `length` is the largest + 1; their keys and
+        values go into the cache. `aligned`: all rows stand at the same positions, length - T to length - 1."""
+        c, (B, T) = self.config, tokens_BT.shape
+        H, turned, half = c.n_heads, c.n_heads + c.n_kv_heads, c.head_dim // 2
+        cos_BT1D, sin_BT1D = self.cos_SD[positions_BT].unsqueeze(2), self.sin_SD[positions_BT].unsqueeze(2)
+        causal = aligned and T == length > 1
+        mask = None
+        if not aligned or 1 < T < length:  # (B, 1, T, S): a token sees the slots up to its own position
+            mask = torch.arange(length, device=self.device) <= positions_BT[:, None, :, None]
+        x_BTC = F.embedding(tokens_BT, self.embedding)
+        for layer, (norm, qkv, head_norm, out, norm_2, gate_up, down) in enumerate(self.layers):
+            keys, values = cache.keys[layer], cache.values[layer]
+            heads = F.linear(self.normalise(x_BTC, norm), qkv).view(B, T, turned + c.n_kv_heads, c.head_dim)
+            q_and_k, v = heads[:, :, :turned], heads[:, :, turned:]
+            if head_norm is not None:
+                q_and_k = self.normalise(q_and_k, head_norm)
+            q_and_k = q_and_k.to(cos_BT1D.dtype)
+            q_and_k = (q_and_k * cos_BT1D).add_(q_and_k.roll(half, -1).mul_(sin_BT1D)).to(self.dtype)
+            if aligned:
+                keys[:, length - T:length], values[:, length - T:length] = q_and_k[:, :, H:], v
+            else:
+                keys[cache.rows_B1, positions_BT], values[cache.rows_B1, positions_BT] = q_and_k[:, :, H:], v
+            attended = attend(q_and_k[:, :, :H], keys[:, :length], values[:, :length], causal, mask)
+            x_BTC.add_(F.linear(attended.reshape(B, T, H * c.head_dim), out))
+            gate, up = F.linear(self.normalise(x_BTC, norm_2), gate_up).chunk(2, -1)
+            x_BTC.add_(F.linear(F.silu(gate).mul_(up), down))
+        return self.normalise(x_BTC, self.norm)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., C) → (..., V), at least float32."""
+        logits = F.linear(hidden, self.head)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 @torch.inference_mode()
-def prefill(model: WeakWater, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
+def prefill(weights: Fused, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
     """Put all prompts into an empty cache; logits (B, V) after the last token of each, at least float32.
 
     Shorter prompts are padded on the right. What the padding leaves in the cache is never seen: it stands
     beyond the row's position, and the row's own next tokens overwrite it.
     """
-    device = model.lm_head.weight.device
     longest = max(map(len, prompts))
-    tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    positions_BT = torch.arange(longest, device=device).expand(len(prompts), longest)
-    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-    hidden_BTC = model.model(tokens_BT, positions=positions_BT, cache=cache, length=longest)
-    hidden_BC = hidden_BTC[cache.rows[:, 0], last_B]  # only these need logits: (B, T, V) would fill a GPU
-    return _at_least_float32(model.lm_head(hidden_BC))
+    tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=weights.device)
+    positions_BT = torch.arange(longest, device=weights.device).expand(len(prompts), longest)
+    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=weights.device)
+    hidden_BTC = weights.hidden(tokens_BT, positions_BT, cache, longest, aligned=True)
+    return weights.logits(hidden_BTC[cache.rows_B1[:, 0], last_B])  # only these: (B, T, V) would fill a GPU
 
 
 @torch.inference_mode()
-def decode_one_token(model: WeakWater, token_B: torch.Tensor, position_B: torch.Tensor, cache: KVCache,
-                     length: int) -> torch.Tensor:
+def decode_one_token(weights: Fused, token_B: torch.Tensor, position_B: torch.Tensor, cache: KVCache, length: int,
+                     aligned: bool = False) -> torch.Tensor:
     """Put one token of each row into the cache at its position; logits (B, V) after it, at least float32.
 
-    `length` is the largest position + 1, which the device would have to be asked for.
+    `length` is the largest position + 1, which the device would have to be asked for, and `aligned` whether all
+    positions are the same.
     """
-    logits_B1V = model(token_B[:, None], positions=position_B[:, None], cache=cache, length=length)
-    return _at_least_float32(logits_B1V[:, 0])
-
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return weights.logits(weights.hidden(token_B[:, None], position_B[:, None], cache, length, aligned)[:, 0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -147,36 +236,39 @@ class Generation:
 
 
 @torch.inference_mode()
-def stream(model: WeakWater, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, stop_ids: Iterable[int],
-           vocab_size: int | None = None, generator: torch.Generator | None = None,
+def stream(model: WeakWater | Fused, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+           stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
            sync_every: int = 1) -> Iterator[tuple[int, list[int], str | None]]:
     """Continue a batch of prompts; yields (row, new ids, None or the reason the row ended), as in Generation.
 
     Tokens are brought to the host `sync_every` at a time, the loop's only wait for the device. Rows that have
     ended then leave the batch. Ids from `vocab_size` on (a model may have more rows than its tokenizer entries)
-    are never sampled. `generator` stands on the model's device.
+    are never sampled. `generator` stands on the model's device. A model is fused first, for which whoever asks
+    again and again does better to give the Fused.
 
     Raises UserError when a prompt is empty or leaves no room in the context, or the weights give no finite logits.
     """
-    context, device = model.config.max_seq_len, model.lm_head.weight.device
-    stop_ids, vocab_size = set(stop_ids), vocab_size or model.config.vocab_size
+    weights = model if isinstance(model, Fused) else Fused(model)
+    context, device = weights.config.max_seq_len, weights.device
+    stop_ids, vocab_size = set(stop_ids), vocab_size or weights.config.vocab_size
     if not all(0 < len(prompt) < context for prompt in prompts):
         raise UserError(f"a prompt must have 1 to {context - 1} tokens, not {max(map(len, prompts))}")
     assert max_new_tokens > 0 and sync_every > 0
     filled = [len(prompt) for prompt in prompts]  # by prompt: tokens so far, and how many there may be
     limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
-    cache = KVCache(model.config, len(prompts), max(limits), device, _cache_dtype(model))
+    cache = KVCache(weights.config, len(prompts), max(limits), device, weights.dtype)
     seen_BV = _seen(prompts, vocab_size, device) if sampling.repetition_penalty != 1 else None
     token_B, position_B = None, torch.tensor(filled, device=device)
-    logits_BV = prefill(model, prompts, cache)
+    logits_BV = prefill(weights, prompts, cache)
     if not torch.isfinite(logits_BV).all():
         raise UserError("the model's logits are not finite: its weights are broken, or fp16 overflows (--dtype fp32)")
     while rows:
         chosen, longest = [], max(filled[row] for row in rows)
+        aligned = all(filled[row] == longest for row in rows)
         for step in range(min(sync_every, *(limits[row] - filled[row] for row in rows))):
             if token_B is not None:
-                logits_BV = decode_one_token(model, token_B, position_B, cache, longest + step)
+                logits_BV = decode_one_token(weights, token_B, position_B, cache, longest + step, aligned)
                 position_B = position_B + 1
             token_B = sample(adjust(logits_BV[:, :vocab_size], sampling, seen_BV), sampling.greedy, generator)
             if seen_BV is not None:
@@ -198,10 +290,10 @@ def stream(model: WeakWater, prompts: list[list[int]], max_new_tokens: int, samp
             keep = torch.tensor(going_on, dtype=torch.long, device=device)
             token_B, position_B = token_B[keep], position_B[keep]
             seen_BV = seen_BV[keep] if seen_BV is not None else None
-            cache.keys, cache.values, cache.rows = cache.keys[:, keep], cache.values[:, keep], cache.rows[:len(keep)]
+            cache.keep(keep)
 
 
-def generate(model: WeakWater, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+def generate(model: WeakWater | Fused, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
              sync_every: int = 16) -> list[Generation]:
     """Continue a batch of prompts to the end of each; arguments and errors are those of `stream`."""
@@ -211,12 +303,6 @@ def generate(model: WeakWater, prompts: list[list[int]], max_new_tokens: int, sa
         done[row].ids += ids
         done[row].reason = reason or ""
     return done
-
-
-def _cache_dtype(model: WeakWater) -> torch.dtype:
-    """The precision in which keys and values will come: autocast's where it is on, else the weights'."""
-    kind = model.lm_head.weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.lm_head.weight.dtype
 
 
 def _seen(prompts: list[list[int]], vocab_size: int, device) -> torch.Tensor:

@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT, write_jsonl
 
 from common.checkpoint import save_weights
+from common.generation import Fused
 from common.runtime import run
 from Config import LLMConfig
 from dataset import StepLoader, TextEncoder, evaluation_batches
 from make_demo_data import World
-from model import KVCache, WeakWater
+from model import WeakWater
 
 sys.path.insert(0, str(ROOT / "docs"))
 import refresh
@@ -95,11 +96,11 @@ def test_weights_follow_the_flags(folder, capsys):
     assert re.search(r"TAG +5  <think>\n.* THINK +0\.5  ", weighted)
 
 
-class Doubled(KVCache):
-    """A cache that gives back other values than it got."""
+class Doubled(Fused):
+    """Decodes with other logits than the model gives."""
 
-    def update(self, layer, k_BTKD, v_BTKD, positions, length):
-        return super().update(layer, k_BTKD, 2 * v_BTKD, positions, length)
+    def logits(self, hidden):
+        return 2 * super().logits(hidden)
 
 
 class FirstWeight(StepLoader):
@@ -116,7 +117,7 @@ class FirstWeight(StepLoader):
     ("sample", "StepLoader", FirstWeight),
     ("step", "StepLoader", FirstWeight),
     ("attention", "attend_packed", lambda q, k, v, packing: v),
-    ("answer", "KVCache", Doubled),
+    ("answer", "Fused", Doubled),
     ("score", "evaluation_batches", lambda documents, *window: evaluation_batches(documents.take([0, 1]), *window)),
 ])
 def test_what_is_computed_by_hand_must_agree(command, name, broken, folder, monkeypatch):
