@@ -252,13 +252,14 @@ def put_into_words(problem: Problem, person: str, rng: random.Random) -> Wording
 class Counting:
     """Draws problems none of whose steps is a held-out (number, operation, number)."""
 
-    # few products and quotients: there are few of them, and each that is held out is one less to see the rule in
+    # of sums that begin with two digits: the others are learned by heart. Few products and quotients: there are few of
+    # them, and each that is held out is one less to see the rule in
     HELD_OUT = {"+": 100, "-": 100, "*": 2, "/": 2}
 
     def __init__(self, rng: random.Random):
         self.rng = rng
         self.held_out = {triple for operation, number in self.HELD_OUT.items()
-                         for triple in rng.sample([t for t in TRIPLES if t[1] == operation], number)}
+                         for triple in rng.sample([t for t in TRIPLES if t[0] > 9 and t[1] == operation], number)}
         known = [triple for triple in TRIPLES if triple not in self.held_out]
         self.known = (known, [triple for triple in known if triple[0] < 20], [t for t in known if t[1] in "*/"])
         self.after = {}  # number: the steps that may follow it
@@ -322,7 +323,7 @@ COUNTS = {"portraits": 60, "lists": 1000, "lessons": 3000, "stories": 9000, "ret
           "long_chats": 700, "thoughts": 20000, "thought_sums": 2000, "thought_facts": 2500, "thought_talk": 2000,
           "validation": 200, "long_validation": 20, "problems_asked": 40}
 MOST_PORTRAITS = 5  # in one text
-ASKED_ALONE, MOST_TURNS = 0.4, 12  # the share of questions that are a chat of their own; questions in a short chat
+ASKED_ALONE, MOST_TURNS = 0.3, 14  # the share of questions that are a chat of their own; questions in a short chat
 LONG_CHAT_CHARACTERS = (780, 1250)  # 513 to 1,024 tokens of the quickstart's tokenizer, but for a few
 
 
@@ -470,8 +471,8 @@ class World:
             yield chat(*chain.from_iterable(group))
 
     def long_chat(self) -> dict:
-        """Small talk, then question after question of every kind."""
-        turns = [*self.talk()]
+        """Question after question of every kind."""
+        turns = []
         characters = self.rng.randint(*LONG_CHAT_CHARACTERS)
         while sum(map(len, turns)) < characters:
             kinds = (self.fact_asked, self.sum_asked, self.problem_asked, self.talk)

@@ -32,7 +32,7 @@ if [ -e $OUT ]; then
 fi
 mkdir -p $OUT/eval
 
-steps=(1000 250 50 165)  # optimizer steps of pretrain, SFT, SFT_long, distill
+steps=(1000 330 70 150)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
@@ -52,7 +52,7 @@ took() {  # name a part of the work and note how long it took
     begin=$SECONDS
 }
 jobs="" unscored=""
-trap 'kill $jobs 2> /dev/null' EXIT
+trap '[ ! "$jobs" ] || kill $jobs 2> /dev/null || true' EXIT
 trained() {  # stage: to be scored when all are trained; in a smoke run, where no time counts, beside the next stage
     took "$1"
     unscored="$unscored $1"
@@ -81,7 +81,7 @@ run python SFT.py --data_path $DATA/sft_512.jsonl --val_path $DATA/val/sft_512.j
     --max_seq_len 512 --batch_size 8 --learning_rate 1.1e-3 --max_steps "${steps[1]}" --epochs 100
 trained SFT
 run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_1024.jsonl $same \
-    --max_seq_len 1024 --batch_size 4 --learning_rate 4e-4 --max_steps "${steps[2]}" --epochs 100
+    --max_seq_len 1024 --batch_size 4 --learning_rate 6e-4 --max_steps "${steps[2]}" --epochs 100
 trained SFT_long
 run python distill.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "${steps[3]}" --epochs 100

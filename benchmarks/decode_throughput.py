@@ -4,7 +4,7 @@
 
 ours            common/generation.py with its static key/value cache, as eval_model.py and evaluate.py call it
 transformers    LlamaForCausalLM.generate on the same weights, as its documentation says
-llama.cpp       on a GGUF of the same weights, F32, BF16 and Q8_0 (pip install gguf llama-cpp-python); left out, and
+llama.cpp       on a GGUF of the same weights, F32, BF16 and Q8_0 (pip install -r requirements-extra.txt); left out, and
                 said so, where the packages are not installed; batch 1 only
 
 A prompt of --prompt_tokens is continued by exactly --new_tokens, greedily and sampled (temperature 0.7, top_p 0.9), one
@@ -162,7 +162,7 @@ def decoders_of(model: WeakWater, device: torch.device, dtype: str, folder: Path
         import gguf  # noqa: F401
         import llama_cpp  # noqa: F401
     except ImportError as error:
-        print(f"llama.cpp is left out: {error} (pip install gguf llama-cpp-python)")
+        print(f"llama.cpp is left out: {error} (pip install -r requirements-extra.txt)")
         return decoders
     for kind in ("F32",) if dtype == "fp32" else ("BF16", "Q8_0"):
         path = folder / f"{kind}.gguf"

@@ -1,15 +1,18 @@
 """Training speed beside transformers: one optimizer step on the same documents from the same weights, taken in turns.
 
     python benchmarks/train_throughput.py --preset weakwater-30m --repeats 5
+    python benchmarks/train_throughput.py --data_path data/sft_512.jsonl --tokenizer_path weakwater_tokenizer
 
 ours                 documents packed, bf16 where the machine has it, as the stage scripts do it
 transformers fp32    LlamaForCausalLM (sdpa, no cache), one document a row padded to --max_seq_len, fused AdamW: the
                      loop of small-model repositories on a CPU; micro-batches of the size that is fastest
 transformers bf16    the same under bf16 autocast
 
-"chats": conversations with the lengths of real SFT data, where padding hurts. "full rows": rows without padding, where
-only the arithmetic counts. The losses of the first step must agree, else nothing is timed. With CUDA, transformers is
-also timed compiled (--compile also compiles ours). --sweep shows how both grow with model, row length and rows.
+"chats": conversations with the lengths of real SFT data, or those of --data_path, where padding hurts. "full rows":
+rows without padding, where only the arithmetic counts. The losses of the first step must agree, else nothing is timed.
+"s to first step" and memory are those of the loop alone in a process; "pretrain.py" is the stage script from its start
+to the line of its first step, with a warm token cache. With CUDA, transformers is also timed compiled (--compile also
+compiles ours). --sweep shows how both grow with model, row length and rows.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -39,10 +43,11 @@ from benchmarks.measure import (
 )
 from common import runtime
 from common.optim import make_optimizers
-from Config import PRESETS, LLMConfig, OneLineParser, number
-from dataset import MicroBatch
+from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
+from dataset import CONTEXT, MicroBatch, load_documents, load_tokenizer
 from model import WeakWater
 
+ROOT = Path(__file__).resolve().parent.parent
 TARGET_SHARE = 0.57  # of an SFT conversation; measured in characters, like the lengths, on 6,000 real conversations
 MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS = 108, 1.05, 16  # a log-normal distribution, cut to what a row holds
 AGREEMENT = 0.02  # how far a bf16 loss may lie from the fp32 one, as a share of it
@@ -60,6 +65,25 @@ def make_chats(rng: np.random.Generator, vocab_size: int, tokens: int, longest: 
         is_target = np.arange(length) >= round(length * (1 - TARGET_SHARE))
         chats.append((rng.integers(0, vocab_size, length), is_target))
         total += length
+    return chats
+
+
+def read_chats(rng: np.random.Generator, args, vocab_size: int, tokens: int) -> list[tuple]:
+    """The same of --data_path: conversations drawn at random, cut to --max_seq_len as the stage scripts cut them."""
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    if len(tokenizer) > vocab_size:
+        raise UserError(f"--tokenizer_path {args.tokenizer_path}: {len(tokenizer):,} entries are more than the "
+                        f"{vocab_size:,} of --preset {args.preset}")
+    with tempfile.TemporaryDirectory() as folder:
+        documents = load_documents(args.data_path, tokenizer, "chat", folder, args.max_seq_len)
+        cache, chats, total = documents.cache, [], 0
+        for document in rng.permutation(len(documents)):
+            begin, length = int(cache.documents["start"][documents.index[document]]), int(documents.length[document])
+            chats.append((np.array(cache.tokens[begin:begin + length], np.int64),
+                          np.array(cache.kinds[begin:begin + length]) != CONTEXT))
+            total += length
+            if total >= tokens:
+                break
     return chats
 
 
@@ -170,8 +194,10 @@ def make_loops(args, config: LLMConfig, device: torch.device, names: list[str]) 
 
 def work_of(args, config: LLMConfig) -> dict[str, list[tuple]]:
     """The documents of a step: of chats and of full rows."""
-    rng = np.random.default_rng(args.seed)
-    return {"chats": make_chats(rng, config.vocab_size, args.rows * args.max_seq_len, args.max_seq_len),
+    rng, tokens = np.random.default_rng(args.seed), args.rows * args.max_seq_len
+    chats = (read_chats(rng, args, config.vocab_size, tokens) if args.data_path
+             else make_chats(rng, config.vocab_size, tokens, args.max_seq_len))
+    return {"chats": chats,
             "full rows": make_rows(rng, config.vocab_size, args.rows, args.max_seq_len)}
 
 
@@ -188,13 +214,38 @@ def first_step(args, config: LLMConfig, device: torch.device) -> dict:
 
 def alone(args, name: str) -> dict:
     """`first_step` of a loop, in a process of its own."""
-    command = [sys.executable, __file__, "--alone", name, "--preset", args.preset, "--rows", str(args.rows),
+    command = [sys.executable, __file__, "--alone", name, *(["--data_path", args.data_path] if args.data_path else []),
+               "--tokenizer_path", args.tokenizer_path, "--preset", args.preset, "--rows", str(args.rows),
                "--max_seq_len", str(args.max_seq_len), "--seed", str(args.seed), "--device", args.device]
     done = subprocess.run([*command, *["--compile"] * args.compile], capture_output=True, text=True,
                           env=os.environ | {"BENCHMARK_START": str(time.time())})
     if done.returncode:
         raise RuntimeError(f"{name} alone: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def script_to_first_step(args) -> list[float]:
+    """Seconds from the start of pretrain.py to the line of its first optimizer step, its token cache being there."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as name:
+        data, tokenizer = f"{name}/data", f"{name}/tokenizer"
+        for command in ([*"make_demo_data.py --share 0.1 --out_dir".split(), data],
+                        ["train_tokenizer.py", "--data_path", data, "--tokenizer_path", tokenizer,
+                         "--vocab_size", str(LLMConfig.preset(args.preset).vocab_size)]):
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+        for turn in range(args.repeats + 1):
+            command = [sys.executable, "pretrain.py", "--preset", args.preset, "--data_path", f"{data}/pretrain.jsonl",
+                       "--tokenizer_path", tokenizer, "--out_dir", f"{name}/{turn}", "--cache_dir", f"{name}/cache",
+                       "--batch_size", str(args.rows), "--max_seq_len", str(args.max_seq_len), "--max_steps", "2",
+                       "--accumulation_steps", "1", "--log_interval", "1", "--device", args.device]
+            begin = time.perf_counter()
+            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+                for line in run.stdout:
+                    if line.startswith("Epoch:") and len(seconds) == turn:
+                        seconds.append(time.perf_counter() - begin)
+            if run.returncode or len(seconds) == turn:
+                raise RuntimeError(f"{' '.join(command)} failed")
+    return seconds[1:]  # the first made the cache
 
 
 def check_agreement(loops: dict, documents: list[tuple]) -> dict[str, float]:
@@ -274,6 +325,8 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS), help="(default: %(default)s)")
     parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--data_path", help="a JSONL file of conversations (default: made up)")
+    parser.add_argument("--tokenizer_path", default="weakwater_tokenizer", help="its tokenizer (default: %(default)s)")
     parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a step (default: %(default)s)")
     parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the documents (default: %(default)s)")
@@ -292,6 +345,9 @@ def main() -> None:
     print(f"{runtime.describe_machine(device)}; matrix products: {peak / 1e12:.2f} TFLOP/s in bf16; {args.preset}, "
           f"{args.rows} x {args.max_seq_len} tokens a step, {args.repeats} turns")
     result = compare(args, config, device, peak)
+    result["script_to_first_step"] = starts = script_to_first_step(args)
+    print(f"\npretrain.py, start to first step: {statistics.median(starts):.1f} s "
+          f"({min(starts):.1f} to {max(starts):.1f})")
     if args.sweep:
         result["sweep"] = sweep(args, device)
     for name, value in result["ratios"].items():
