@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoint, runtime
-from common.generation import Fused, Sampling, StreamDecoder, stream
+from common.generation import FusedModel, Sampling, StreamDecoder, stream
 from Config import FLAGS, OneLineParser, UserError, number
 from dataset import TAG_PATTERN, TAGS, TextEncoder, encode_chat, load_tokenizer
 from model import WeakWater
@@ -76,10 +76,10 @@ class Loaded:
         return runtime.autocast(self.device, self.dtype)
 
     @cached_property
-    def fused(self) -> Fused:
+    def fused(self) -> FusedModel:
         """The weights for decoding, in the precision of `dtype`."""
         with self.autocast():
-            return Fused(self.model)
+            return FusedModel(self.model)
 
     def generator(self, seed: int) -> torch.Generator:
         """A random generator on the model's device."""
@@ -153,10 +153,11 @@ class Display:
 def answer(loaded: Loaded, ids: list[int], args, generator: torch.Generator, colour: bool) -> tuple[str, bool]:
     """Stream the continuation of `ids` to stdout; (its text, whether Ctrl-C stopped it)."""
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)
+    fused = loaded.fused  # before the clock starts
     decoder, display, text, n_tokens, reason = StreamDecoder(loaded.tokenizer), Display(colour), "", 0, "interrupted"
     begin, times = time.perf_counter(), []
     try:
-        for _, new_ids, reason_now in stream(loaded.fused, [ids], args.max_new_tokens, sampling,
+        for _, new_ids, reason_now in stream(fused, [ids], args.max_new_tokens, sampling,
                                              {loaded.encoder.eos_id}, loaded.encoder.vocab_size, generator):
             times.append(time.perf_counter())
             n_tokens += len(new_ids)  # none, with </s>

@@ -5,7 +5,7 @@
 People have a home, a trade, a favourite dish, a pet and a pastime; places have a river, a ware, a feast and a sight.
 Things are counted: they are bought, lost, multiplied and shared out. Out of this come
 
-    pretrain.jsonl     portraits, scenes, things counted, things told twice, sums: every fact stands here
+    pretrain.jsonl     portraits, comparisons, scenes, things told twice, counting and sums: every fact stands here
     sft_512.jsonl      short chats: who are you, facts, sums, a few problems answered at once
     sft_1024.jsonl     the same as long chats, nearly all of 513 to 1,024 tokens of the quickstart's tokenizer
     r1_1024.jsonl      problems, and some of everything else, thought through before they are answered

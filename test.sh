@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Sets up .venv (once) and runs style check and tests.   bash test.sh [--extra] [pytest options]
-# --extra adds the slow tests (marked `extra`) and installs requirements-extra.txt, part of which is compiled.
+# --extra adds the slow tests (marked `extra`) and installs requirements-extra.txt, which needs a C++ compiler and CMake.
 set -euo pipefail
 cd "$(dirname "$0")"
 source runs/venv.sh
-requirements=(requirements.txt requirements-dev.txt) marks="not extra"
+prepare_venv requirements.txt requirements-dev.txt
+activate_venv
+marks="not extra"
 if [ "${1:-}" = "--extra" ]; then
-    requirements+=(requirements-extra.txt) marks=""
+    prepare_venv requirements-extra.txt || echo "requirements-extra.txt was not installed: what needs it is skipped" >&2
+    marks=""
     shift
 fi
-prepare_venv "${requirements[@]}"
-activate_venv
-
 ruff check .
 exec python -m pytest -m "$marks" "$@"

@@ -74,16 +74,42 @@ def middle(runs: list[dict], key: str) -> float:
 
 
 def make_corpus(path: Path, megabytes: float) -> None:
-    """Generated text of about so many megabytes: the quickstart's world, with one seed after another."""
+    """Generated text of about so many megabytes: the quickstart's world, of one seed after another, in random order."""
+    import random
+
     from make_demo_data import World
 
     size = 0
     with open(path, "w", encoding="utf-8") as stream:
         for seed in count():
-            for text in World(seed).texts():
+            for text in random.Random(seed).sample(texts := list(World(seed).texts()), len(texts)):
                 size += stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n") * 3  # bytes, about
                 if size >= 1e6 * megabytes:
                     return
+
+
+def copy_texts(source: str, target: Path, megabytes: float = float("inf")) -> int:
+    """The texts of any JSONL file as plain {"text": ...} lines, for loops that know nothing else; returns how many.
+
+    Lines that are malformed or empty are left out, and counted. Raises UserError when the file cannot be read.
+    """
+    from dataset import MalformedRecord, find_files, parse_record, read_lines
+
+    left_out = written = size = 0
+    with open(target, "w", encoding="utf-8") as stream:
+        for file in find_files(source):
+            for _, line in read_lines(file):
+                try:
+                    text = parse_record(line, "text")["text"]
+                except MalformedRecord:
+                    text = ""
+                if not text:
+                    left_out += 1
+                elif size < 1e6 * megabytes:
+                    stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                    written, size = written + 1, size + len(text.encode("utf-8"))
+    print(f"{source}: {written:,} texts, {left_out:,} malformed or empty lines left out")
+    return written
 
 
 def to_transformers(model):

@@ -24,9 +24,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import make_corpus, middle, peak_mebibytes, print_result, print_table, ratio, take_turns
+from benchmarks.measure import (
+    copy_texts,
+    make_corpus,
+    middle,
+    peak_mebibytes,
+    print_result,
+    print_table,
+    ratio,
+    take_turns,
+)
 from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
-from dataset import parse_record, read_lines
 
 TIMES = (1, 2, 4)
 HELD_OUT = 500  # documents
@@ -120,7 +128,7 @@ def main() -> None:
     parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS),
                         help="its vocabulary size (default: %(default)s)")
     parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
-    parser.add_argument("--data_path", help="a JSONL file of texts (default: generated)")
+    parser.add_argument("--data_path", help="JSONL of texts (default: generated)")
     parser.add_argument("--megabytes", type=number(float, 0.1), default=8,
                         help="of the largest text (default: %(default)s)")
     for hidden in ("alone", "out", "vocab_size"):
@@ -135,21 +143,17 @@ def main() -> None:
 
     machine = runtime.describe_machine(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
-        source = Path(args.data_path or Path(name) / "text.jsonl")
-        if not args.data_path:
+        source = Path(name) / "text.jsonl"
+        if args.data_path:
+            copy_texts(args.data_path, source, args.megabytes)
+        else:
             make_corpus(source, args.megabytes)
-        elif not source.is_file():
-            raise UserError(f"--data_path {source}: not a file")
-        lines, size = [], 0
-        for _, line in read_lines(source):
-            text = parse_record(line, "text")["text"]
-            lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            size += len(text.encode("utf-8"))
-            if size >= 1e6 * args.megabytes:
-                break
+        with open(source, encoding="utf-8") as stream:
+            lines = list(stream)
         if len(lines) < 2 * HELD_OUT:
-            raise UserError(f"{source}: {len(lines)} texts are too few: at least {2 * HELD_OUT} are needed")
-        print(f"{machine}; {size / 1e6:.1f} MB of text, {args.repeats} turns")
+            raise UserError(f"{args.data_path or '--megabytes'}: {len(lines)} texts are too few: at least "
+                            f"{2 * HELD_OUT} are needed")
+        print(f"{machine}; {source.stat().st_size / 1e6:.1f} MB of text, {args.repeats} turns")
         result = compare(args, lines, Path(name))
     for name, value in result["ratios"].items():
         print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")

@@ -9,10 +9,10 @@ transformers fp32    LlamaForCausalLM (sdpa, no cache), one document a row padde
 transformers bf16    the same under bf16 autocast
 
 "chats": conversations with the lengths of real SFT data, or those of --data_path, where padding hurts. "full rows":
-rows without padding, where only the arithmetic counts. The losses of the first step must agree, else nothing is timed.
-"s to first step" and memory are those of the loop alone in a process; "pretrain.py" is the stage script from its start
-to the line of its first step, with a warm token cache. With CUDA, transformers is also timed compiled (--compile also
-compiles ours). --sweep shows how both grow with model, row length and rows.
+rows without padding, where only the arithmetic counts. First all take a step in fp32: losses and gradient norms must
+agree, else nothing is timed. "s to first step" and "peak MiB" are those of each loop alone in a process; "pretrain.py"
+is the stage script from its start to the line of its first step, with a warm token cache. With CUDA, transformers is
+also timed compiled (--compile also compiles ours). --sweep shows how both grow with model, row length and rows.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from model import WeakWater
 ROOT = Path(__file__).resolve().parent.parent
 TARGET_SHARE = 0.57  # of an SFT conversation; measured in characters, like the lengths, on 6,000 real conversations
 MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS = 108, 1.05, 16  # a log-normal distribution, cut to what a row holds
-AGREEMENT = 0.02  # how far a bf16 loss may lie from the fp32 one, as a share of it
+LOSS_AGREEMENT, NORM_AGREEMENT = 1e-5, 1e-3  # how far two losses and gradient norms in fp32 may differ, as a share
 
 
 # ---------------------------------------------------------------------------------------------
@@ -78,12 +78,14 @@ def read_chats(rng: np.random.Generator, args, vocab_size: int, tokens: int) -> 
         documents = load_documents(args.data_path, tokenizer, "chat", folder, args.max_seq_len)
         cache, chats, total = documents.cache, [], 0
         for document in rng.permutation(len(documents)):
+            if total >= tokens:
+                break
             begin, length = int(cache.documents["start"][documents.index[document]]), int(documents.length[document])
             chats.append((np.array(cache.tokens[begin:begin + length], np.int64),
                           np.array(cache.kinds[begin:begin + length]) != CONTEXT))
             total += length
-            if total >= tokens:
-                break
+    if total < tokens:
+        raise UserError(f"--data_path {args.data_path}: {total:,} tokens are less than a step, {tokens:,}")
     return chats
 
 
@@ -100,7 +102,7 @@ class Ours:
         self.device, self.dtype = device, runtime.pick_dtype("auto", device)[0]
         self.model = WeakWater(config).to(device).train()
         self.optimizers = make_optimizers(self.model, "adamw", 1e-4, 0.1)
-        self.buffer_tokens = rows * max_seq_len
+        self.rows, self.buffer_tokens = rows, rows * max_seq_len
         if compiled:
             print(f"ours, compile: {runtime.compile_blocks(self.model, device)}")
 
@@ -121,8 +123,8 @@ class Ours:
             batches.append(MicroBatch(tokens, lengths, index, tokens[index + 1], np.ones(len(index), np.float32)))
         return batches
 
-    def step(self, documents: list[tuple]) -> float:
-        """One optimizer step; its loss."""
+    def step(self, documents: list[tuple]) -> tuple[float, float]:
+        """One optimizer step; its loss and its gradient's norm."""
         batches = self.micro_batches(documents)
         total, step_loss = sum(len(batch.targets) for batch in batches), 0.0
         for batch in batches:
@@ -130,11 +132,11 @@ class Ours:
                 loss = self.model(**batch.to(self.device)) / total
             loss.backward()
             step_loss += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return float(step_loss)
+        return float(step_loss), float(norm)
 
 
 class Transformers:
@@ -145,18 +147,20 @@ class Transformers:
         self.model = to_transformers(WeakWater(config)).to(device).train()
         self.model.config.use_cache = False
         self.forward = torch.compile(self.model) if compiled else self.model
-        self.device, self.bf16, self.padded_to = device, bf16, padded_to
+        self.device, self.dtype, self.padded_to = device, "bf16" if bf16 else "fp32", padded_to
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1,
                                            fused=True)
         self.rows = 8
 
     def choose_rows(self, documents: list[tuple], choices: tuple[int, ...]) -> None:
         """Keep the micro-batch with which a step is fastest."""
-        seconds = take_turns({rows: partial(self.step, documents, rows) for rows in choices}, 2)
-        self.rows = min(choices, key=lambda rows: min(seconds[rows]))
+        seconds = take_turns({rows: partial(self.step, documents, rows) for rows in choices}, 1)
+        self.rows = min(choices, key=lambda rows: seconds[rows])
+        if self.forward is not self.model:  # else compiled for any number of rows, and slower
+            torch.compiler.reset()
 
-    def step(self, documents: list[tuple], rows: int | None = None) -> float:
-        """One optimizer step; its loss."""
+    def step(self, documents: list[tuple], rows: int | None = None) -> tuple[float, float]:
+        """One optimizer step; its loss and its gradient's norm."""
         rows = rows or self.rows
         total, step_loss = sum(int(is_target.sum()) for _, is_target in documents), 0.0
         for begin in range(0, len(documents), rows):
@@ -167,14 +171,14 @@ class Transformers:
                 ids[row, :len(document)], mask[row, :len(document)] = document, 1
                 labels[row, :len(document)] = np.where(is_target, document, -100)
             ids, labels, mask = (torch.from_numpy(x).to(self.device) for x in (ids, labels, mask))
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            with runtime.autocast(self.device, self.dtype):
                 loss = self.forward(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=total).loss
             loss.backward()
             step_loss += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(step_loss)
+        return float(step_loss), float(norm)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -201,23 +205,36 @@ def work_of(args, config: LLMConfig) -> dict[str, list[tuple]]:
             "full rows": make_rows(rng, config.vocab_size, args.rows, args.max_seq_len)}
 
 
-def first_step(args, config: LLMConfig, device: torch.device) -> dict:
-    """One loop alone in this process: seconds from its start to the end of the first step, and memory after three."""
-    documents = work_of(args, config)["chats"]
+def save_documents(documents: list[tuple], path: Path) -> None:
+    """For `load_saved` in another process."""
+    np.savez(path, lengths=[len(ids) for ids, _ in documents], ids=np.concatenate([ids for ids, _ in documents]),
+             is_target=np.concatenate([is_target for _, is_target in documents]))
+
+
+def load_saved(path: str) -> list[tuple]:
+    """What `save_documents` was given."""
+    with np.load(path) as saved:
+        ends = np.cumsum(saved["lengths"])[:-1]
+        return list(zip(np.split(saved["ids"], ends), np.split(saved["is_target"], ends), strict=True))
+
+
+def first_steps(args, config: LLMConfig, device: torch.device) -> dict:
+    """One loop alone in this process: seconds from its start to the end of the first step, and memory after two."""
+    documents = load_saved(args.documents)
     loop = make_loops(args, config, device, [args.alone])[args.alone]
+    loop.rows = args.micro_rows
     loop.step(documents)
     seconds = time.time() - float(os.environ["BENCHMARK_START"])  # when `alone` started this process
-    for _ in range(2):
-        loop.step(documents)
+    loop.step(documents)
     return {"seconds_to_first_step": seconds, "peak_mebibytes": peak_mebibytes(device)}
 
 
-def alone(args, name: str) -> dict:
-    """`first_step` of a loop, in a process of its own."""
-    command = [sys.executable, __file__, "--alone", name, *(["--data_path", args.data_path] if args.data_path else []),
-               "--tokenizer_path", args.tokenizer_path, "--preset", args.preset, "--rows", str(args.rows),
-               "--max_seq_len", str(args.max_seq_len), "--seed", str(args.seed), "--device", args.device]
-    done = subprocess.run([*command, *["--compile"] * args.compile], capture_output=True, text=True,
+def alone(args, name: str, micro_rows: int, documents: Path) -> dict:
+    """`first_steps` of a loop, in a process of its own."""
+    command = [sys.executable, __file__, "--alone", name, "--micro_rows", str(micro_rows), "--documents",
+               str(documents), "--preset", args.preset, "--rows", str(args.rows), "--max_seq_len",
+               str(args.max_seq_len), "--device", args.device, *["--compile"] * args.compile]
+    done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"BENCHMARK_START": str(time.time())})
     if done.returncode:
         raise RuntimeError(f"{name} alone: {done.stderr[-2000:]}")
@@ -229,10 +246,12 @@ def script_to_first_step(args) -> list[float]:
     seconds = []
     with tempfile.TemporaryDirectory() as name:
         data, tokenizer = f"{name}/data", f"{name}/tokenizer"
-        for command in ([*"make_demo_data.py --share 0.1 --out_dir".split(), data],
+        for command in (["make_demo_data.py", "--out_dir", data],
                         ["train_tokenizer.py", "--data_path", data, "--tokenizer_path", tokenizer,
                          "--vocab_size", str(LLMConfig.preset(args.preset).vocab_size)]):
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+            done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{command[0]}: {done.stderr.strip()}")
         for turn in range(args.repeats + 1):
             command = [sys.executable, "pretrain.py", "--preset", args.preset, "--data_path", f"{data}/pretrain.jsonl",
                        "--tokenizer_path", tokenizer, "--out_dir", f"{name}/{turn}", "--cache_dir", f"{name}/cache",
@@ -248,27 +267,37 @@ def script_to_first_step(args) -> list[float]:
     return seconds[1:]  # the first made the cache
 
 
-def check_agreement(loops: dict, documents: list[tuple]) -> dict[str, float]:
-    """The loss of each loop's first step; raises RuntimeError where they are not those of the same work."""
-    losses = {name: loop.step(documents) for name, loop in loops.items()}
-    reference = losses["transformers fp32"]
-    for name, loss in losses.items():
-        if abs(loss - reference) > AGREEMENT * reference:
-            raise RuntimeError(f"{name}: loss {loss:.5f}, transformers fp32: {reference:.5f}: not the same work")
-    return losses
+def check_agreement(loops: dict, documents: list[tuple], start: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    """Loss and gradient norm of a step of each loop in fp32 from the weights `start`; raises RuntimeError where they
+    are not those of the same work."""
+    found = {}
+    for name, loop in loops.items():
+        loop.model.load_state_dict(start)
+        usual, loop.dtype = loop.dtype, "fp32"
+        found[name] = loop.step(documents)
+        loop.dtype = usual
+    loss, norm = found["transformers fp32"]
+    for name, (its_loss, its_norm) in found.items():
+        if not (abs(its_loss - loss) <= LOSS_AGREEMENT * loss and abs(its_norm - norm) <= NORM_AGREEMENT * norm):
+            raise RuntimeError(f"{name}: loss {its_loss:.6f}, gradient norm {its_norm:.5f}; transformers fp32: "
+                               f"{loss:.6f}, {norm:.5f}: not the same work")
+    return found
 
 
-def compare(args, config: LLMConfig, device: torch.device, peak: float) -> dict:
+def compare(args, config: LLMConfig, device: torch.device, dtype: str, peak: float) -> dict:
     """Time all loops on both kinds of work, print the tables, return everything."""
-    names = ["ours", "transformers fp32", "transformers bf16"]
+    names = ["ours", "transformers fp32"] + ["transformers bf16"] * (dtype == "bf16")
     if device.type == "cuda":
-        names += ["transformers fp32 compiled", "transformers bf16 compiled"]
+        names += [f"{name} compiled" for name in names[1:]]
     loops, result, seconds = make_loops(args, config, device, names), {}, {}
-    own = {name: alone(args, name) for name in names}
+    start = {name: tensor.clone() for name, tensor in loops["ours"].model.state_dict().items()}
     for kind, documents in work_of(args, config).items():
-        losses = check_agreement(loops, documents) if kind == "chats" else {}
+        found = check_agreement(loops, documents, start)
+        print(f"\n{kind}: {len(documents)} documents, {sum(len(ids) for ids, _ in documents):,} tokens a step; loss "
+              f"{found['ours'][0]:.5f} and gradient norm {found['ours'][1]:.4f} in fp32: the same in all loops")
         for name in names[1:]:
-            loops[name].choose_rows(documents, (2, 4, 8, 16))
+            loops[name].choose_rows(documents, (4, 8, 16))
+        own = measure_alone(args, loops, documents) if kind == "chats" else {}
         seconds[kind] = take_turns({n: partial(loop.step, documents) for n, loop in loops.items()}, args.repeats)
         useful = sum(len(ids) for ids, _ in documents)
         flops = useful * loops["ours"].model.flops_per_token(
@@ -280,23 +309,39 @@ def compare(args, config: LLMConfig, device: torch.device, peak: float) -> dict:
             result[f"{kind}, {name}"] = dict(
                 seconds=seconds[kind][name], useful_tokens_per_second=useful / middle,
                 positions_per_second=positions / middle, useful_share=useful / positions, mfu=flops / middle / peak,
-                loss=losses.get(name), rows=getattr(loops[name], "rows", args.rows), **own[name])
+                loss=found[name][0], rows=loops[name].rows, alone=own.get(name))
             rows.append([name, f"{useful / middle:,.0f}", f"{useful / max(seconds[kind][name]):,.0f} to "
                          f"{useful / min(seconds[kind][name]):,.0f}", f"{positions / middle:,.0f}",
                          f"{useful / positions:.0%}", f"{flops / middle / peak:.1%}",
-                         f"{own[name]['seconds_to_first_step']:.1f}", f"{own[name]['peak_mebibytes']:,.0f}"])
-        print(f"\n{kind}: {len(documents)} documents, {useful:,} tokens a step")
-        print_table(["", "useful tokens/s", "range", "positions/s", "useful", "MFU", "s to first step", "peak MiB"],
-                    rows)
-    result["ratios"] = {
-        "useful_vs_padded_fp32": ratio(seconds["chats"]["transformers fp32"], seconds["chats"]["ours"]),
-        "positions_vs_fp32": ratio(seconds["full rows"]["transformers fp32"], seconds["full rows"]["ours"]),
-        "positions_vs_transformers_bf16": ratio(seconds["full rows"]["transformers bf16"],
-                                                seconds["full rows"]["ours"])}
-    if device.type == "cuda":
-        result["ratios"]["positions_vs_transformers_bf16_compiled"] = ratio(
-            seconds["full rows"]["transformers bf16 compiled"], seconds["full rows"]["ours"])
+                         *(f"{statistics.median(run[key] for run in own[name]):,.{digits}f}" for key, digits in (
+                             ("seconds_to_first_step", 1), ("peak_mebibytes", 0)) if own)])
+        head = ["", "useful tokens/s", "range", "positions/s", "useful", "MFU", "s to first step", "peak MiB"]
+        print_table(head if own else head[:-2], rows)
+
+    def times(kind: str, name: str) -> dict:
+        return ratio(seconds[kind][name], seconds[kind]["ours"])
+
+    result["ratios"] = {"useful_vs_padded_fp32": times("chats", "transformers fp32"),
+                        "positions_vs_fp32": times("full rows", "transformers fp32")}
+    if dtype == "bf16":
+        result["ratios"] |= {"useful_vs_padded_bf16": times("chats", "transformers bf16"),
+                             "positions_vs_transformers_bf16": times("full rows", "transformers bf16")}
+    for name in names:
+        if name.endswith("compiled"):
+            result["ratios"][f"positions_vs_{name.replace(' ', '_')}"] = times("full rows", name)
     return result
+
+
+def measure_alone(args, loops: dict, documents: list[tuple]) -> dict[str, list[dict]]:
+    """`alone` for every loop, in turns."""
+    runs = {name: [] for name in loops}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "documents.npz"
+        save_documents(documents, path)
+        for _ in range(min(args.repeats, 3)):
+            for name, loop in loops.items():
+                runs[name].append(alone(args, name, loop.rows, path))
+    return runs
 
 
 def sweep(args, device: torch.device) -> list[dict]:
@@ -308,7 +353,7 @@ def sweep(args, device: torch.device) -> list[dict]:
         here = argparse.Namespace(**(vars(args) | case))
         config = LLMConfig.preset(here.preset)
         loops = make_loops(here, config, device, ["ours", "transformers bf16"])
-        documents = work_of(here, config)["full rows"]
+        documents = make_rows(np.random.default_rng(args.seed), config.vocab_size, here.rows, here.max_seq_len)
         seconds = take_turns({n: partial(loop.step, documents) for n, loop in loops.items()}, min(args.repeats, 3))
         tokens = here.rows * here.max_seq_len
         middle = {name: statistics.median(times) for name, times in seconds.items()}
@@ -333,18 +378,22 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile ours as well")
     parser.add_argument("--sweep", action="store_true", help="also: other models, row lengths and rows")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    for hidden in ("alone", "documents"):
+        parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
+    parser.add_argument("--micro_rows", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device, _ = runtime.pick_device(args.device)
-    runtime.prepare(device, args.seed, False)
+    dtype, _ = runtime.pick_dtype("auto", device)
     config = LLMConfig.preset(args.preset)
+    if args.alone in (None, "ours"):  # our way with freed memory
+        runtime.prepare(device, args.seed, False)
     if args.alone:
-        print_result(first_step(args, config, device))
+        print_result(first_steps(args, config, device))
         return
-    peak = matmul_rate(device, torch.bfloat16)
-    print(f"{runtime.describe_machine(device)}; matrix products: {peak / 1e12:.2f} TFLOP/s in bf16; {args.preset}, "
+    peak = matmul_rate(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
+    print(f"{runtime.describe_machine(device)}; matrix products: {peak / 1e12:.2f} TFLOP/s in {dtype}; {args.preset}, "
           f"{args.rows} x {args.max_seq_len} tokens a step, {args.repeats} turns")
-    result = compare(args, config, device, peak)
+    result = compare(args, config, device, dtype, peak)
     result["script_to_first_step"] = starts = script_to_first_step(args)
     print(f"\npretrain.py, start to first step: {statistics.median(starts):.1f} s "
           f"({min(starts):.1f} to {max(starts):.1f})")

@@ -1,6 +1,6 @@
 """Decoding: prompts in, ids and text out. Pure functions over a key/value cache, after gpt-fast's generate.py.
 
-    Fused              a model's weights as decoding reads them, and the network over a KVCache
+    FusedModel         a model's weights as decoding reads them, and the network over a KVCache
     prefill            all prompts into the cache at once    → logits (B, V) after the last token of each
     decode_one_token   one more token in each row            → logits (B, V)
     adjust, sample     logits (B, V) → scores (B, V) → ids (B,)
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from Config import LLMConfig, UserError
+from Config import UserError
 from model import WeakWater, attend
 
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is the argmax to within float32
@@ -60,36 +60,35 @@ class KVCache:
     a row's slots beyond its position hold rubbish that the mask hides and later tokens overwrite.
     """
 
-    def __init__(self, config: LLMConfig, batch_size: int, length: int, device, dtype: torch.dtype):
-        shape = (config.n_layers, batch_size, length, config.n_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.rows_B1 = torch.arange(batch_size, device=device).unsqueeze(1)
+    def __init__(self, fused: "FusedModel", batch_size: int, length: int):
+        c = fused.config
+        shape = (c.n_layers, batch_size, length, c.n_kv_heads, c.head_dim)
+        self.keys = torch.zeros(shape, device=fused.device, dtype=fused.dtype)
+        self.values = torch.zeros(shape, device=fused.device, dtype=fused.dtype)
+        self.rows_B1 = torch.arange(batch_size, device=fused.device).unsqueeze(1)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Only these rows go on."""
-        self.keys, self.values, self.rows_B1 = self.keys[:, rows], self.values[:, rows], self.rows_B1[:len(rows)]
+        self.rows_B1 = self.rows_B1[:len(rows)]
+        self.keys = self.keys[:, rows]  # one after the other: the old ones are freed in between
+        self.values = self.values[:, rows]
 
 
-class Fused:
-    """model.WeakWater for decoding: the same function of the same weights from as few operations as can be, since in a
-    small model they take longer to start than to run.
+class FusedModel:
+    """model.WeakWater for decoding: the same function of the same weights, from as few operations as can be.
 
-    Matrices that multiply the same vector are one. They and the cache are in `dtype`, the precision of the products
-    (default: autocast's where it is on, else the weights'); all else is in the precision that autocast would use.
-    A copy of the weights: make it anew after they change.
+    Matrices that multiply the same vector are one. They and the cache are in the precision of the products, autocast's
+    where it is on and else the weights', once and not for each token; all else is in the precision that it has under
+    autocast. Some weights are shared with the model and others are copies: make it anew after they change.
     """
 
     @torch.no_grad()
-    def __init__(self, model: WeakWater, dtype: torch.dtype | None = None):
+    def __init__(self, model: WeakWater):
         self.config = c = model.config
         self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
-        self.device = self.embedding.device
-        if dtype is None:
-            kind = self.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.dtype
-        self.dtype = dtype
-        self.head = model.lm_head.weight.to(dtype)
+        self.device, kind = self.embedding.device, self.embedding.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.dtype
+        self.dtype, self.head = dtype, model.lm_head.weight.to(dtype)
         self.layers = []
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
@@ -106,15 +105,20 @@ class Fused:
         self.sin_SD = torch.cat([-sin_SD[:, :c.head_dim // 2], sin_SD[:, c.head_dim // 2:]], dim=1)
 
     def normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """model.RMSNorm, then in the precision of the products."""
-        x32 = x.to(self.cos_SD.dtype)
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.norm_eps)
-        return (weight * x32.to(x.dtype)).to(self.dtype)
+        """model.RMSNorm."""
+        x32 = x.float()
+        return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.norm_eps)).to(x.dtype)
 
     def hidden(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, cache: KVCache, length: int,
                aligned: bool) -> torch.Tensor:
         """Hidden states (B, T, C) of tokens at `positions_BT`, of which `length` is the largest + 1; their keys and
-        values go into the cache. `aligned`: all rows stand at the same positions, length - T to length - 1."""
+        values go into the cache. `aligned`: all rows stand at the same positions, length - T to length - 1.
+
+        Raises UserError beyond the cache or the model's context.
+        """
+        most = min(cache.keys.shape[2], self.config.max_seq_len)
+        if length > most:
+            raise UserError(f"position {length} is beyond the {most} that cache and context have room for")
         c, (B, T) = self.config, tokens_BT.shape
         H, turned, half = c.n_heads, c.n_heads + c.n_kv_heads, c.head_dim // 2
         cos_BT1D, sin_BT1D = self.cos_SD[positions_BT].unsqueeze(2), self.sin_SD[positions_BT].unsqueeze(2)
@@ -125,7 +129,7 @@ class Fused:
         x_BTC = F.embedding(tokens_BT, self.embedding)
         for layer, (norm, qkv, head_norm, out, norm_2, gate_up, down) in enumerate(self.layers):
             keys, values = cache.keys[layer], cache.values[layer]
-            heads = F.linear(self.normalise(x_BTC, norm), qkv).view(B, T, turned + c.n_kv_heads, c.head_dim)
+            heads = F.linear(self.normalise(x_BTC, norm).to(self.dtype), qkv).view(B, T, -1, c.head_dim)
             q_and_k, v = heads[:, :, :turned], heads[:, :, turned:]
             if head_norm is not None:
                 q_and_k = self.normalise(q_and_k, head_norm)
@@ -137,40 +141,40 @@ class Fused:
                 keys[cache.rows_B1, positions_BT], values[cache.rows_B1, positions_BT] = q_and_k[:, :, H:], v
             attended = attend(q_and_k[:, :, :H], keys[:, :length], values[:, :length], causal, mask)
             x_BTC.add_(F.linear(attended.reshape(B, T, H * c.head_dim), out))
-            gate, up = F.linear(self.normalise(x_BTC, norm_2), gate_up).chunk(2, -1)
+            gate, up = F.linear(self.normalise(x_BTC, norm_2).to(self.dtype), gate_up).chunk(2, -1)
             x_BTC.add_(F.linear(F.silu(gate).mul_(up), down))
         return self.normalise(x_BTC, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., C) → (..., V), at least float32."""
-        logits = F.linear(hidden, self.head)
+        logits = F.linear(hidden.to(self.dtype), self.head)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.inference_mode()
-def prefill(weights: Fused, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
+def prefill(fused: FusedModel, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
     """Put all prompts into an empty cache; logits (B, V) after the last token of each, at least float32.
 
     Shorter prompts are padded on the right. What the padding leaves in the cache is never seen: it stands
     beyond the row's position, and the row's own next tokens overwrite it.
     """
     longest = max(map(len, prompts))
-    tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=weights.device)
-    positions_BT = torch.arange(longest, device=weights.device).expand(len(prompts), longest)
-    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=weights.device)
-    hidden_BTC = weights.hidden(tokens_BT, positions_BT, cache, longest, aligned=True)
-    return weights.logits(hidden_BTC[cache.rows_B1[:, 0], last_B])  # only these: (B, T, V) would fill a GPU
+    tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=fused.device)
+    positions_BT = torch.arange(longest, device=fused.device).expand(len(prompts), longest)
+    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=fused.device)
+    hidden_BTC = fused.hidden(tokens_BT, positions_BT, cache, longest, aligned=True)
+    return fused.logits(hidden_BTC[cache.rows_B1[:, 0], last_B])  # only these: (B, T, V) would fill a GPU
 
 
 @torch.inference_mode()
-def decode_one_token(weights: Fused, token_B: torch.Tensor, position_B: torch.Tensor, cache: KVCache, length: int,
+def decode_one_token(fused: FusedModel, token_B: torch.Tensor, position_B: torch.Tensor, cache: KVCache, length: int,
                      aligned: bool = False) -> torch.Tensor:
     """Put one token of each row into the cache at its position; logits (B, V) after it, at least float32.
 
     `length` is the largest position + 1, which the device would have to be asked for, and `aligned` whether all
     positions are the same.
     """
-    return weights.logits(weights.hidden(token_B[:, None], position_B[:, None], cache, length, aligned)[:, 0])
+    return fused.logits(fused.hidden(token_B[:, None], position_B[:, None], cache, length, aligned)[:, 0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ class Generation:
 
 
 @torch.inference_mode()
-def stream(model: WeakWater | Fused, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+def stream(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
            stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
            sync_every: int = 1) -> Iterator[tuple[int, list[int], str | None]]:
     """Continue a batch of prompts; yields (row, new ids, None or the reason the row ended), as in Generation.
@@ -244,36 +248,40 @@ def stream(model: WeakWater | Fused, prompts: list[list[int]], max_new_tokens: i
     Tokens are brought to the host `sync_every` at a time, the loop's only wait for the device. Rows that have
     ended then leave the batch. Ids from `vocab_size` on (a model may have more rows than its tokenizer entries)
     are never sampled. `generator` stands on the model's device. A model is fused first, for which whoever asks
-    again and again does better to give the Fused.
+    again and again does better to give the FusedModel.
 
     Raises UserError when a prompt is empty or leaves no room in the context, or the weights give no finite logits.
     """
-    weights = model if isinstance(model, Fused) else Fused(model)
-    context, device = weights.config.max_seq_len, weights.device
-    stop_ids, vocab_size = set(stop_ids), vocab_size or weights.config.vocab_size
-    if not all(0 < len(prompt) < context for prompt in prompts):
-        raise UserError(f"a prompt must have 1 to {context - 1} tokens, not {max(map(len, prompts))}")
+    fused = model if isinstance(model, FusedModel) else FusedModel(model)
+    context, device = fused.config.max_seq_len, fused.device
+    stop_ids, vocab_size = set(stop_ids), vocab_size or fused.config.vocab_size
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise UserError(f"a prompt must have 1 to {context - 1} tokens, not {len(prompt)}")
     assert max_new_tokens > 0 and sync_every > 0
     filled = [len(prompt) for prompt in prompts]  # by prompt: tokens so far, and how many there may be
     limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
-    cache = KVCache(weights.config, len(prompts), max(limits), device, weights.dtype)
+    cache = KVCache(fused, len(prompts), max(limits))
     seen_BV = _seen(prompts, vocab_size, device) if sampling.repetition_penalty != 1 else None
     token_B, position_B = None, torch.tensor(filled, device=device)
-    logits_BV = prefill(weights, prompts, cache)
-    if not torch.isfinite(logits_BV).all():
-        raise UserError("the model's logits are not finite: its weights are broken, or fp16 overflows (--dtype fp32)")
+    logits_BV = prefill(fused, prompts, cache)
     while rows:
+        total = torch.zeros((), device=device)  # of all logits: not finite as soon as one is not
         chosen, longest = [], max(filled[row] for row in rows)
         aligned = all(filled[row] == longest for row in rows)
         for step in range(min(sync_every, *(limits[row] - filled[row] for row in rows))):
             if token_B is not None:
-                logits_BV = decode_one_token(weights, token_B, position_B, cache, longest + step, aligned)
+                logits_BV = decode_one_token(fused, token_B, position_B, cache, longest + step, aligned)
                 position_B = position_B + 1
+            total = total + logits_BV.sum()
             token_B = sample(adjust(logits_BV[:, :vocab_size], sampling, seen_BV), sampling.greedy, generator)
             if seen_BV is not None:
                 seen_BV.scatter_(1, token_B[:, None], True)
             chosen.append(token_B)
+        if not math.isfinite(total):
+            raise UserError("the model's logits are not finite: its weights are broken, or fp16 overflows "
+                            "(--dtype fp32)")
         going_on = []
         for index, (row, ids) in enumerate(zip(rows, torch.stack(chosen, 1).tolist(), strict=True)):
             filled[row] += len(ids)
@@ -293,7 +301,7 @@ def stream(model: WeakWater | Fused, prompts: list[list[int]], max_new_tokens: i
             cache.keep(keep)
 
 
-def generate(model: WeakWater | Fused, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+def generate(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
              sync_every: int = 16) -> list[Generation]:
     """Continue a batch of prompts to the end of each; arguments and errors are those of `stream`."""

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import pretrain
 from common import checkpoint, generation
 from common.answers import read_reply, wilson
-from common.generation import Fused, KVCache
+from common.generation import FusedModel, KVCache
 from common.optim import learning_rate, make_optimizers
 from common.runtime import autocast, run
 from common.scoring import score
@@ -566,8 +566,9 @@ def show_answer(args) -> None:
     print(f"{prompt}\n{' | '.join(texts(tokenizer, prompt))}")
 
     longest = min(len(prompt) + args.max_new_tokens, model.config.max_seq_len)
-    cache, weights = KVCache(model.config, 1, longest, CPU, torch.float32), Fused(model)
-    logits = generation.prefill(weights, [prompt], cache)
+    fused = FusedModel(model)
+    cache = KVCache(fused, 1, longest)
+    logits = generation.prefill(fused, [prompt], cache)
     title("prefill")
     print(f"keys and values (layers, B, slots, heads, D) {shape(cache.keys)}, of which {len(prompt)} slots are filled; "
           f"logits {shape(logits)}")
@@ -589,7 +590,7 @@ def show_answer(args) -> None:
         print(f"{position:4} {ids[-1]:5}  {probability[token].item():.3f}  [{', '.join(candidates)}]  {shown[-12:]!r}")
         if ids[-1] == encoder.eos_id or position + 1 == longest:
             break
-        logits = generation.decode_one_token(weights, token, torch.tensor([position]), cache, position + 1)
+        logits = generation.decode_one_token(fused, token, torch.tensor([position]), cache, position + 1)
     with torch.no_grad():  # without a cache, all over again: the same logits
         same(logits[0], model(torch.tensor([prompt + ids[:-1]]))[0, -1])
     ended = ids[-1] == encoder.eos_id

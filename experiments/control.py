@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.runtime import run
-from Config import FLAGS, OneLineParser, UserError
+from Config import FLAGS, OneLineParser, UserError, number
 from dataset import (
     MalformedRecord,
     StepLoader,
@@ -32,7 +32,6 @@ from dataset import (
     read_lines,
     write_jsonl,
 )
-from eval_model import number
 
 THOUGHT = re.compile(r"(<think>)(\s*).*?(</think>)", re.DOTALL)
 

@@ -14,22 +14,22 @@ PYTHON=${PYTHON:-.venv/bin/python}
 common=(--out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" --optimizer muon --warmup_ratio 0.02 --accumulation_steps 1
         --eval_interval 600 --eval_tokens 100000 --save_interval 300 --resume)
 
-[ -f "$OUT/data/held_out.jsonl" ] || $PYTHON experiments/hold_out.py --questions "$DATA/math_verifiable.jsonl.xz" \
+[ -f "$OUT/data/held_out.jsonl" ] || "$PYTHON" experiments/hold_out.py --questions "$DATA/math_verifiable.jsonl.xz" \
     --chats "$DATA/r1.jsonl.xz" --out_dir "$OUT/data"
-[ -d "$OUT/tokenizer" ] || $PYTHON train_tokenizer.py --data_path "$DATA/pretrain-*.jsonl.xz" \
+[ -d "$OUT/tokenizer" ] || "$PYTHON" train_tokenizer.py --data_path "$DATA/pretrain-*.jsonl.xz" \
     --val_path "$DATA/pretrain_val.jsonl.xz" --tokenizer_path "$OUT/tokenizer"
 
-$PYTHON pretrain.py --data_path "$DATA/pretrain-*.jsonl.xz" --val_path "$DATA/pretrain_val.jsonl.xz" \
+"$PYTHON" pretrain.py --data_path "$DATA/pretrain-*.jsonl.xz" --val_path "$DATA/pretrain_val.jsonl.xz" \
     --preset weakwater-5m --batch_size 8 --learning_rate 4e-3 --max_steps "$pretrain_steps" "${common[@]}"
-$PYTHON SFT.py --data_path "$DATA/sft.jsonl.xz" --batch_size 8 --learning_rate 2e-3 --max_steps "$sft_steps" \
+"$PYTHON" SFT.py --data_path "$DATA/sft.jsonl.xz" --batch_size 8 --learning_rate 2e-3 --max_steps "$sft_steps" \
     "${common[@]}"
-$PYTHON SFT_long.py --data_path "$DATA/sft.jsonl.xz" --batch_size 4 --learning_rate 1e-3 \
+"$PYTHON" SFT_long.py --data_path "$DATA/sft.jsonl.xz" --batch_size 4 --learning_rate 1e-3 \
     --max_steps "$sft_long_steps" "${common[@]}"
-$PYTHON distill.py --data_path "$OUT/data/chats.jsonl" --batch_size 4 --learning_rate 2e-3 --max_steps "$distill_steps" \
+"$PYTHON" distill.py --data_path "$OUT/data/chats.jsonl" --batch_size 4 --learning_rate 2e-3 --max_steps "$distill_steps" \
     "${common[@]}"
 
 for stage in SFT_long distill; do
-    $PYTHON evaluate.py --checkpoint "$OUT/$stage.pth" --out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" \
+    "$PYTHON" evaluate.py --checkpoint "$OUT/$stage.pth" --out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" \
         --data_path "$OUT/data/held_out.jsonl" --max_new_tokens 400
 done
 for stage in pretrain SFT SFT_long distill; do
@@ -41,7 +41,7 @@ for stage in pretrain SFT SFT_long distill; do
     fi
     for prompt in "${prompts[@]}"; do
         echo "=== $stage: $prompt"
-        $PYTHON eval_model.py --checkpoint "$OUT/$stage.pth" --tokenizer_path "$OUT/tokenizer" --prompt "$prompt" \
+        "$PYTHON" eval_model.py --checkpoint "$OUT/$stage.pth" --tokenizer_path "$OUT/tokenizer" --prompt "$prompt" \
             --temperature 0 --max_new_tokens 150 2> /dev/null
     done
 done | tee "$OUT/answers.txt"

@@ -4,8 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-[ -d weakwater_tokenizer ] || $PYTHON train_tokenizer.py --data_path "$DATA/pretrain.jsonl"
-$PYTHON pretrain.py --data_path "$DATA/pretrain.jsonl" --resume
-$PYTHON SFT.py --data_path "$DATA/sft_512.jsonl" --resume
-$PYTHON SFT_long.py --data_path "$DATA/sft_1024.jsonl" --resume
-$PYTHON distill.py --data_path "$DATA/r1_1024.jsonl" --resume
+[ -d weakwater_tokenizer ] || "$PYTHON" train_tokenizer.py --data_path "$DATA/pretrain.jsonl"
+"$PYTHON" pretrain.py --data_path "$DATA/pretrain.jsonl" --resume
+"$PYTHON" SFT.py --data_path "$DATA/sft_512.jsonl" --resume
+"$PYTHON" SFT_long.py --data_path "$DATA/sft_1024.jsonl" --resume
+"$PYTHON" distill.py --data_path "$DATA/r1_1024.jsonl" --resume

@@ -25,8 +25,8 @@ prepare_venv() {
     fi
     activate_venv
     # torch first and alone: another package's wider range must not choose its version
-    python -m pip install --quiet "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
-    python -m pip install --quiet "${files[@]}"
+    python -m pip install --quiet "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)" || return 1
+    python -m pip install --quiet "${files[@]}" || return 1
     for file in "$@"; do echo "$(cksum < "$file") $file"; done >> .venv/installed
 }
 

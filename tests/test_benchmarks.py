@@ -8,9 +8,12 @@ import pytest
 from conftest import ROOT
 
 RATIOS = {
-    "train_throughput.py --rows 2 --max_seq_len 64": {
-        "useful_vs_padded_fp32", "positions_vs_fp32", "positions_vs_transformers_bf16"},
-    "decode_throughput.py --prompt_tokens 8 --new_tokens 4 --batch 2": {"batch1_vs_transformers"},
+    "train_throughput.py --device cpu --rows 2 --max_seq_len 64": {"useful_vs_padded_fp32", "positions_vs_fp32"},
+    "decode_throughput.py --device cpu --prompt_tokens 8 --new_tokens 4 --batch 2": {"batch1_vs_transformers"},
+    "data_throughput.py --megabytes 0.5 --batches 3": {
+        "first_batch_warm_cache_vs_getitem", "tokens_vs_getitem", "memory_as_text_grows"},
+    "tokenizer_training.py --megabytes 1": {
+        f"plain_over_ours_{what}_{times}x" for what in ("seconds", "mebibytes") for times in (1, 2, 4)},
 }
 
 
@@ -18,10 +21,33 @@ RATIOS = {
 @pytest.mark.parametrize("command", RATIOS)
 def test_a_benchmark_ends_with_its_ratios(command):
     script, *flags = command.split()
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--preset", "nano", "--repeats", "1",
-                           "--device", "cpu", *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--preset", "nano", "--repeats", "2",
+                           *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert RATIOS[command] <= set(result["ratios"])
     for value in result["ratios"].values():
         assert 0 < value["min"] <= value["median"] <= value["max"]
+    if script == "train_throughput.py":
+        assert len(result["script_to_first_step"]) == 2
+
+
+def test_work_that_differs_is_not_timed():
+    """A loop that trains on other targets is found by its loss or its gradient."""
+    import torch
+
+    from benchmarks import train_throughput as benchmark
+    from Config import LLMConfig
+
+    args = benchmark.argparse.Namespace(rows=2, max_seq_len=64, compile=False, data_path=None, seed=0)
+    config, device = LLMConfig.preset("nano"), torch.device("cpu")
+    loops = benchmark.make_loops(args, config, device, ["ours", "transformers fp32"])
+    start = {name: tensor.clone() for name, tensor in loops["ours"].model.state_dict().items()}
+    for documents in benchmark.work_of(args, config).values():
+        benchmark.check_agreement(loops, documents, start)
+    step = loops["ours"].step
+    ids, is_target = documents[0]
+    one_less = [(ids, is_target & (ids != ids[-1])), *documents[1:]]
+    loops["ours"].step = lambda documents: step(one_less)
+    with pytest.raises(RuntimeError, match="not the same work"):
+        benchmark.check_agreement(loops, documents, start)

@@ -1,5 +1,7 @@
 """Sampling, the decoding loop, and text that streams in whole characters."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from common.generation import Sampling, StreamDecoder, adjust, generate, sample, stream
+from common.generation import FusedModel, KVCache, Sampling, StreamDecoder, adjust, generate, sample, stream
 from Config import LLMConfig, UserError
 from model import WeakWater
 
@@ -120,10 +122,25 @@ def test_stream_yields_token_by_token_and_joins_to_generate(model):
     assert joined == [g.ids for g in generate(model, [[1, 2], [3]], 6, Sampling(), (), sync_every=4)]
 
 
-def test_autocast_decodes_in_a_cache_of_its_own_precision(model):
+def test_autocast_decides_the_precision_of_products_and_cache(model):
+    assert KVCache(FusedModel(model), 1, 2).keys.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        half = generate(model, [[1, 2, 3]], 8, Sampling(), ())[0]
-    assert len(half.ids) == 8
+        fused = FusedModel(model)
+    assert KVCache(fused, 1, 2).keys.dtype == fused.head.dtype == torch.bfloat16
+    assert len(generate(fused, [[1, 2, 3]], 8, Sampling(), ())[0].ids) == 8
+
+
+def test_logits_that_overflow_in_the_middle_are_named(model):
+    fused = FusedModel(model)
+    calm, calls = fused.logits, []
+
+    def overflowing(hidden):
+        calls.append(hidden)
+        return calm(hidden) * (math.inf if len(calls) == 3 else 1)
+
+    fused.logits = overflowing
+    with pytest.raises(UserError, match="not finite"):
+        generate(fused, [[1, 2, 3]], 8, Sampling(), (), sync_every=4)
 
 
 # ---- text -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, write_jsonl
 
 from common.checkpoint import save_weights
-from common.generation import Fused
+from common.generation import FusedModel
 from common.runtime import run
 from Config import LLMConfig
 from dataset import StepLoader, TextEncoder, evaluation_batches
@@ -96,7 +96,7 @@ def test_weights_follow_the_flags(folder, capsys):
     assert re.search(r"TAG +5  <think>\n.* THINK +0\.5  ", weighted)
 
 
-class Doubled(Fused):
+class Doubled(FusedModel):
     """Decodes with other logits than the model gives."""
 
     def logits(self, hidden):
@@ -117,7 +117,7 @@ class FirstWeight(StepLoader):
     ("sample", "StepLoader", FirstWeight),
     ("step", "StepLoader", FirstWeight),
     ("attention", "attend_packed", lambda q, k, v, packing: v),
-    ("answer", "Fused", Doubled),
+    ("answer", "FusedModel", Doubled),
     ("score", "evaluation_batches", lambda documents, *window: evaluation_batches(documents.take([0, 1]), *window)),
 ])
 def test_what_is_computed_by_hand_must_agree(command, name, broken, folder, monkeypatch):

@@ -4,8 +4,8 @@ give what each gives alone."""
 import pytest
 import torch
 
-from common.generation import Fused, KVCache, Sampling, decode_one_token, generate, prefill
-from Config import LLMConfig
+from common.generation import FusedModel, KVCache, Sampling, decode_one_token, generate, prefill
+from Config import LLMConfig, UserError
 from model import WeakWater
 
 VARIANTS = {
@@ -42,14 +42,15 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_position(variant, 
     prompt_lengths = [1, 17, 30]
     full_BTV = model(torch.tensor(sequences))
     tolerance = TOLERANCE[dtype] * full_BTV.abs().max()
-    cache, weights = KVCache(model.config, 3, 48, "cpu", dtype), Fused(model)
-    logits_BV = prefill(weights, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
+    fused = FusedModel(model)
+    cache = KVCache(fused, 3, 48)
+    logits_BV = prefill(fused, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
     position_B = torch.tensor(prompt_lengths)
     for _ in range(10):
         expected_BV = full_BTV[torch.arange(3), position_B - 1]
         assert (logits_BV - expected_BV).abs().max() <= tolerance
         token_B = torch.tensor([s[p] for s, p in zip(sequences, position_B.tolist(), strict=True)])
-        logits_BV = decode_one_token(weights, token_B, position_B, cache, int(position_B.max()) + 1)
+        logits_BV = decode_one_token(fused, token_B, position_B, cache, int(position_B.max()) + 1)
         position_B = position_B + 1
 
 
@@ -61,28 +62,39 @@ def test_several_new_tokens_at_once_against_a_cache(variant, dtype):
     tokens_BT = torch.tensor(prompts_of(24, 24))
     positions_BT = torch.arange(24).expand(2, 24)
     full_BTV = model(tokens_BT)
-    cache, weights = KVCache(model.config, 2, 48, "cpu", dtype), Fused(model)
-    parts = [weights.hidden(tokens_BT[:, a:b], positions_BT[:, a:b], cache, b, aligned)
+    fused = FusedModel(model)
+    cache = KVCache(fused, 2, 48)
+    parts = [fused.hidden(tokens_BT[:, a:b], positions_BT[:, a:b], cache, b, aligned)
              for a, b, aligned in ((0, 5, True), (5, 6, False), (6, 14, True), (14, 24, False))]
-    assert (weights.logits(torch.cat(parts, 1)) - full_BTV).abs().max() <= TOLERANCE[dtype] * full_BTV.abs().max()
+    assert (fused.logits(torch.cat(parts, 1)) - full_BTV).abs().max() <= TOLERANCE[dtype] * full_BTV.abs().max()
 
 
+@pytest.mark.parametrize("prompt_lengths", [[9, 30], [20, 20]], ids=["ragged", "aligned"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_in_half_precision_cached_logits_are_as_exact_as_the_full_forward(variant):
+def test_in_half_precision_cached_logits_are_as_exact_as_the_full_forward(variant, prompt_lengths):
     model = nano(**VARIANTS[variant])
-    sequences, prompt_lengths = prompts_of(40, 40), [9, 30]
+    sequences, aligned = prompts_of(40, 40), len(set(prompt_lengths)) == 1
     exact_BTV = model(torch.tensor(sequences))
     with torch.autocast("cpu", torch.bfloat16):
-        full_BTV, weights = model(torch.tensor(sequences)), Fused(model)
-    assert weights.dtype == torch.bfloat16
+        full_BTV, fused = model(torch.tensor(sequences)), FusedModel(model)
+    assert fused.dtype == torch.bfloat16
     allowed = 1.5 * (full_BTV - exact_BTV).abs().max()  # what rounding costs the full forward
-    cache = KVCache(model.config, 2, 48, "cpu", weights.dtype)
-    logits_BV = prefill(weights, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
+    cache = KVCache(fused, 2, 48)
+    logits_BV = prefill(fused, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
     for position_B in torch.tensor(prompt_lengths) + torch.arange(10)[:, None]:
         assert (logits_BV - exact_BTV[torch.arange(2), position_B - 1]).abs().max() <= allowed
         token_B = torch.tensor([s[p] for s, p in zip(sequences, position_B.tolist(), strict=True)])
-        logits_BV = decode_one_token(weights, token_B, position_B, cache, int(position_B.max()) + 1)
+        logits_BV = decode_one_token(fused, token_B, position_B, cache, int(position_B.max()) + 1, aligned)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_full_cache_is_refused(aligned):
+    fused = FusedModel(nano())
+    cache = KVCache(fused, 1, 4)
+    prefill(fused, [[5, 6, 7, 8]], cache)
+    with pytest.raises(UserError, match="position 5 is beyond the 4"):
+        decode_one_token(fused, torch.tensor([9]), torch.tensor([4]), cache, 5, aligned)
 
 
 @pytest.mark.parametrize("penalty, sync_every", [(1.0, 5), (1.3, 1)])
