@@ -296,7 +296,7 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str, peak: flo
         print(f"\n{kind}: {len(documents)} documents, {sum(len(ids) for ids, _ in documents):,} tokens a step; loss "
               f"{found['ours'][0]:.5f} and gradient norm {found['ours'][1]:.4f} in fp32: the same in all loops")
         for name in names[1:]:
-            loops[name].choose_rows(documents, (4, 8, 16))
+            loops[name].choose_rows(documents, (4, 8, 16) if device.type == "cpu" else (16, 32, 64, 128))
         own = measure_alone(args, loops, documents) if kind == "chats" else {}
         seconds[kind] = take_turns({n: partial(loop.step, documents) for n, loop in loops.items()}, args.repeats)
         useful = sum(len(ids) for ids, _ in documents)
