@@ -24,6 +24,7 @@ What is held out, and tests/test_demo_data.py proves it from the files:
 import argparse
 import math
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -578,6 +579,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     try:  # as common.runtime.run does, without waiting for torch
         sys.exit(main())
     except (UserError, KeyboardInterrupt) as error:

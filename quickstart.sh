@@ -25,12 +25,17 @@ export PYTHONUTF8=1  # Windows writes files in another encoding else
 
 OUT=out/quickstart
 DATA=$OUT/data
+if [ -e $OUT/running ] && kill -0 "$(cat $OUT/running)" 2> /dev/null; then
+    echo "quickstart.sh: process $(cat $OUT/running) is at work in $OUT: wait for it, or stop it" >&2
+    exit 2
+fi
 if [ -e $OUT ]; then
     aside=$OUT-before-$(date +%Y%m%d-%H%M%S)
     mv $OUT "$aside"
     echo "the earlier $OUT is now $aside"
 fi
 mkdir -p $OUT/eval
+echo $$ > $OUT/running
 
 steps=(1000 330 70 150)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160 share=1
@@ -52,7 +57,7 @@ took() {  # name a part of the work and note how long it took
     begin=$SECONDS
 }
 jobs="" unscored=""
-trap '[ ! "$jobs" ] || kill $jobs 2> /dev/null || true' EXIT
+trap 'rm -f $OUT/running; [ ! "$jobs" ] || kill $jobs 2> /dev/null || true' EXIT
 trained() {  # stage: to be scored when all are trained; in a smoke run, where no time counts, beside the next stage
     took "$1"
     unscored="$unscored $1"
