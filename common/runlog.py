@@ -146,7 +146,8 @@ def describe_run(net, loader, val, args, world_size: int, total_steps: int) -> l
         f"a step: {loader.step_tokens:,} tokens = {args.batch_size} rows x {args.max_seq_len} x "
         f"{args.accumulation_steps} micro-batches x {world_size} processes",
         f"an epoch: {tokens:,} tokens in {steps:,} steps; in all {total_steps:,} steps, "
-        f"{total_steps / steps:.3g} epochs, about {min(tokens * args.epochs, total_steps * loader.step_tokens):,} tokens",
+        f"{total_steps / steps:.3g} epochs, about "
+        f"{min(tokens * args.epochs, total_steps * loader.step_tokens):,} tokens",
         f"useful share: 100.0% (no position is padding; steps are {tokens / steps / loader.step_tokens:.1%} full), "
         f"target share: {train.targets.sum() / tokens:.1%}",
         f"FLOPs per token: {net.flops_per_token(context):.3g}; validation: {len(val):,} documents, "
