@@ -4,20 +4,24 @@ import contextlib
 import io
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 from test_evaluate import save_nano
 
 import eval_model
 from common import runtime
-from Config import UserError
+from common.checkpoint import save_weights
+from Config import LLMConfig, UserError
 from dataset import TextEncoder, encode_chat
 from eval_model import DIM, PLAIN, Display, make_prompt, model_parser
+from model import WeakWater
 
 REPLY = "<think>嗯</think><answer>鳄🐊</answer>"  # no token twice, as save_nano wants it
 
@@ -209,7 +213,12 @@ def test_the_display_loses_nothing():
 def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path, tokenizer, tokenizer_dir):
     import pty
 
-    path = save_nano(tmp_path / "endless.pth", tokenizer, "distill", max_seq_len=50_000)
+    model = WeakWater(LLMConfig.preset("nano", vocab_size=len(tokenizer), max_seq_len=50_000, tie_embeddings=False))
+    with torch.no_grad():  # an answer without </s> is endless
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = -1e4
+    path = tmp_path / "endless.pth"
+    save_weights(path, model, {"stage": "distill"})
     command = [sys.executable, "eval_model.py", "--checkpoint", str(path), "--tokenizer_path", str(tokenizer_dir),
                "--max_new_tokens", "40000"]
     ours, theirs = pty.openpty()
@@ -221,7 +230,8 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path, tokenizer, token
         nonlocal screen
         end = time.monotonic() + seconds
         while text not in screen:
-            assert time.monotonic() < end and process.poll() is None, screen.decode("utf-8", "replace")
+            readable = select.select([ours], [], [], max(0, end - time.monotonic()))[0]
+            assert readable and process.poll() is None, screen.decode("utf-8", "replace")
             screen += os.read(ours, 65536)
         screen = screen.partition(text)[2]
 
@@ -232,6 +242,7 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path, tokenizer, token
             wait_for(b"\n")
             before = len(screen)
             while len(screen) < before + 50:
+                assert select.select([ours], [], [], 60)[0], screen.decode("utf-8", "replace")
                 screen += os.read(ours, 65536)
             process.send_signal(signal.SIGINT)
             wait_for(b"stopped by Ctrl-C]")
