@@ -3,12 +3,16 @@
 import json
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else `tokenizers` warns about every fork
+# a shell starts background jobs with Ctrl-C ignored, and the programs under test would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):  # `tests` for `from conftest import …` when a test file runs as a script
     if str(folder) not in sys.path:

@@ -117,7 +117,7 @@ def test_malformed_lines_are_counted_and_named(tmp_path, capsys):
 # ---- runs -----------------------------------------------------------------------------------
 
 
-def save_nano(path, tokenizer, stage, reply=(), max_seq_len=128):
+def save_nano(path, tokenizer, stage, reply=()):
     """Weights for tests; with `reply` they answer any prompt with these ids.
 
     Such weights pass no information between positions: every block's output is 0 and the embedding of each id
@@ -126,7 +126,7 @@ def save_nano(path, tokenizer, stage, reply=(), max_seq_len=128):
     torch.manual_seed(0)
     encoder = TextEncoder.of(tokenizer)
     changes = dict(dim=128, n_heads=2, tie_embeddings=False) if reply else {}
-    config = LLMConfig.preset("nano", vocab_size=encoder.vocab_size, max_seq_len=max_seq_len, **changes)
+    config = LLMConfig.preset("nano", vocab_size=encoder.vocab_size, max_seq_len=128, **changes)
     model = WeakWater(config)
     if reply:
         with torch.no_grad():
