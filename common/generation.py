@@ -11,6 +11,7 @@ A tensor's name ends in its shape where that helps: B rows, T tokens, S cache sl
 K key/value heads, D head width, V vocabulary.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,8 +64,10 @@ class KVCache:
     def __init__(self, fused: "FusedModel", batch_size: int, length: int):
         c = fused.config
         shape = (c.n_layers, batch_size, length, c.n_kv_heads, c.head_dim)
-        self.keys = torch.zeros(shape, device=fused.device, dtype=fused.dtype)
-        self.values = torch.zeros(shape, device=fused.device, dtype=fused.dtype)
+        # on a CPU in full precision: attention over it is several times as fast there as in bf16 (docs/LOG.md)
+        dtype = fused.cos_SD.dtype if fused.device.type == "cpu" else fused.dtype
+        self.keys = torch.zeros(shape, device=fused.device, dtype=dtype)
+        self.values = torch.zeros(shape, device=fused.device, dtype=dtype)
         self.rows_B1 = torch.arange(batch_size, device=fused.device).unsqueeze(1)
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -74,12 +77,29 @@ class KVCache:
         self.values = self.values[:, rows]
 
 
+class Product:
+    """x (..., C) → x @ weightᵀ (..., out) in `dtype`, the weight (out, C) laid out for that once."""
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
+        self.dtype, self.weight, self.packed = dtype, weight.detach().to(dtype), None
+        if weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+            with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # a torch without oneDNN
+                self.packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight), None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.dtype)
+        if self.packed is None:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
 class FusedModel:
     """model.WeakWater for decoding: the same function of the same weights, from as few operations as can be.
 
-    Matrices that multiply the same vector are one. They and the cache are in the precision of the products, autocast's
-    where it is on and else the weights', once and not for each token; all else is in the precision that it has under
-    autocast. Some weights are shared with the model and others are copies: make it anew after they change.
+    Matrices that multiply the same vector are one. They are in the precision of the products, autocast's where it is on
+    and else the weights', once and not for each token, and on a CPU laid out as its library wants them; all else is in
+    the precision that it has under autocast, or a better one. Some weights are shared with the model and others are
+    copies: make it anew after they change.
     """
 
     @torch.no_grad()
@@ -88,7 +108,7 @@ class FusedModel:
         self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
         self.device, kind = self.embedding.device, self.embedding.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.dtype
-        self.dtype, self.head = dtype, model.lm_head.weight.to(dtype)
+        self.dtype, self.head = dtype, Product(model.lm_head.weight, dtype)
         self.layers = []
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
@@ -97,8 +117,8 @@ class FusedModel:
             head_norm = torch.cat([attention.q_norm.weight.expand(c.n_heads, -1),
                                    attention.k_norm.weight.expand(c.n_kv_heads, -1)]) if c.qk_norm else None
             self.layers.append((
-                block.input_layernorm.weight, qkv.to(dtype), head_norm, attention.o_proj.weight.to(dtype),
-                block.post_attention_layernorm.weight, gate_up.to(dtype), mlp.down_proj.weight.to(dtype)))
+                block.input_layernorm.weight, Product(qkv, dtype), head_norm, Product(attention.o_proj.weight, dtype),
+                block.post_attention_layernorm.weight, Product(gate_up, dtype), Product(mlp.down_proj.weight, dtype)))
         # model.rotate is x cos + (-second half, first half) sin: with the minus in the sine, half a head is rolled over
         exact = torch.promote_types(self.embedding.dtype, torch.float32)
         self.cos_SD, sin_SD = (table.to(exact) for table in (model.model.rotary.cos_SD, model.model.rotary.sin_SD))
@@ -129,25 +149,30 @@ class FusedModel:
         x_BTC = F.embedding(tokens_BT, self.embedding)
         for layer, (norm, qkv, head_norm, out, norm_2, gate_up, down) in enumerate(self.layers):
             keys, values = cache.keys[layer], cache.values[layer]
-            heads = F.linear(self.normalise(x_BTC, norm).to(self.dtype), qkv).view(B, T, -1, c.head_dim)
+            heads = qkv(self.normalise(x_BTC, norm)).view(B, T, -1, c.head_dim)
             q_and_k, v = heads[:, :, :turned], heads[:, :, turned:]
             if head_norm is not None:
                 q_and_k = self.normalise(q_and_k, head_norm)
             q_and_k = q_and_k.to(cos_BT1D.dtype)
-            q_and_k = (q_and_k * cos_BT1D).add_(q_and_k.roll(half, -1).mul_(sin_BT1D)).to(self.dtype)
+            q_and_k = (q_and_k * cos_BT1D).add_(q_and_k.roll(half, -1).mul_(sin_BT1D))
+            q, k = q_and_k[:, :, :H], q_and_k[:, :, H:]
             if aligned:
-                keys[:, length - T:length], values[:, length - T:length] = q_and_k[:, :, H:], v
+                keys[:, length - T:length], values[:, length - T:length] = k, v
             else:
-                keys[cache.rows_B1, positions_BT], values[cache.rows_B1, positions_BT] = q_and_k[:, :, H:], v
-            attended = attend(q_and_k[:, :, :H], keys[:, :length], values[:, :length], causal, mask)
-            x_BTC.add_(F.linear(attended.reshape(B, T, H * c.head_dim), out))
-            gate, up = F.linear(self.normalise(x_BTC, norm_2).to(self.dtype), gate_up).chunk(2, -1)
-            x_BTC.add_(F.linear(F.silu(gate).mul_(up), down))
+                keys[cache.rows_B1, positions_BT] = k.to(keys.dtype)
+                values[cache.rows_B1, positions_BT] = v.to(values.dtype)
+            if causal:
+                attended = attend(q.to(self.dtype), k.to(self.dtype), v, causal=True)
+            else:
+                attended = attend(q.to(keys.dtype), keys[:, :length], values[:, :length], causal=False, mask=mask)
+            x_BTC.add_(out(attended.reshape(B, T, H * c.head_dim)))
+            gate, up = gate_up(self.normalise(x_BTC, norm_2)).chunk(2, -1)
+            x_BTC.add_(down(F.silu(gate).mul_(up)))
         return self.normalise(x_BTC, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., C) → (..., V), at least float32."""
-        logits = F.linear(hidden.to(self.dtype), self.head)
+        logits = self.head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
