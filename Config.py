@@ -140,25 +140,28 @@ FLAGS = {
     "init_from": Flag(str, None, "weights to start from ('none': from scratch)", everyday=True),
     "preset": Flag(str, None, "architecture, when training from scratch", choices=tuple(PRESETS), everyday=True, steers=True),
     "resume": Flag(bool, False, "go on from the newest whole checkpoint in out_dir", everyday=True),
+    "recipe": Flag(str, "default", "whose default values: this project's, or those of the runs it came from", choices=("default", "original"), everyday=True),
     # how much, how fast
     "max_seq_len": Flag(int, 512, "tokens in a row", everyday=True, steers=True, low=2),
     "min_tokens": Flag(int, 0, "skip conversations with fewer tokens", everyday=True, steers=True, low=0),
     "max_tokens": Flag(int, None, "skip conversations with more tokens", everyday=True, steers=True, low=1),
     "epochs": Flag(int, 1, "passes over the data", everyday=True, steers=True, low=1),
     "max_steps": Flag(int, 0, "stop after this many optimizer steps (0: no limit)", everyday=True, steers=True, low=0),
-    "batch_size": Flag(int, 84, "rows of max_seq_len tokens in a micro-batch, on each device (of chats up to one more)", everyday=True, steers=True, low=1),
-    "accumulation_steps": Flag(int, 2, "micro-batches in an optimizer step, on each device", everyday=True, steers=True, low=1),
-    "learning_rate": Flag(float, 5e-4, "peak learning rate", everyday=True, steers=True, low=0),
+    "batch_size": Flag(int, 32, "rows of max_seq_len tokens in a micro-batch, on each device (of chats up to one more)", everyday=True, steers=True, low=1),
+    "accumulation_steps": Flag(int, 1, "micro-batches in an optimizer step, on each device", everyday=True, steers=True, low=1),
+    "learning_rate": Flag(float, 4e-3, "peak learning rate", everyday=True, steers=True, low=0),
     "dtype": Flag(str, "auto", "precision of the matrix products", choices=("auto", "bf16", "fp16", "fp32"), everyday=True),
     "device": Flag(str, "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"), everyday=True),
     "use_wandb": Flag(bool, False, "also log to Weights & Biases (works offline)", everyday=True),
     # optimizer and schedule
-    "lr_schedule": Flag(str, "cosine", "shape of the learning rate", choices=("constant", "cosine", "trapezoid"), steers=True),
-    "warmup_ratio": Flag(float, 0.0, "share of the steps over which the rate rises from 0", steers=True, low=0, high=1),
-    "decay_ratio": Flag(float, 0.2, "share of the steps over which a trapezoid falls", steers=True, low=0, high=1),
-    "min_lr_ratio": Flag(float, 0.1, "final learning rate / peak (cosine, trapezoid)", steers=True, low=0, high=1),
-    "optimizer": Flag(str, "adamw", "muon: Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon"), steers=True),
-    "weight_decay": Flag(float, 0.1, "decoupled weight decay, on matrices only", steers=True, low=0),
+    "lr_schedule": Flag(str, "trapezoid", "shape of the learning rate", choices=("constant", "cosine", "trapezoid"), steers=True),
+    "warmup_ratio": Flag(float, 0.02, "share of the steps over which the rate rises from 0", steers=True, low=0, high=1),
+    "decay_ratio": Flag(float, 0.4, "share of the steps over which a trapezoid falls", steers=True, low=0, high=1),
+    "min_lr_ratio": Flag(float, 0.0, "final learning rate / peak (cosine, trapezoid)", steers=True, low=0, high=1),
+    "optimizer": Flag(str, "muon", "muon: Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon"), steers=True),
+    "beta2": Flag(float, 0.95, "AdamW's memory of squared gradients", steers=True, low=0, high=0.999999),
+    "weight_decay": Flag(float, 0.1, "decoupled weight decay", steers=True, low=0),
+    "decayed": Flag(str, "matrices", "which weights decay", choices=("matrices", "all"), steers=True),
     "grad_clip": Flag(float, 1.0, "largest gradient norm (0: no clipping)", steers=True, low=0),
     "dropout": Flag(float, 0.0, "dropout on the embedding and each residual branch", steers=True, low=0, high=0.99),
     "tag_weight": Flag(float, 1.0, "loss weight of <think> </think> <answer> </answer>", steers=True, low=0),
@@ -180,6 +183,8 @@ FLAGS = {
     "wandb_project": Flag(str, "weakwater", "Weights & Biases project"),
 }
 
+ORIGINAL = dict(optimizer="adamw", beta2=0.999, weight_decay=0.01, decayed="all", learning_rate=5e-4,
+                lr_schedule="cosine", warmup_ratio=0.0, min_lr_ratio=0.1)  # and what each stage adds
 DISTILL_ONLY = ("tag_weight", "think_weight")
 CHAT_ONLY = ("min_tokens", "max_tokens")
 
@@ -205,15 +210,22 @@ def number(kind: type, low: float, high: float = math.inf):
     return read
 
 
-def parse_args(stage: str, description: str, argv: list[str] | None = None, leave_out: tuple = (), **defaults):
+def parse_args(stage: str, description: str, argv: list[str] | None = None, leave_out: tuple = (),
+               original: dict | None = None, **defaults):
     """The arguments of one training stage as a namespace.
 
-    `defaults` are the stage's own default values; `leave_out` names flags that do not apply to it.
+    `defaults` are the stage's own default values, and `original` those that --recipe original puts in their place
+    besides ORIGINAL; `leave_out` names flags that do not apply to it.
     The namespace also carries `stage` and `command`, the line that would run the same again.
     Exits with 2, after one line on stderr, on an unknown flag or a value out of range.
     """
     parser = OneLineParser(prog=f"{stage}.py", description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    argv = sys.argv[1:] if argv is None else argv
+    recipe = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    recipe.add_argument("--recipe")
+    if recipe.parse_known_args(argv)[0].recipe == "original":
+        defaults |= ORIGINAL | (original or {})
     everyday = parser.add_argument_group("everyday")
     advanced = parser.add_argument_group("advanced")
     for name, flag in FLAGS.items():
@@ -227,7 +239,6 @@ def parse_args(stage: str, description: str, argv: list[str] | None = None, leav
         shown = flag.help if default is None else f"{flag.help} (default: {default})"
         group.add_argument(f"--{name}", type=flag.kind, default=default, choices=flag.choices or None,
                            metavar=None if flag.choices else flag.kind.__name__.upper(), help=shown)
-    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     for name, flag in FLAGS.items():
         value = getattr(args, name, None)

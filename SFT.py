@@ -1,8 +1,7 @@
 """Stage 2: supervised fine-tuning on dialogues of up to 512 tokens.
 
 one GPU      python SFT.py --data_path data/sft_512.jsonl
-two cores    python SFT.py --data_path data/sft_512.jsonl --batch_size 8 --accumulation_steps 1 \\
-                 --optimizer muon --learning_rate 2e-3
+two cores    python SFT.py --data_path data/sft_512.jsonl --batch_size 8
 go on        the same command with --resume
 
 Reads {"conversations": [...]} lines, starts from out/pretrain.pth and writes out/SFT.pth, which SFT_long.py starts
@@ -30,7 +29,8 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
          **defaults) -> None:
     # ---- arguments ----------------------------------------------------------------------------
     args = parse_args(stage, description, argv, leave_out=DISTILL_ONLY, **(
-        dict(max_seq_len=512, min_tokens=0, max_tokens=512, batch_size=84, accumulation_steps=2, learning_rate=5e-4)
+        dict(original=dict(batch_size=84, accumulation_steps=2),
+             max_seq_len=512, min_tokens=0, max_tokens=512, batch_size=32, learning_rate=2e-3)
         | defaults))
     out = Path(args.out_dir)
     args.init_from = args.init_from or str(out / f"{previous}.pth")
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
         log.print(line)
 
     # ---- optimizer and schedule ---------------------------------------------------------------
-    optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay, args.beta2, args.decayed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     log.print(f"{args.optimizer}, {args.lr_schedule} schedule, peak learning rate {args.learning_rate}")
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import lzma
 import math
+import mmap
 import os
 import re
 import shutil
@@ -461,6 +462,12 @@ class TokenCache:
             return np.empty(0, dtype)
         return np.memmap(file, dtype=dtype, mode="r")
 
+    def let_go(self) -> None:
+        """What was read no longer counts as this process's memory; the system keeps it as long as it has room."""
+        for array in (self.tokens, self.kinds, self.documents, self.replies):
+            if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+                array._mmap.madvise(mmap.MADV_DONTNEED)
+
 
 def _crc32_of_meta(meta: dict) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode("utf-8"))
@@ -881,6 +888,7 @@ class StepLoader:
         if not mine:  # an epoch's last step may be too small for all ranks, but each must take part in the exchange
             mine, weights = [all_pieces[:1]], np.zeros_like(weights)
         micro_batches = [make_micro_batch(self.documents, pieces, weights) for pieces in mine]
+        self.documents.cache.let_go()  # else memory would grow with all that was ever read
         return Step(micro_batches, total_weight or 1.0, all_pieces)  # without any target the loss is 0, not 0/0
 
     def _prepare(self, epoch: int) -> None:

@@ -1,8 +1,7 @@
 """Stage 4: R1 distillation: learning to think, inside <think>...</think>, before answering.
 
 one GPU      python distill.py --data_path data/r1_1024.jsonl
-two cores    python distill.py --data_path data/r1_1024.jsonl --batch_size 4 --accumulation_steps 1 \\
-                 --optimizer muon --learning_rate 2e-3
+two cores    python distill.py --data_path data/r1_1024.jsonl --batch_size 4
 go on        the same command with --resume
 
 Reads the conversations of a teacher whose replies are <think>...</think><answer>...</answer>, starts from
@@ -29,7 +28,8 @@ from dataset import StepLoader, TextEncoder, evaluated, evaluation_batches, load
 def main(argv: list[str] | None = None) -> None:
     # ---- arguments ----------------------------------------------------------------------------
     args = parse_args("distill", __doc__, argv,
-                      max_seq_len=1024, min_tokens=0, batch_size=21, accumulation_steps=8, learning_rate=1e-4)
+                      original=dict(batch_size=21, accumulation_steps=8, learning_rate=1e-6),
+                      max_seq_len=1024, min_tokens=0, batch_size=16, learning_rate=2e-3)
     out = Path(args.out_dir)
     args.init_from = args.init_from or str(out / "SFT_long.pth")
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         log.print(line)
 
     # ---- optimizer and schedule ---------------------------------------------------------------
-    optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay, args.beta2, args.decayed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     log.print(f"{args.optimizer}, {args.lr_schedule} schedule, peak learning rate {args.learning_rate}")
 

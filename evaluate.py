@@ -150,13 +150,12 @@ def answer_all(loaded: Loaded, questions: list[dict], args) -> list[Generation]:
     replies = [Generation([], "context") for _ in questions]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < loaded.model.config.max_seq_len]
     fitting.sort(key=lambda i: -len(prompts[i]))  # alike lengths together, and the largest batch first
-    sync_every = 1 if loaded.device.type == "cpu" else 16  # elsewhere waiting costs more than tokens past the end
     fused, n_tokens = loaded.fused, 0
     begin = time.perf_counter()
     for start in range(0, len(fitting), args.batch_size):
         chosen = fitting[start:start + args.batch_size]
         batch = generate(fused, [prompts[i] for i in chosen], args.max_new_tokens, Sampling(),
-                         {loaded.encoder.eos_id}, loaded.encoder.vocab_size, sync_every=sync_every)
+                         {loaded.encoder.eos_id}, loaded.encoder.vocab_size)
         for i, reply in zip(chosen, batch, strict=True):
             replies[i] = reply
         n_tokens += sum(len(reply.ids) for reply in batch)

@@ -27,8 +27,16 @@ from torch.utils.checkpoint import checkpoint
 from Config import LLMConfig, UserError
 
 
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x / rms(x) * weight, 1 / rms(x)), rms over the last dimension and in float32 (Zhang & Sennrich 2019,
+    arXiv:1910.07467)."""
+    x32 = x.float()
+    r = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (x32 * r).to(x.dtype), r
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """`normalise` with a weight of its own."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -40,26 +48,25 @@ class RMSNorm(nn.Module):
 
 
 class Normalise(torch.autograd.Function):
-    """The formula of RMSNorm with its gradient by hand, in half as many passes over memory as autograd takes.
+    """`normalise` with its gradient by hand, in half as many passes over memory as autograd takes.
 
     With r = 1 / rms(x), x̂ = x r and g = ∂L/∂y · weight:  ∂L/∂x = r (g - x̂ mean(g x̂)),  ∂L/∂weight = Σ ∂L/∂y x̂.
     """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        x32 = x.float()
-        r = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        y, r = normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return weight * (x32 * r).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad_y):
         x, weight, r = ctx.saved_tensors
         unit = (x.float() * r).to(torch.promote_types(grad_y.dtype, torch.float32))
-        grad_weight = (grad_y * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_unit = grad_y * weight
-        mean = (grad_unit * unit).mean(-1, keepdim=True)
-        return (grad_unit - unit * mean).mul_(r).to(x.dtype), grad_weight, None
+        grad_times_unit = grad_y * unit
+        mean = (grad_times_unit @ weight.to(unit.dtype)).unsqueeze(-1) / x.shape[-1]
+        grad_x = (grad_y * weight).to(unit.dtype).addcmul_(unit, mean, value=-1).mul_(r)
+        return grad_x.to(x.dtype), grad_times_unit.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
 class RotaryEmbedding(nn.Module):
@@ -106,21 +113,24 @@ class Attention(nn.Module):
     def forward(self, x_BTC, cos, sin, packing=None):
         c = self.config
         B, T, _ = x_BTC.shape
-        q, k, v = (projected.view(B, T, -1, c.head_dim)
-                   for projected in project(x_BTC, self.q_proj, self.k_proj, self.v_proj))
+        heads = project(x_BTC, self.q_proj, self.k_proj, self.v_proj).view(B, T, -1, c.head_dim)
+        q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        # under autocast q and k come out of the rotation in float32: back to the precision of v
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = attend(q, k, v, causal=True) if packing is None else attend_packed(q, k, v, packing)
         return self.o_proj(out.reshape(B, T, c.n_heads * c.head_dim))
 
 
-def project(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
-    """What each of several linear layers makes of the same x, as one product: larger products are faster, and x is
-    brought to the precision of the product once."""
-    together = torch.cat([layer.weight for layer in layers])
-    return F.linear(x, together).split([layer.out_features for layer in layers], dim=-1)
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The precision of matrix products with x: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def project(x: torch.Tensor, *layers: nn.Linear) -> torch.Tensor:
+    """What several linear layers make of the same x, side by side, as one product: larger products are faster, and x
+    is brought to the precision of the product once."""
+    return F.linear(x, torch.cat([layer.weight for layer in layers]))
 
 
 def attend(q_BTHD, k_BSKD, v_BSKD, causal: bool, mask=None) -> torch.Tensor:
@@ -137,7 +147,7 @@ def attend_in_blocks(q_BTHD, k_BTKD, v_BTKD, block: int = 128) -> torch.Tensor:
     """Causal attention as plain products, a block of queries at a time against the keys up to its end.
 
     For bf16 on a CPU, where the library's kernel takes two to three times as long for documents of up to 512 tokens
-    (docs/LOG.md). Scores are rounded to bf16 before the softmax, which is computed in float32.
+    (docs/LOG.md). Scores and probabilities are rounded to bf16.
     """
     B, T, H, D = q_BTHD.shape
     K = k_BTKD.shape[2]  # each key/value head serves G = H / K query heads, stacked on top of one another
@@ -151,8 +161,7 @@ def attend_in_blocks(q_BTHD, k_BTKD, v_BTKD, block: int = 128) -> torch.Tensor:
         scores = torch.bmm(q[:, :, begin:end].flatten(1, 2), k[:, :, :end])
         scores = scores.unflatten(1, (-1, size))  # (BK, G, size, end)
         scores[..., begin:] += ahead[:size, :size]
-        weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        outs.append(torch.bmm(weights.flatten(1, 2), v[:, :end]).unflatten(1, (-1, size)))
+        outs.append(torch.bmm(F.softmax(scores, dim=-1).flatten(1, 2), v[:, :end]).unflatten(1, (-1, size)))
     return torch.cat(outs, dim=2).unflatten(0, (B, K)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
@@ -289,8 +298,28 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(GatedSiLU.apply(project(x, self.gate_proj, self.up_proj)))
+
+
+class GatedSiLU(torch.autograd.Function):
+    """gate and up in one tensor (..., 2F) → silu(gate) * up (..., F). By hand, so that their gradients are written
+    where the product before wants them, side by side, and silu(gate) is computed again instead of kept."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate_up, = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_gate_up
 
 
 class Block(nn.Module):
@@ -333,7 +362,7 @@ class Decoder(nn.Module):
             packing = Packing(lengths, boundaries_of(lengths).to(tokens.device) if boundaries is None else boundaries)
             positions = packing.positions()
         x_BTC = self.dropout(self.embed_tokens(tokens))
-        cos, sin = self.rotary(positions, x_BTC.dtype)
+        cos, sin = self.rotary(positions, product_dtype(x_BTC))
         for block in self.layers:
             if self.gradient_checkpointing and self.training:
                 x_BTC = checkpoint(block, x_BTC, cos, sin, packing, use_reentrant=False)
@@ -412,9 +441,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss_weights, needs_grad=True):
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        with torch.autocast(device, enabled=False):
+        dtype = product_dtype(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
             weight_VC = weight.to(dtype)
             rows = max(64, LinearCrossEntropy.BLOCK_LOGITS // weight.shape[0])
             total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(dtype, torch.float32))

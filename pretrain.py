@@ -1,8 +1,7 @@
 """Stage 1: next-token prediction on plain text.
 
 one GPU      python pretrain.py --data_path data/pretrain.jsonl
-two cores    python pretrain.py --data_path data/pretrain.jsonl --preset weakwater-5m --batch_size 8 \\
-                 --accumulation_steps 1 --optimizer muon --learning_rate 4e-3
+two cores    python pretrain.py --data_path data/pretrain.jsonl --preset weakwater-5m --batch_size 8
 go on        the same command with --resume
 
 Reads {"text": ...} lines and writes out/pretrain.pth, which SFT.py starts from. Every token of a document but
@@ -29,7 +28,8 @@ from dataset import StepLoader, TextEncoder, evaluated, evaluation_batches, load
 def main(argv: list[str] | None = None) -> None:
     # ---- arguments ----------------------------------------------------------------------------
     args = parse_args("pretrain", __doc__, argv, leave_out=CHAT_ONLY + DISTILL_ONLY,
-                      init_from="none", max_seq_len=512, batch_size=84, accumulation_steps=2, learning_rate=5e-4)
+                      original=dict(batch_size=84, accumulation_steps=2),
+                      init_from="none", max_seq_len=512, batch_size=32, learning_rate=4e-3)
     out = Path(args.out_dir)
 
     # ---- device, precision, seed --------------------------------------------------------------
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         log.print(line)
 
     # ---- optimizer and schedule ---------------------------------------------------------------
-    optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay, args.beta2, args.decayed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     log.print(f"{args.optimizer}, {args.lr_schedule} schedule, peak learning rate {args.learning_rate}")
 

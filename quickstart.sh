@@ -42,9 +42,8 @@ preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
 fi
-same="--out_dir $OUT --tokenizer_path $OUT/tokenizer --seed $seed --optimizer muon --lr_schedule trapezoid --decay_ratio 0.4
-      --min_lr_ratio 0 --warmup_ratio 0.02 --accumulation_steps 1 --eval_interval 0 --save_interval 100000 --log_interval 50
-      --weight_decay 0"  # pretraining decays, which makes sums a rule; later stages would forget by it
+same="--out_dir $OUT --tokenizer_path $OUT/tokenizer --seed $seed
+      --eval_interval 0 --save_interval 100000 --log_interval 50 --weight_decay 0"  # pretraining decays, which makes sums a rule; later stages would forget by it
 
 begin=$SECONDS
 run() {  # show a command, then run it

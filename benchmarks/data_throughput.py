@@ -16,27 +16,31 @@ Without --data_path the text is generated, and the tokenizer trained on it.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import (
+    alone,
     copy_texts,
     make_corpus,
+    make_parser,
     middle,
     peak_mebibytes,
     print_result,
     print_table,
     ratio,
-    take_turns,
+    results_in_turns,
+    run_script,
+    seconds_since_start,
 )
 from common import runtime
-from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
+from Config import LLMConfig, number
 from dataset import StepLoader, load_documents, load_tokenizer, open_cache
 
 GROWTH = 8  # the larger corpus is so many times the smaller one
@@ -88,13 +92,12 @@ def batches_of(args):
 
 def go_through(args) -> dict:
     """Seconds to the first batch, useful tokens per second after it, peak memory: of this process."""
-    begin = float(os.environ["BENCHMARK_START"])  # when `alone` started this process
     batches = batches_of(args)
     next(batches)
-    first, tokens = time.time(), 0
+    first, begin, tokens = seconds_since_start(), time.perf_counter(), 0
     for tokens_now in islice(batches, args.batches or None):
         tokens += tokens_now
-    return {"seconds_to_first_batch": first - begin, "tokens_per_second": tokens / (time.time() - first),
+    return {"seconds_to_first_batch": first, "tokens_per_second": tokens / (time.perf_counter() - begin),
             "mebibytes": peak_mebibytes()}
 
 
@@ -111,19 +114,6 @@ def build(args) -> dict:
 
 # ---------------------------------------------------------------------------------------------
 # measuring
-
-
-def alone(args, what: str, data_path: str, cores: int = 2, workers: int = 0, batches: int = 0,
-          cache_dir: str = "") -> dict:
-    """`what` ("ours", "getitem" or "build") in a new process that may use `cores` cores; what it printed last."""
-    command = [sys.executable, __file__, "--alone", what, "--data_path", data_path, "--rows", str(args.rows),
-               "--tokenizer_path", args.tokenizer_path, "--max_seq_len", str(args.max_seq_len),
-               "--workers", str(workers), "--batches", str(batches), "--cores", str(cores), "--cache_dir", cache_dir]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {"BENCHMARK_START": str(time.time())})
-    if done.returncode:
-        raise RuntimeError(f"{what}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def check_equal(args, data_path: str, folder: Path) -> None:
@@ -146,23 +136,22 @@ def compare(args, data_path: str, folder: Path) -> dict:
     for path in (data_path, str(larger)):
         open_cache(path, load_tokenizer(args.tokenizer_path), "text", cache_dir)
     fresh = (str(folder / f"fresh{i}") for i in count())  # for a cache that is not there yet
-    few = dict(batches=args.batches)
+    run = partial(alone, __file__, tokenizer_path=args.tokenizer_path, rows=args.rows, max_seq_len=args.max_seq_len)
+    ours, getitem = partial(run, "ours", batches=0), partial(run, "getitem", batches=args.batches)
     work = {
-        "cache, one core": lambda: alone(args, "build", data_path, cores=1),
-        "cache, two cores": lambda: alone(args, "build", data_path, cores=2),
-        "ours, without a cache": lambda: alone(args, "ours", data_path, cache_dir=next(fresh)),
-        "ours": lambda: alone(args, "ours", data_path, cache_dir=cache_dir),
-        f"ours, {GROWTH} x the text": lambda: alone(args, "ours", str(larger), cache_dir=cache_dir),
-        "__getitem__": lambda: alone(args, "getitem", data_path, **few),
-        "__getitem__, two workers": lambda: alone(args, "getitem", data_path, workers=2, **few),
-        f"__getitem__, {GROWTH} x the text": lambda: alone(args, "getitem", str(larger), **few),
+        "cache, one core": lambda: run("build", data_path=data_path, cores=1),
+        "cache, two cores": lambda: run("build", data_path=data_path),
+        "ours, without a cache": lambda: ours(data_path=data_path, cache_dir=next(fresh)),
+        "ours": lambda: ours(data_path=data_path, cache_dir=cache_dir),
+        f"ours, {GROWTH} x the text": lambda: ours(data_path=larger, cache_dir=cache_dir),
+        "__getitem__": lambda: getitem(data_path=data_path),
+        "__getitem__, two workers": lambda: getitem(data_path=data_path, workers=2),
+        f"__getitem__, {GROWTH} x the text": lambda: getitem(data_path=larger),
     }
     if not hasattr(os, "sched_setaffinity"):
         print("one core and two cannot be told apart on this system: the first row is left out")
         del work["cache, one core"]
-    runs = {name: [] for name in work}
-    take_turns({name: lambda name=name, do=do: runs[name].append(do()) for name, do in work.items()}, args.repeats)
-    runs = {name: done[1:] for name, done in runs.items()}  # the first round does not count
+    runs = results_in_turns(work, args.repeats)
     print_table(["", "text to tokens, MB/s", "first batch, s", "tokens/s", "peak MiB"], [
         [name, *(f"{middle(done, key):{form}}" if key in done[0] else "" for key, form in (
             ("megabytes_per_second", ".1f"), ("seconds_to_first_batch", ".1f"), ("tokens_per_second", ",.0f"),
@@ -187,10 +176,7 @@ def compare(args, data_path: str, folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS),
-                        help="its vocabulary size (default: %(default)s)")
-    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    parser = make_parser(__doc__, "its vocabulary size (default: %(default)s)")
     parser.add_argument("--data_path", help="JSONL of texts (default: generated)")
     parser.add_argument("--tokenizer_path", help="(default: trained on the text)")
     parser.add_argument("--megabytes", type=number(float, 0.1), default=8, help="generated text (default: %(default)s)")
@@ -198,15 +184,16 @@ def main() -> None:
     parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
     parser.add_argument("--batches", type=number(int, 0), default=200,
                         help="that __getitem__ is timed for; 0: all (default: %(default)s)")
-    for hidden in ("alone", "workers", "cores", "cache_dir"):
+    for hidden in ("alone", "cache_dir"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
+    for hidden, default in (("workers", 0), ("cores", 2)):
+        parser.add_argument(f"--{hidden}", type=int, default=default, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(args.cores)])
-        os.environ["TOKENIZERS_PARALLELISM"] = "true" if args.alone == "build" or args.alone == "ours" else "false"
-        args.workers = int(args.workers)
-        print_result((build if args.alone == "build" else go_through)(args))
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.cores])
+        os.environ["TOKENIZERS_PARALLELISM"] = "false" if args.alone == "getitem" else "true"
+        print(json.dumps((build if args.alone == "build" else go_through)(args)))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -217,19 +204,14 @@ def main() -> None:
             make_corpus(folder / "text.jsonl", args.megabytes)
         if not args.tokenizer_path:
             args.tokenizer_path = str(folder / "tokenizer")
-            done = subprocess.run([sys.executable, "train_tokenizer.py", "--data_path", data_path, "--tokenizer_path",
-                                   args.tokenizer_path, "--vocab_size", str(LLMConfig.preset(args.preset).vocab_size)],
-                                  cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"the tokenizer was not trained: {done.stderr.strip()}")
+            run_script("train_tokenizer.py", "--data_path", data_path, "--tokenizer_path", args.tokenizer_path,
+                       "--vocab_size", str(LLMConfig.preset(args.preset).vocab_size))
         import torch
 
         machine = runtime.describe_machine(torch.device("cpu"))
         print(f"{machine}; {Path(data_path).stat().st_size / 1e6:.1f} MB of text, {args.repeats} turns")
         check_equal(args, data_path, folder / "check")
         result = compare(args, data_path, folder)
-    for name, value in result["ratios"].items():
-        print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
     print_result(result | {"machine": machine, "preset": args.preset})
 
 

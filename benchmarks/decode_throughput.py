@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from benchmarks.measure import print_result, print_table, ratio, take_turns, to_transformers
+from benchmarks.measure import make_parser, print_result, print_table, ratio, take_turns, to_transformers
 from common import runtime
 from common.generation import FusedModel, Sampling, generate
-from Config import PRESETS, LLMConfig, OneLineParser, number
+from Config import LLMConfig, number
 from model import WeakWater
 
 SAMPLED = Sampling(temperature=0.7, top_p=0.9)
@@ -44,13 +44,11 @@ class Ours:
     """`generate` over weights fused once; no token stops it."""
 
     def __init__(self, model: WeakWater, device: torch.device, dtype: str):
-        self.sync_every = 1 if device.type == "cpu" else 16
         with runtime.autocast(device, dtype):
             self.fused = FusedModel(model)
 
     def __call__(self, prompts: list[list[int]], new_tokens: int, sampled: bool) -> list[list[int]]:
-        done = generate(self.fused, prompts, new_tokens, SAMPLED if sampled else Sampling(), (),
-                        sync_every=self.sync_every)
+        done = generate(self.fused, prompts, new_tokens, SAMPLED if sampled else Sampling(), ())
         return [generation.ids for generation in done]
 
 
@@ -193,9 +191,7 @@ def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> No
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__)
-    parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS), help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    parser = make_parser(__doc__)
     parser.add_argument("--prompt_tokens", type=number(int, 1), default=128, help="(default: %(default)s)")
     parser.add_argument("--new_tokens", type=number(int, 2), default=256, help="(default: %(default)s)")
     parser.add_argument("--batch", type=number(int, 2), default=16, help="prompts of the large batch (default: 16)")
@@ -242,8 +238,6 @@ def main() -> None:
     same = "batch1_vs_llama_cpp_" + {"bf16": "bf16", "fp32": "f32"}.get(dtype, "")
     if same in ratios:
         ratios["batch1_vs_llama_cpp"] = ratios[same]
-    for name, value in ratios.items():
-        print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
     print_result({"ratios": ratios, "machine": runtime.describe_machine(device), "preset": args.preset,
                   "bytes_per_second": bandwidth, "cases": result})
 

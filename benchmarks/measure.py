@@ -3,16 +3,29 @@
 torch is imported where it is needed: to measure the memory of a tokenizer's training, it must not be there.
 """
 
+import argparse
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from Config import UserError
+from Config import PRESETS, OneLineParser, UserError, number
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_parser(description: str, preset_help: str = "(default: %(default)s)") -> OneLineParser:
+    """A parser with the flags of every benchmark."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS), help=preset_help)
+    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    return parser
 
 
 def take_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -29,6 +42,37 @@ def take_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str,
             if turn:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+def results_in_turns(work: dict[str, Callable[[], dict]], repeats: int) -> dict[str, list[dict]]:
+    """The same for work that measures itself: what each returned, without the round that does not count."""
+    results = {name: [] for name in work}
+    take_turns({name: lambda name=name, do=do: results[name].append(do()) for name, do in work.items()}, repeats)
+    return {name: done[1:] for name, done in results.items()}
+
+
+def run_script(script: str, *flags: str) -> None:
+    """Run one of the project's scripts. Raises UserError with what it complained about."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{script}: {done.stderr.strip()}")
+
+
+def alone(benchmark: str, name: str, **flags) -> dict:
+    """`benchmark --alone name`, with these flags, in a process of its own; the JSON object that it prints last."""
+    command = [sys.executable, benchmark, "--alone", name]
+    for flag, value in flags.items():
+        command += [f"--{flag}"] * (value is True) or [f"--{flag}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"BENCHMARK_START": str(time.time())})
+    if done.returncode:
+        raise RuntimeError(f"{name} alone: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def seconds_since_start() -> float:
+    """In a process that `alone` started: since then."""
+    return time.time() - float(os.environ["BENCHMARK_START"])
 
 
 def wait_for_device() -> None:
@@ -137,5 +181,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def print_result(result: dict) -> None:
-    """The last line of a benchmark: one JSON object, with "ratios" in it."""
+    """The end of a benchmark: its ratios, and one JSON object on the last line."""
+    for name, value in result["ratios"].items():
+        print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
     print(json.dumps(result, ensure_ascii=False))

@@ -15,26 +15,27 @@ the text. Without --data_path the text is generated.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import (
+    alone,
     copy_texts,
     make_corpus,
+    make_parser,
     middle,
     peak_mebibytes,
     print_result,
     print_table,
     ratio,
-    take_turns,
+    results_in_turns,
+    seconds_since_start,
 )
-from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
+from Config import LLMConfig, UserError, number
 
 TIMES = (1, 2, 4)
 HELD_OUT = 500  # documents
@@ -68,18 +69,7 @@ def train(args) -> dict:
     else:
         Path(args.out).mkdir()
         plain(args.data_path, Path(args.out) / "tokenizer.json", int(args.vocab_size))
-    return {"seconds": time.time() - float(os.environ["BENCHMARK_START"]), "mebibytes": peak_mebibytes()}
-
-
-def alone(name: str, data_path: Path, out: Path, vocab_size: int) -> dict:
-    """`train` in a new process."""
-    command = [sys.executable, __file__, "--alone", name, "--data_path", str(data_path), "--out", str(out),
-               "--vocab_size", str(vocab_size)]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {"BENCHMARK_START": str(time.time())})
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"seconds": seconds_since_start(), "mebibytes": peak_mebibytes()}
 
 
 def bytes_per_token(path: Path, texts: list[str]) -> float:
@@ -103,14 +93,14 @@ def compare(args, lines: list[str], folder: Path) -> dict:
     for times in TIMES:
         data, size = folder / f"{times}.jsonl", len(lines) * times // max(TIMES)
         data.write_text("".join(lines[:size]), encoding="utf-8")
-        runs = {"ours": [], "plain": []}
 
-        def turn(name: str, runs=runs, data=data):
-            out = folder / f"{name}_{data.stem}_{len(runs[name])}"
-            runs[name].append(alone(name, data, out, vocab_size) | {"bytes_per_token": bytes_per_token(out, texts)})
+        def turn(name: str, data=data) -> dict:
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                target = Path(out) / "tokenizer"
+                measured = alone(__file__, name, data_path=data, out=target, vocab_size=vocab_size)
+                return measured | {"bytes_per_token": bytes_per_token(target, texts)}
 
-        take_turns({name: lambda name=name: turn(name) for name in runs}, args.repeats)
-        runs = {name: done[1:] for name, done in runs.items()}  # the first round does not count
+        runs = results_in_turns({name: partial(turn, name) for name in ("ours", "plain")}, args.repeats)
         for name, done in runs.items():
             result[f"{times} x the text, {name}"] = done
             rows.append([f"{data.stat().st_size / 1e6:.1f} MB, {name}", f"{middle(done, 'seconds'):.1f}",
@@ -124,10 +114,7 @@ def compare(args, lines: list[str], folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS),
-                        help="its vocabulary size (default: %(default)s)")
-    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    parser = make_parser(__doc__, "its vocabulary size (default: %(default)s)")
     parser.add_argument("--data_path", help="JSONL of texts (default: generated)")
     parser.add_argument("--megabytes", type=number(float, 0.1), default=8,
                         help="of the largest text (default: %(default)s)")
@@ -135,7 +122,7 @@ def main() -> None:
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
-        print_result(train(args))
+        print(json.dumps(train(args)))
         return
     import torch
 
@@ -155,8 +142,6 @@ def main() -> None:
                             f"{2 * HELD_OUT} are needed")
         print(f"{machine}; {source.stat().st_size / 1e6:.1f} MB of text, {args.repeats} turns")
         result = compare(args, lines, Path(name))
-    for name, value in result["ratios"].items():
-        print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
     print_result(result | {"machine": machine, "preset": args.preset})
 
 

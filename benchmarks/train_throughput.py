@@ -18,7 +18,6 @@ also timed compiled (--compile also compiles ours). --sweep shows how both grow 
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -33,21 +32,25 @@ import numpy as np
 import torch
 
 from benchmarks.measure import (
+    ROOT,
+    alone,
+    make_parser,
     matmul_rate,
     peak_mebibytes,
     print_result,
     print_table,
     ratio,
+    run_script,
+    seconds_since_start,
     take_turns,
     to_transformers,
 )
 from common import runtime
 from common.optim import make_optimizers
-from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
+from Config import LLMConfig, UserError, number
 from dataset import CONTEXT, MicroBatch, load_documents, load_tokenizer
 from model import WeakWater
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGET_SHARE = 0.57  # of an SFT conversation; measured in characters, like the lengths, on 6,000 real conversations
 MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS = 108, 1.05, 16  # a log-normal distribution, cut to what a row holds
 LOSS_AGREEMENT, NORM_AGREEMENT = 1e-5, 1e-3  # how far two losses and gradient norms in fp32 may differ, as a share
@@ -224,21 +227,9 @@ def first_steps(args, config: LLMConfig, device: torch.device) -> dict:
     loop = make_loops(args, config, device, [args.alone])[args.alone]
     loop.rows = args.micro_rows
     loop.step(documents)
-    seconds = time.time() - float(os.environ["BENCHMARK_START"])  # when `alone` started this process
+    seconds = seconds_since_start()
     loop.step(documents)
     return {"seconds_to_first_step": seconds, "peak_mebibytes": peak_mebibytes(device)}
-
-
-def alone(args, name: str, micro_rows: int, documents: Path) -> dict:
-    """`first_steps` of a loop, in a process of its own."""
-    command = [sys.executable, __file__, "--alone", name, "--micro_rows", str(micro_rows), "--documents",
-               str(documents), "--preset", args.preset, "--rows", str(args.rows), "--max_seq_len",
-               str(args.max_seq_len), "--device", args.device, *["--compile"] * args.compile]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {"BENCHMARK_START": str(time.time())})
-    if done.returncode:
-        raise RuntimeError(f"{name} alone: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def script_to_first_step(args) -> list[float]:
@@ -246,12 +237,9 @@ def script_to_first_step(args) -> list[float]:
     seconds = []
     with tempfile.TemporaryDirectory() as name:
         data, tokenizer = f"{name}/data", f"{name}/tokenizer"
-        for command in (["make_demo_data.py", "--out_dir", data],
-                        ["train_tokenizer.py", "--data_path", data, "--tokenizer_path", tokenizer,
-                         "--vocab_size", str(LLMConfig.preset(args.preset).vocab_size)]):
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{command[0]}: {done.stderr.strip()}")
+        run_script("make_demo_data.py", "--out_dir", data)
+        run_script("train_tokenizer.py", "--data_path", data, "--tokenizer_path", tokenizer,
+                   "--vocab_size", str(LLMConfig.preset(args.preset).vocab_size))
         for turn in range(args.repeats + 1):
             command = [sys.executable, "pretrain.py", "--preset", args.preset, "--data_path", f"{data}/pretrain.jsonl",
                        "--tokenizer_path", tokenizer, "--out_dir", f"{name}/{turn}", "--cache_dir", f"{name}/cache",
@@ -333,14 +321,16 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str, peak: flo
 
 
 def measure_alone(args, loops: dict, documents: list[tuple]) -> dict[str, list[dict]]:
-    """`alone` for every loop, in turns."""
+    """`first_steps` of every loop, in turns, each in a process of its own."""
     runs = {name: [] for name in loops}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "documents.npz"
         save_documents(documents, path)
         for _ in range(min(args.repeats, 3)):
             for name, loop in loops.items():
-                runs[name].append(alone(args, name, loop.rows, path))
+                runs[name].append(alone(
+                    __file__, name, micro_rows=loop.rows, documents=path, preset=args.preset, rows=args.rows,
+                    max_seq_len=args.max_seq_len, device=args.device, **{"compile": True} if args.compile else {}))
     return runs
 
 
@@ -367,9 +357,7 @@ def sweep(args, device: torch.device) -> list[dict]:
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS), help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    parser = make_parser(__doc__)
     parser.add_argument("--data_path", help="a JSONL file of conversations (default: made up)")
     parser.add_argument("--tokenizer_path", default="weakwater_tokenizer", help="its tokenizer (default: %(default)s)")
     parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a step (default: %(default)s)")
@@ -388,7 +376,7 @@ def main() -> None:
     if args.alone in (None, "ours"):  # our way with freed memory
         runtime.prepare(device, args.seed, False)
     if args.alone:
-        print_result(first_steps(args, config, device))
+        print(json.dumps(first_steps(args, config, device)))
         return
     peak = matmul_rate(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
     print(f"{runtime.describe_machine(device)}; matrix products: {peak / 1e12:.2f} TFLOP/s in {dtype}; {args.preset}, "
@@ -399,8 +387,6 @@ def main() -> None:
           f"({min(starts):.1f} to {max(starts):.1f})")
     if args.sweep:
         result["sweep"] = sweep(args, device)
-    for name, value in result["ratios"].items():
-        print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
     print_result(result | {"machine": runtime.describe_machine(device), "preset": args.preset,
                            "matmul_flops": peak})
 

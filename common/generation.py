@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from common import native
 from Config import UserError
-from model import WeakWater, attend
+from model import WeakWater, attend, normalise, rotate
 
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is the argmax to within float32
 
@@ -55,7 +56,7 @@ class Sampling:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, S, K, D).
+    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, K, S, D).
 
     Each row of the batch stands at its own position, so prompts of unequal length decode together:
     a row's slots beyond its position hold rubbish that the mask hides and later tokens overwrite.
@@ -63,12 +64,18 @@ class KVCache:
 
     def __init__(self, fused: "FusedModel", batch_size: int, length: int):
         c = fused.config
-        shape = (c.n_layers, batch_size, length, c.n_kv_heads, c.head_dim)
+        shape = (c.n_layers, batch_size, c.n_kv_heads, length, c.head_dim)
         # on a CPU in full precision: attention over it is several times as fast there as in bf16 (docs/LOG.md)
-        dtype = fused.cos_SD.dtype if fused.device.type == "cpu" else fused.dtype
+        dtype = fused.exact if fused.device.type == "cpu" else fused.dtype
         self.keys = torch.zeros(shape, device=fused.device, dtype=dtype)
         self.values = torch.zeros(shape, device=fused.device, dtype=dtype)
         self.rows_B1 = torch.arange(batch_size, device=fused.device).unsqueeze(1)
+        self.room = min(length, c.max_seq_len)
+
+    def check_room(self, length: int) -> None:
+        """Raises UserError where so many tokens are more than the cache or the model's context holds."""
+        if length > self.room:
+            raise UserError(f"position {length} is beyond the {self.room} that cache and context have room for")
 
     def keep(self, rows: torch.Tensor) -> None:
         """Only these rows go on."""
@@ -119,15 +126,14 @@ class FusedModel:
             self.layers.append((
                 block.input_layernorm.weight, Product(qkv, dtype), head_norm, Product(attention.o_proj.weight, dtype),
                 block.post_attention_layernorm.weight, Product(gate_up, dtype), Product(mlp.down_proj.weight, dtype)))
-        # model.rotate is x cos + (-second half, first half) sin: with the minus in the sine, half a head is rolled over
-        exact = torch.promote_types(self.embedding.dtype, torch.float32)
-        self.cos_SD, sin_SD = (table.to(exact) for table in (model.model.rotary.cos_SD, model.model.rotary.sin_SD))
-        self.sin_SD = torch.cat([-sin_SD[:, :c.head_dim // 2], sin_SD[:, c.head_dim // 2:]], dim=1)
+        self.rotary, self.exact = model.model.rotary, torch.promote_types(self.embedding.dtype, torch.float32)
+        self.native = None  # for a single row
+        if native.applies(model, dtype):
+            self.native = native.NativeDecoder(model, dtype)
 
     def normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """model.RMSNorm."""
-        x32 = x.float()
-        return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.norm_eps)).to(x.dtype)
+        return normalise(x, weight, self.config.norm_eps)[0]
 
     def hidden(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, cache: KVCache, length: int,
                aligned: bool) -> torch.Tensor:
@@ -136,25 +142,22 @@ class FusedModel:
 
         Raises UserError beyond the cache or the model's context.
         """
-        most = min(cache.keys.shape[2], self.config.max_seq_len)
-        if length > most:
-            raise UserError(f"position {length} is beyond the {most} that cache and context have room for")
+        cache.check_room(length)
         c, (B, T) = self.config, tokens_BT.shape
-        H, turned, half = c.n_heads, c.n_heads + c.n_kv_heads, c.head_dim // 2
-        cos_BT1D, sin_BT1D = self.cos_SD[positions_BT].unsqueeze(2), self.sin_SD[positions_BT].unsqueeze(2)
+        H, turned = c.n_heads, c.n_heads + c.n_kv_heads
+        cos_BT1D, sin_BT1D = self.rotary(positions_BT, self.exact)
         causal = aligned and T == length > 1
         mask = None
         if not aligned or 1 < T < length:  # (B, 1, T, S): a token sees the slots up to its own position
             mask = torch.arange(length, device=self.device) <= positions_BT[:, None, :, None]
         x_BTC = F.embedding(tokens_BT, self.embedding)
         for layer, (norm, qkv, head_norm, out, norm_2, gate_up, down) in enumerate(self.layers):
-            keys, values = cache.keys[layer], cache.values[layer]
+            keys, values = cache.keys[layer].transpose(1, 2), cache.values[layer].transpose(1, 2)  # (B, S, K, D)
             heads = qkv(self.normalise(x_BTC, norm)).view(B, T, -1, c.head_dim)
             q_and_k, v = heads[:, :, :turned], heads[:, :, turned:]
             if head_norm is not None:
                 q_and_k = self.normalise(q_and_k, head_norm)
-            q_and_k = q_and_k.to(cos_BT1D.dtype)
-            q_and_k = (q_and_k * cos_BT1D).add_(q_and_k.roll(half, -1).mul_(sin_BT1D))
+            q_and_k = rotate(q_and_k, cos_BT1D, sin_BT1D)
             q, k = q_and_k[:, :, :H], q_and_k[:, :, H:]
             if aligned:
                 keys[:, length - T:length], values[:, length - T:length] = k, v
@@ -199,6 +202,9 @@ def decode_one_token(fused: FusedModel, token_B: torch.Tensor, position_B: torch
     `length` is the largest position + 1, which the device would have to be asked for, and `aligned` whether all
     positions are the same.
     """
+    if fused.native is not None and len(token_B) == 1:
+        cache.check_room(length)
+        return fused.native(int(token_B), length - 1, cache.keys, cache.values)
     return fused.logits(fused.hidden(token_B[:, None], position_B[:, None], cache, length, aligned)[:, 0])
 
 
@@ -267,18 +273,20 @@ class Generation:
 @torch.inference_mode()
 def stream(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
            stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
-           sync_every: int = 1) -> Iterator[tuple[int, list[int], str | None]]:
+           sync_every: int | None = 1) -> Iterator[tuple[int, list[int], str | None]]:
     """Continue a batch of prompts; yields (row, new ids, None or the reason the row ended), as in Generation.
 
-    Tokens are brought to the host `sync_every` at a time, the loop's only wait for the device. Rows that have
-    ended then leave the batch. Ids from `vocab_size` on (a model may have more rows than its tokenizer entries)
-    are never sampled. `generator` stands on the model's device. A model is fused first, for which whoever asks
-    again and again does better to give the FusedModel.
+    Tokens are brought to the host `sync_every` at a time, the loop's only wait for the device (None: 1 on a CPU and 16
+    elsewhere, where waiting costs more than tokens past the end). Rows that have ended then leave the batch. Ids from
+    `vocab_size` on (a model may have more rows than its tokenizer entries) are never sampled. `generator` stands on the
+    model's device. A model is fused first, for which whoever asks again and again does better to give the FusedModel.
 
     Raises UserError when a prompt is empty or leaves no room in the context, or the weights give no finite logits.
     """
     fused = model if isinstance(model, FusedModel) else FusedModel(model)
     context, device = fused.config.max_seq_len, fused.device
+    if sync_every is None:
+        sync_every = 1 if device.type == "cpu" else 16
     stop_ids, vocab_size = set(stop_ids), vocab_size or fused.config.vocab_size
     for prompt in prompts:
         if not 0 < len(prompt) < context:
@@ -328,7 +336,7 @@ def stream(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_toke
 
 def generate(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
-             sync_every: int = 16) -> list[Generation]:
+             sync_every: int | None = None) -> list[Generation]:
     """Continue a batch of prompts to the end of each; arguments and errors are those of `stream`."""
     done = [Generation([], "") for _ in prompts]
     for row, ids, reason in stream(model, prompts, max_new_tokens, sampling, stop_ids, vocab_size, generator,

@@ -8,11 +8,11 @@ from Config import UserError
 from model import WeakWater
 
 
-def make_optimizers(model: WeakWater, name: str, learning_rate: float,
-                    weight_decay: float) -> list[torch.optim.Optimizer]:
-    """[AdamW], or [Muon, AdamW] with Muon on the matrices inside the layers.
+def make_optimizers(model: WeakWater, name: str, learning_rate: float, weight_decay: float, beta2: float = 0.95,
+                    decayed: str = "matrices") -> list[torch.optim.Optimizer]:
+    """[AdamW], or [Muon, AdamW] with Muon on the matrices inside the layers. `decayed`: "matrices", or "all" weights.
 
-    AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101), betas 0.9 and 0.95, decay on matrices only.
+    AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101), betas 0.9 and `beta2`.
     Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), its update scaled to AdamW's size
     (Moonlight, arXiv:2502.16982), so that one learning rate serves both.
     """
@@ -21,8 +21,8 @@ def make_optimizers(model: WeakWater, name: str, learning_rate: float,
     taken = {id(p) for p in hidden}
     rest = [p for p in named.values() if id(p) not in taken]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": weight_decay if decayed == "all" else 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
     if name != "muon":
         return [adamw]
     muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
@@ -76,8 +76,8 @@ def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, flo
     return x
 
 
-def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_ratio: float = 0.0,
-                  decay_ratio: float = 0.2, min_lr_ratio: float = 0.1) -> float:
+def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_ratio: float = 0.02,
+                  decay_ratio: float = 0.4, min_lr_ratio: float = 0.0) -> float:
     """Learning rate of optimizer step `step` (from 0) of `total_steps`.
 
     After a linear warm-up over warmup_ratio of the steps: constant; cosine from the peak to

@@ -30,7 +30,7 @@ from common.generation import FusedModel, KVCache
 from common.optim import learning_rate, make_optimizers
 from common.runtime import autocast, run
 from common.scoring import score
-from Config import OneLineParser, UserError
+from Config import ORIGINAL, OneLineParser, UserError
 from dataset import (
     CONTEXT,
     REPLY,
@@ -505,12 +505,12 @@ def show_optimizer(args) -> None:
 
 
 def show_schedule(args) -> None:
-    """learning rate / peak over 1,000 steps, for each --lr_schedule"""
-    quickstart = dict(warmup_ratio=0.02, decay_ratio=0.4, min_lr_ratio=0.0)  # the flags in quickstart.sh
-    print(f"{'step':>5}{'constant':>10}{'cosine':>10}{'trapezoid':>11}{'quickstart':>12}")
+    """learning rate / peak over 1,000 steps, for each --lr_schedule, and that of --recipe original"""
+    original = ORIGINAL["warmup_ratio"], 0.0, ORIGINAL["min_lr_ratio"]
+    print(f"{'step':>5}{'constant':>10}{'cosine':>10}{'trapezoid':>11}{'original':>12}")
     for step in (0, 19, 250, 500, 700, 900, 999):
         rates = [learning_rate(step, 1000, 1.0, name) for name in ("constant", "cosine", "trapezoid")]
-        rates.append(learning_rate(step, 1000, 1.0, "trapezoid", **quickstart))
+        rates.append(learning_rate(step, 1000, 1.0, ORIGINAL["lr_schedule"], *original))
         print(f"{step:5}{rates[0]:10.3f}{rates[1]:10.3f}{rates[2]:11.3f}{rates[3]:12.3f}")
 
 
@@ -570,7 +570,7 @@ def show_answer(args) -> None:
     cache = KVCache(fused, 1, longest)
     logits = generation.prefill(fused, [prompt], cache)
     title("prefill")
-    print(f"keys and values (layers, B, slots, heads, D) {shape(cache.keys)}, of which {len(prompt)} slots are filled; "
+    print(f"keys and values (layers, B, heads, slots, D) {shape(cache.keys)}, of which {len(prompt)} slots are filled; "
           f"logits {shape(logits)}")
 
     title("token by token: position, id, p, the three likeliest, text so far certain")

@@ -1,26 +1,30 @@
 """Which recipe learns most from a token, and from a second? Held-out bits per byte, recipes side by side.
 
-    python experiments/recipe.py --data_path data/pretrain.jsonl --tokens 8000000 --seeds 1 2
-    python experiments/recipe.py --recipes original muon muon_half      only these
-    python experiments/recipe.py --recipes                              only the table, of what has been run
+    python experiments/recipe.py --data_path data/pretrain.jsonl --jobs 2
+    python experiments/recipe.py --data_path data/pretrain.jsonl --recipes original muon muon_half     only these
+    python experiments/recipe.py --data_path data/pretrain.jsonl --time       how long a step of each takes
+    python experiments/recipe.py --stage SFT --data_path data/sft.jsonl --init_from out/pretrain.pth --out_dir out/sft
+    python experiments/recipe.py --recipes                                    only the table
 
-Every recipe but the first is `python pretrain.py` with other flags. `original` is what this project came from: a
-document a row, cut at --max_seq_len and padded, --rows rows a step, AdamW with betas 0.9 and 0.999 and a decay of 0.01
-on every weight, 5e-4 on a cosine to a tenth. Its documents are computed packed, which gives the same gradients (law 4)
-in less time; its *time* is the number of its steps by the median of five padded fp32 steps, timed in the same run. Its
-tokens are the real ones. `..._half` runs the whole schedule on half of the tokens.
+Every recipe but the first is a stage script with other flags. `original` is what this project came from: a document a
+row, cut at --max_seq_len and padded, 168 rows a step (`original_8`: 8), AdamW with betas 0.9 and 0.999 and a decay of
+0.01 on every weight, 5e-4 on a cosine to a tenth. What it learns is computed from packed documents, which give the same
+gradients (law 4) in less time. `..._half` runs its whole schedule on half of the tokens.
 
-The models are random at first by --seeds; all see the same held-out documents. Runs lie in --out_dir and are not made
-twice. Without --data_path the text is generated.
+--tokens are real ones, padding not counted. --jobs recipes run side by side and share the cores; how long a step takes
+alone is measured by --time on a quiet machine, in turns with the original's as it was: padded, in fp32, 8 rows at once.
+Runs lie in --out_dir and are not made twice. Without --data_path the text is generated.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,31 +33,57 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.measure import print_table, run_script, take_turns
 from common import checkpoint, runtime
-from common.optim import learning_rate, set_learning_rate
+from common.optim import learning_rate, make_optimizers, set_learning_rate
 from common.scoring import score
 from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
-from dataset import evaluated, evaluation_batches, load_splits, load_tokenizer, make_micro_batch
+from dataset import StepLoader, evaluated, evaluation_batches, load_splits, load_tokenizer, make_micro_batch
 from model import WeakWater
 
-ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 MUON = "--optimizer muon --learning_rate 4e-3 --lr_schedule trapezoid --decay_ratio 0.4 --min_lr_ratio 0"
-ROWS = 8  # of a step of all but the original
-RECIPES = {  # name: (flags of pretrain.py, share of the tokens)
-    "original": None,
-    "adamw": ("--optimizer adamw --learning_rate 2e-3 --lr_schedule cosine --warmup_ratio 0.02", 1),
-    "adamw_4e-3": ("--optimizer adamw --learning_rate 4e-3 --lr_schedule cosine --warmup_ratio 0.02", 1),
-    "muon": (f"{MUON} --warmup_ratio 0.02", 1),
-    "muon_half": (f"{MUON} --warmup_ratio 0.02", 0.5),
-    "muon_quarter": (f"{MUON} --warmup_ratio 0.02", 0.25),
-    "muon_cosine": ("--optimizer muon --learning_rate 4e-3 --lr_schedule cosine --warmup_ratio 0.02", 1),
-    "muon_2e-3": (MUON.replace("4e-3", "2e-3") + " --warmup_ratio 0.02", 1),
-    "muon_8e-3": (MUON.replace("4e-3", "8e-3") + " --warmup_ratio 0.02", 1),
-    "muon_decay_0": (f"{MUON} --warmup_ratio 0.02 --weight_decay 0", 1),
-    "muon_4_rows": (f"{MUON} --warmup_ratio 0.02 --batch_size 4", 1),
-    "muon_16_rows": (f"{MUON} --warmup_ratio 0.02 --batch_size 16", 1),
-    "muon_zero_init": (f"{MUON} --warmup_ratio 0.02", 1),  # output projections that begin at zero
+RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
+    "pretrain": {
+        "original": (None, 1),
+        "original_8": (None, 1),
+        "adamw": ("--optimizer adamw --learning_rate 2e-3", 1),
+        "adamw_4e-3": ("--optimizer adamw --learning_rate 4e-3", 1),
+        "muon": (MUON, 1),
+        "muon_half": (MUON, 0.5),
+        "muon_quarter": (MUON, 0.25),
+        "muon_cosine": ("--optimizer muon --learning_rate 4e-3", 1),
+        "muon_2e-3": (MUON.replace("4e-3", "2e-3"), 1),
+        "muon_8e-3": (MUON.replace("4e-3", "8e-3"), 1),
+        "muon_decay_0": (f"{MUON} --weight_decay 0", 1),
+        "muon_4_rows": (f"{MUON} --batch_size 4", 1),
+        "muon_16_rows": (f"{MUON} --batch_size 16", 1),
+        "muon_32_rows": (f"{MUON} --batch_size 32", 1),
+        "muon_zero_init": (MUON, 1),  # output projections that begin at zero
+    },
+    "SFT": {
+        "adamw_5e-4": ("--optimizer adamw --learning_rate 5e-4", 1),
+        **{f"muon_{rate}": (MUON.replace("4e-3", rate), 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
+    },
+    "SFT_long": {
+        "adamw_5e-4": ("--optimizer adamw --learning_rate 5e-4", 1),
+        **{f"muon_{rate}": (MUON.replace("4e-3", rate), 1) for rate in ("2.5e-4", "5e-4", "1e-3", "2e-3")},
+    },
+    "distill": {
+        "adamw_1e-6": ("--optimizer adamw --learning_rate 1e-6", 1),  # the original's
+        "adamw_5e-4": ("--optimizer adamw --learning_rate 5e-4", 1),
+        **{f"muon_{rate}": (MUON.replace("4e-3", rate), 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
+    },
 }
+ROWS = {"pretrain": 8, "SFT": 8, "SFT_long": 4, "distill": 4}  # of a step, where a recipe does not say
+
+
+def rows_of(args, name: str) -> int:
+    """Rows of a step."""
+    flags = (RECIPES[args.stage][name][0] or "").split()
+    if name == "original":
+        return 168
+    return int(flags[flags.index("--batch_size") + 1]) if "--batch_size" in flags else ROWS[args.stage]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -63,21 +93,22 @@ RECIPES = {  # name: (flags of pretrain.py, share of the tokens)
 class Original:
     """The first recipe over the same documents."""
 
-    def __init__(self, args, seed: int, train, val):
+    def __init__(self, args, name: str, seed: int, train, val):
         self.args, self.train, self.val = args, train, val
-        torch.manual_seed(seed)
-        self.model = WeakWater(LLMConfig.preset(args.preset, vocab_size=args.vocab_size))
+        runtime.prepare(CPU, seed, False)
+        self.model = new_model(args)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01)
-        self.dtype, _ = runtime.pick_dtype("auto", torch.device("cpu"))
-        order = np.random.default_rng(seed).permutation(len(train))
-        lengths, chosen, tokens = np.minimum(train.length, args.max_seq_len), [], 0
+        self.dtype, _ = runtime.pick_dtype("auto", CPU)
+        rng, rows, tokens = np.random.default_rng(seed), rows_of(args, name), 0
+        lengths, self.steps = np.minimum(train.length, args.max_seq_len), []  # of a step: (document, 0, its length)
+        if rows > len(train):
+            raise UserError(f"--data_path: {len(train):,} documents do not fill a step of {rows}")
         while tokens < args.tokens:  # epoch after epoch
-            for document in order[:len(order) // args.rows * args.rows].reshape(-1, args.rows):
-                chosen.append([(int(d), 0, int(lengths[d])) for d in document])
-                tokens += int(lengths[document].sum())
+            for documents in rng.permutation(len(train))[:len(train) // rows * rows].reshape(-1, rows):
+                self.steps.append([(int(d), 0, int(lengths[d])) for d in documents])
+                tokens += int(lengths[documents].sum())
                 if tokens >= args.tokens:
                     break
-        self.steps = chosen
 
     def update(self) -> None:
         """Clip, step, forget the gradients."""
@@ -85,169 +116,261 @@ class Original:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def padded_step(self, pieces: list[tuple]) -> float:
-        """Seconds of the step as it was: fp32, every row filled up to --max_seq_len, logits for every position."""
-        begin, length = time.perf_counter(), self.args.max_seq_len
+    def padded_step(self, step: int) -> None:
+        """The step as it was: fp32, every row filled up to --max_seq_len, logits for every position, 8 rows at once."""
+        pieces, length = self.steps[step], self.args.max_seq_len
         ids, mask = torch.zeros(len(pieces), length, dtype=torch.long), torch.zeros(len(pieces), length - 1)
         for row, (document, _, n) in enumerate(pieces):
             start = int(self.train.cache.documents["start"][self.train.index[document]])
             ids[row, :n] = torch.from_numpy(self.train.cache.tokens[start:start + n].astype(np.int64))
             mask[row, :n - 1] = 1
-        for some, weight in zip(ids.split(self.args.micro_rows), mask.split(self.args.micro_rows), strict=True):
+        for some, weight in zip(ids.split(8), mask.split(8), strict=True):
             logits = self.model(some[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
             ((loss * weight.flatten()).sum() / mask.sum()).backward()
         self.update()
-        return time.perf_counter() - begin
 
-    def packed_step(self, pieces: list[tuple]) -> None:
-        """The same gradient (to rounding) from the documents alone."""
+    def packed_step(self, step: int) -> None:
+        """The same gradient, to rounding, from the documents alone."""
+        pieces = self.steps[step]
         batches = [make_micro_batch(self.train, pieces[i:i + 32], np.ones(4, np.float32))
                    for i in range(0, len(pieces), 32)]
-        total = sum(float(batch.weights.sum()) for batch in batches)
-        for batch in batches:
-            with runtime.autocast(torch.device("cpu"), self.dtype):
-                loss = self.model(**batch.to("cpu")) / total
-            loss.backward()
+        backward(self.model, batches, sum(float(batch.weights.sum()) for batch in batches), self.dtype)
         self.update()
 
-    def run(self) -> dict:
-        """Train; the curve, with the time that padded fp32 steps would have taken."""
-        state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        seconds = statistics.median(self.padded_step(self.steps[i]) for i in range(-5, 0))
-        self.model.load_state_dict(state)
-        self.optimizer.state.clear()
+    def run(self) -> list[dict]:
+        """Train; the curve."""
         tokens, curve = 0, []
         for step, pieces in enumerate(self.steps):
-            set_learning_rate([self.optimizer], learning_rate(step, len(self.steps), 5e-4, "cosine"))
-            self.packed_step(pieces)
+            set_learning_rate([self.optimizer], learning_rate(step, len(self.steps), 5e-4, "cosine", 0.0, 0.0, 0.1))
+            self.packed_step(step)
             tokens += sum(length for _, _, length in pieces)
-            if step + 1 == len(self.steps) or (step + 1) % max(1, len(self.steps) // 10) == 0:
-                bpb = held_out_bpb(self.args, self.model, self.val, self.dtype)
-                curve.append({"tokens": tokens, "seconds": (step + 1) * seconds, "bpb": bpb})
-                print(f"  {tokens:,} tokens, {bpb:.4f}", flush=True)
-        return {"curve": curve, "padded_step_seconds": seconds}
+            if step + 1 == len(self.steps) or (step + 1) % math.ceil(len(self.steps) / 5) == 0:
+                scores = score(self.model, evaluation_batches(self.val, self.args.max_seq_len, 4096, 200_000),
+                               self.val.bytes[:evaluated(self.val, 200_000)].sum(), CPU,
+                               lambda: runtime.autocast(CPU, self.dtype))
+                curve.append({"step": step + 1, "tokens": tokens, "bpb": scores["bpb"]})
+        return curve
 
 
-def held_out_bpb(args, model: WeakWater, val, dtype: str) -> float:
-    """Bits per byte of the first 200,000 held-out tokens, as pretrain.py scores them."""
-    device = torch.device("cpu")
-    scores = score(model, evaluation_batches(val, args.max_seq_len, ROWS * args.max_seq_len, 200_000),
-                   val.bytes[:evaluated(val, 200_000)].sum(), device, lambda: runtime.autocast(device, dtype))
-    return scores["bpb"]
+def new_model(args) -> WeakWater:
+    """The preset for the tokenizer, its random weights those of torch's seed now."""
+    return WeakWater(LLMConfig.preset(args.preset, vocab_size=len(load_tokenizer(args.tokenizer_path))))
+
+
+def backward(model: WeakWater, batches: list, total: float, dtype: str) -> None:
+    """The gradients of one optimizer step, added up."""
+    for batch in batches:
+        with runtime.autocast(CPU, dtype):
+            loss = model(**batch.to(CPU)) / total
+        loss.backward()
 
 
 # ---------------------------------------------------------------------------------------------
-# the others
+# learning
 
 
-def run_script(args, name: str, seed: int, folder: Path) -> dict:
-    """pretrain.py with a recipe's flags; the curve from its log."""
-    flags, share = RECIPES[name]
-    rows = int(flags.split("--batch_size ")[1].split()[0]) if "--batch_size" in flags else ROWS
+def learn(args, name: str, seed: int, folder: Path) -> list[dict]:
+    """The curve of a recipe: [{"step", "tokens", "bpb"}], five points of a run."""
+    flags, share = RECIPES[args.stage][name]
+    if flags is None:
+        return Original(args, name, seed, *splits(args)).run()
+    rows = rows_of(args, name)
     steps = math.ceil(args.tokens * share / (rows * args.max_seq_len))
-    command = [sys.executable, "pretrain.py", "--data_path", args.data_path, "--tokenizer_path", args.tokenizer_path,
-               "--out_dir", str(folder), "--cache_dir", str(Path(args.out_dir) / "cache"), "--preset", args.preset,
-               "--max_seq_len", str(args.max_seq_len), "--batch_size", str(rows), "--accumulation_steps", "1",
-               "--max_steps", str(steps), "--epochs", "100", "--seed", str(seed), "--save_interval", str(steps),
-               "--eval_interval", str(math.ceil(steps / 10)), "--log_interval", str(math.ceil(steps / 10)),
-               "--device", "cpu", *flags.split(), *(["--val_path", args.val_path] if args.val_path else [])]
+    start = ["--init_from", args.init_from] if args.init_from else ["--preset", args.preset]
     if name.endswith("zero_init"):
         torch.manual_seed(seed)
-        model = WeakWater(LLMConfig.preset(args.preset, vocab_size=args.vocab_size))
+        model = new_model(args)
         with torch.no_grad():
             for block in model.model.layers:
                 block.self_attn.o_proj.weight.zero_()
                 block.mlp.down_proj.weight.zero_()
         folder.mkdir(parents=True)
         checkpoint.save_weights(folder / "start.pth", model, {"stage": "pretrain"})
-        command += ["--init_from", str(folder / "start.pth")]
-        command[command.index("--preset"):command.index("--preset") + 2] = []
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"recipe {name}: pretrain.py failed; its log is in {folder}")
-    curve, seconds, tokens = [], 0.0, 0
-    for line in (folder / "log" / "pretrain.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        seconds += (row["tokens"] - tokens) / row["tokens_per_second"]
-        tokens = row["tokens"]
-        if "val_bpb" in row:
-            curve.append({"tokens": tokens, "seconds": seconds, "bpb": row["val_bpb"]})
-    return {"curve": curve, "command": " ".join(command)}
+        start = ["--init_from", str(folder / "start.pth")]
+    run_script(f"{args.stage}.py", "--data_path", args.data_path, "--tokenizer_path", args.tokenizer_path,
+               "--out_dir", str(folder), "--cache_dir", str(Path(args.out_dir) / "cache"),
+               "--max_seq_len", str(args.max_seq_len), "--batch_size", str(rows), "--accumulation_steps", "1",
+               "--max_steps", str(steps), "--epochs", "100", "--seed", str(seed), "--save_interval", str(steps),
+               "--eval_interval", str(math.ceil(steps / 5)), "--log_interval", str(math.ceil(steps / 5)),
+               "--warmup_ratio", "0.02", "--device", "cpu", *start, *flags.split(),
+               *(["--val_path", args.val_path] if args.val_path else []))
+    lines = map(json.loads, (folder / "log" / f"{args.stage}.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{"step": line["step"], "tokens": line["tokens"], "bpb": line["val_bpb"]}
+            for line in lines if "val_bpb" in line]
+
+
+def splits(args) -> tuple:
+    """Training and validation documents, from the cache that the stage scripts use."""
+    return load_splits(args.data_path, args.val_path, load_tokenizer(args.tokenizer_path),
+                       "text" if args.stage == "pretrain" else "chat", str(Path(args.out_dir) / "cache"),
+                       args.max_seq_len)
+
+
+def learn_all(args) -> None:
+    """Every recipe with every seed that has not been run yet, each in a process of its own, --jobs at a time."""
+    def one(name: str, seed: int) -> None:
+        folder = Path(args.out_dir) / f"{name}_{seed}"
+        if (folder / "result.json").exists():
+            return
+        print(f"{name}, seed {seed}", flush=True)
+        command = [sys.executable, __file__, "--alone", "--recipes", name, "--seeds", str(seed)]
+        for flag in ("stage", "data_path", "val_path", "tokenizer_path", "out_dir", "preset", "tokens", "max_seq_len",
+                     "init_from"):
+            if getattr(args, flag) is not None:
+                command += [f"--{flag}", str(getattr(args, flag))]
+        threads = max(1, torch.get_num_threads() // args.jobs)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        if done.returncode:
+            raise UserError(f"recipe {name}, seed {seed}: {done.stderr.strip()[-1000:]}")
+
+    splits(args)  # the token cache: made once, before any two want it
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for run in [pool.submit(one, name, seed) for seed in args.seeds for name in args.recipes]:
+            run.result()
+
+
+# ---------------------------------------------------------------------------------------------
+# time
+
+
+def time_steps(args) -> dict[str, list[float]]:
+    """Seconds of a step of each recipe that differs in this, in turns; `original` takes 21 times `original_8`'s."""
+    train, val = splits(args)
+    runtime.prepare(CPU, 1, False)
+    dtype, _ = runtime.pick_dtype("auto", CPU)
+    original, numbers = Original(args, "original_8", 1, train, val), count()
+    work = {"original_8": lambda: original.padded_step(next(numbers))}
+    for name in RECIPES[args.stage]:
+        if name.startswith("original"):
+            continue
+        optimizer = "muon" if name.startswith("muon") else "adamw"
+        case = f"{optimizer}, {rows_of(args, name)} rows"
+        if case not in work:
+            work[case] = our_step(args, optimizer, rows_of(args, name), train, dtype)
+    return take_turns(work, args.repeats)
+
+
+def our_step(args, optimizer: str, rows: int, train, dtype: str):
+    """A function that makes the next step of a stage script, with weights of its own."""
+    model = new_model(args)
+    optimizers = make_optimizers(model, optimizer, 1e-4, 0.1)
+    loader = StepLoader(train, args.max_seq_len, rows, 1, 1)
+    batches = (loader.step(0, number) for number in range(loader.steps_in_epoch(0)))
+
+    def step() -> None:
+        batch = next(batches)
+        backward(model, batch.micro_batches, batch.total_weight, dtype)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+
+    return step
 
 
 # ---------------------------------------------------------------------------------------------
 # comparing
 
 
-def table(out: Path) -> str:
-    """Markdown: the end of every run, beside the original's of the same seed."""
-    runs = {}
+def show(args) -> None:
+    """The end of every run, beside the original's of the same seed."""
+    runs, seconds, out = {}, {}, Path(args.out_dir)
     for file in sorted(out.glob("*/result.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
-        runs[run["recipe"], run["seed"]] = run["curve"][-1]
-    head = "recipe, seed, tokens, minutes, bits per byte, of the original's tokens, of its time, below its bits"
-    lines = [f"| {head.replace(', ', ' | ')} |", "|---" * 8 + "|"]
-    for recipe in RECIPES:
-        for seed in sorted({seed for name, seed in runs if name == recipe}):
-            end, first = runs[recipe, seed], runs.get(("original", seed))
-            beside = (f"{end['tokens'] / first['tokens']:.0%} | {end['seconds'] / first['seconds']:.1%} | "
-                      f"{first['bpb'] - end['bpb']:+.4f}" if first else " | | ")
-            lines.append(f"| {recipe} | {seed} | {end['tokens']:,} | {end['seconds'] / 60:.1f} | {end['bpb']:.4f} | "
-                         f"{beside} |")
-    return "\n".join(lines)
+        if run["stage"] == args.stage:
+            runs[run["recipe"], run["seed"]] = run["curve"][-1]
+    if (out / "seconds.json").exists():
+        seconds = json.loads((out / "seconds.json").read_text(encoding="utf-8"))
+
+    def minutes(name: str, steps: int) -> float | None:
+        if not seconds:
+            return None
+        if name.startswith("original"):
+            return steps * statistics.median(seconds["original_8"]) * rows_of(args, name) / 8 / 60
+        return steps * statistics.median(
+            seconds[f"{'muon' if name.startswith('muon') else 'adamw'}, {rows_of(args, name)} rows"]) / 60
+
+    rows = []
+    for name in RECIPES[args.stage]:
+        for seed in sorted(seed for other, seed in runs if other == name):
+            end = runs[name, seed]
+            time_alone, beside = minutes(name, end["step"]), []
+            for first in ("original", "original_8"):
+                if (first, seed) in runs:
+                    theirs = runs[first, seed]
+                    beside += [f"{end['tokens'] / theirs['tokens']:.0%}",
+                               f"{time_alone / minutes(first, theirs['step']):.1%}" if seconds else "",
+                               f"{end['bpb'] - theirs['bpb']:+.4f}"]
+                else:
+                    beside += [""] * 3
+            rows.append([name, str(seed), f"{end['step']:,}", f"{end['tokens']:,}",
+                         f"{time_alone:.1f}" if seconds else "", f"{end['bpb']:.4f}", *beside])
+    head = ["recipe", "seed", "steps", "tokens", "minutes", "bits per byte"]
+    for first in ("original", "original_8"):
+        head += [f"of {first}: tokens", "time", "bits per byte"]
+    print_table(head, rows)
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=tuple(RECIPES), metavar="NAME",
-                        help=f"of {', '.join(RECIPES)} (default: all)")
-    parser.add_argument("--data_path", help="JSONL of texts (default: the quickstart's world)")
-    parser.add_argument("--val_path", help="held-out texts (default: 0.5 %% of data_path)")
+    parser.add_argument("--stage", default="pretrain", choices=tuple(RECIPES), help="(default: %(default)s)")
+    parser.add_argument("--recipes", nargs="*", metavar="NAME", help="(default: all of the stage)")
+    parser.add_argument("--data_path", help="training data (default, of pretrain: generated)")
+    parser.add_argument("--val_path", help="held-out data (default: 0.5 %% of data_path)")
     parser.add_argument("--tokenizer_path", help="(default: trained on the data)")
+    parser.add_argument("--init_from", help="weights that a stage after pretrain starts from")
     parser.add_argument("--out_dir", default="out/recipe", help="(default: %(default)s)")
     parser.add_argument("--preset", default="weakwater-5m", choices=tuple(PRESETS), help="(default: %(default)s)")
     parser.add_argument("--tokens", type=number(int, 1), default=8_000_000, help="real ones (default: %(default)s)")
     parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
-    parser.add_argument("--rows", type=number(int, 1), default=168, help="of the original's step: 84 x 2 (default)")
-    parser.add_argument("--micro_rows", type=number(int, 1), default=8, help="at a time when padded (default: 8)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="runs side by side (default: %(default)s)")
+    parser.add_argument("--time", action="store_true", help="time steps in turns; nothing else may run")
+    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns of --time (default: %(default)s)")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    out = Path(args.out_dir)
+    out, known = Path(args.out_dir), RECIPES[args.stage]
+    args.recipes = list(known) if args.recipes is None else args.recipes
+    for name in args.recipes:
+        if name not in known:
+            parser.error(f"--recipes {name}: not one of {', '.join(known)}")
+    if args.recipes or args.time:
+        if args.stage != "pretrain" and not (args.data_path and args.init_from and args.tokenizer_path):
+            parser.error(f"--stage {args.stage} needs --data_path, --tokenizer_path and --init_from")
+        prepare_data(args, out)
+    if args.alone:
+        name, seed = args.recipes[0], args.seeds[0]
+        folder = out / f"{name}_{seed}"
+        curve = learn(args, name, seed, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text(json.dumps({"stage": args.stage, "recipe": name, "seed": seed,
+                                                        "curve": curve}, indent=1), encoding="utf-8")
+        return
+    if args.time:
+        seconds = time_steps(args)
+        (out / "seconds.json").write_text(json.dumps(seconds, indent=1), encoding="utf-8")
+        print(runtime.describe_machine(CPU))
+        print_table(["a step of", "seconds, median", "range"],
+                    [[name, f"{statistics.median(each):.3f}", f"{min(each):.3f} to {max(each):.3f}"]
+                     for name, each in seconds.items()])
+    else:
+        learn_all(args)
+    show(args)
+
+
+def prepare_data(args, out: Path) -> None:
+    """Generated text and a tokenizer where none is given."""
     out.mkdir(parents=True, exist_ok=True)
-
-    def script(*command: str) -> None:
-        if subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
-            raise UserError(f"{' '.join(command)} failed")
-
-    if args.recipes and not args.data_path:
+    if not args.data_path:
         if not (out / "data").exists():
-            script("make_demo_data.py", "--out_dir", str((out / "data").resolve()))
-        args.data_path, args.val_path = str((out / "data/pretrain.jsonl").resolve()), None
-    if args.recipes and not args.tokenizer_path:
-        args.tokenizer_path = str((out / "tokenizer").resolve())
+            run_script("make_demo_data.py", "--out_dir", str(out / "data"))
+        args.data_path, args.val_path = str(out / "data" / "pretrain.jsonl"), None
+    if not args.tokenizer_path:
+        args.tokenizer_path = str(out / "tokenizer")
         if not Path(args.tokenizer_path).exists():
-            script("train_tokenizer.py", "--data_path", args.data_path, "--tokenizer_path", args.tokenizer_path)
-    for seed in args.seeds:
-        for name in args.recipes:
-            folder = (out / f"{name}_{seed}").resolve()
-            if (folder / "result.json").exists():
-                continue
-            print(f"{name}, seed {seed}", flush=True)
-            tokenizer = load_tokenizer(args.tokenizer_path)
-            args.vocab_size = len(tokenizer)
-            if name == "original":
-                runtime.prepare(torch.device("cpu"), seed, False)
-                train, val = load_splits(args.data_path, args.val_path, tokenizer, "text", str(out / "cache"),
-                                         args.max_seq_len)
-                result = Original(args, seed, train, val).run()
-            else:
-                result = run_script(args, name, seed, folder)
-            folder.mkdir(exist_ok=True)
-            result |= {"recipe": name, "seed": seed, "machine": runtime.describe_machine(torch.device("cpu"))}
-            (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    (out / "README.md").write_text(table(out) + "\n", encoding="utf-8")
-    print(table(out))
+            run_script("train_tokenizer.py", "--data_path", args.data_path, "--tokenizer_path", args.tokenizer_path)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-out/cpu}
 read -r pretrain_steps sft_steps sft_long_steps distill_steps <<< "${STEPS:-4900 800 240 1000}"
 PYTHON=${PYTHON:-.venv/bin/python}
-common=(--out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" --optimizer muon --warmup_ratio 0.02 --accumulation_steps 1
+common=(--out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" --lr_schedule cosine --min_lr_ratio 0.1
         --eval_interval 600 --eval_tokens 100000 --save_interval 300 --resume)
 
 [ -f "$OUT/data/held_out.jsonl" ] || "$PYTHON" experiments/hold_out.py --questions "$DATA/math_verifiable.jsonl.xz" \

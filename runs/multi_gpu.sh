@@ -7,10 +7,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 GPUS=${GPUS:-2}
-case $GPUS in 1 | 2 | 4 | 8) ;; *) echo "GPUS=$GPUS: must be 1, 2, 4 or 8, to share 168 rows a step evenly" >&2; exit 2 ;; esac
+case $GPUS in 1 | 2 | 4 | 8) ;; *) echo "GPUS=$GPUS: must be 1, 2, 4 or 8, to share the rows of a step evenly" >&2; exit 2 ;; esac
 run() { .venv/bin/python -m torch.distributed.run --nproc_per_node "$GPUS" "$@" --resume; }
-short=(--batch_size $((168 / GPUS < 84 ? 168 / GPUS : 84)) --accumulation_steps $((GPUS == 1 ? 2 : 1)))
-long=(--accumulation_steps $((8 / GPUS)))
+short=(--batch_size $((32 / GPUS)))
+long=(--batch_size $((16 / GPUS)))
 [ -d weakwater_tokenizer ] || .venv/bin/python train_tokenizer.py --data_path "$DATA/pretrain.jsonl"
 run pretrain.py --data_path "$DATA/pretrain.jsonl" "${short[@]}"
 run SFT.py --data_path "$DATA/sft_512.jsonl" "${short[@]}"

@@ -211,7 +211,8 @@ def test_the_newest_few_checkpoints_are_kept(runs, tmp_path, keep):
 CHANGED = {
     "preset": "demo", "max_seq_len": 80, "min_tokens": 1, "max_tokens": 1000, "epochs": 3, "max_steps": 5,
     "batch_size": 2, "accumulation_steps": 1, "learning_rate": 0.002, "lr_schedule": "constant", "warmup_ratio": 0.3,
-    "decay_ratio": 0.3, "min_lr_ratio": 0.2, "optimizer": "adamw", "weight_decay": 0.2, "grad_clip": 2.0,
+    "decay_ratio": 0.3, "min_lr_ratio": 0.2, "optimizer": "adamw", "beta2": 0.9, "weight_decay": 0.2,
+    "decayed": "all", "grad_clip": 2.0,
     "dropout": 0.2, "tag_weight": 4.0, "think_weight": 0.25, "compile": True, "deterministic": True, "seed": 43,
     "order": "file", "dtype": "fp32",
 }

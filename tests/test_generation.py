@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from common import generation as decoding
 from common.generation import FusedModel, KVCache, Sampling, StreamDecoder, adjust, generate, sample, stream
 from Config import LLMConfig, UserError
 from model import WeakWater
@@ -130,17 +131,16 @@ def test_autocast_decides_the_precision_of_products_and_cache(model):
     assert len(generate(fused, [[1, 2, 3]], 8, Sampling(), ())[0].ids) == 8
 
 
-def test_logits_that_overflow_in_the_middle_are_named(model):
-    fused = FusedModel(model)
-    calm, calls = fused.logits, []
+def test_logits_that_overflow_in_the_middle_are_named(model, monkeypatch):
+    calm, calls = decoding.decode_one_token, []
 
-    def overflowing(hidden):
-        calls.append(hidden)
-        return calm(hidden) * (math.inf if len(calls) == 3 else 1)
+    def overflowing(*args):
+        calls.append(args)
+        return calm(*args) * (math.inf if len(calls) == 2 else 1)
 
-    fused.logits = overflowing
+    monkeypatch.setattr(decoding, "decode_one_token", overflowing)
     with pytest.raises(UserError, match="not finite"):
-        generate(fused, [[1, 2, 3]], 8, Sampling(), (), sync_every=4)
+        generate(model, [[1, 2, 3]], 8, Sampling(), (), sync_every=4)
 
 
 # ---- text -----------------------------------------------------------------------------------

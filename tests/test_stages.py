@@ -17,7 +17,7 @@ from conftest import ROOT, make_texts, read_rows, stage_argv, train, write_jsonl
 
 from common import checkpoint, runtime
 from common.optim import Muon, learning_rate, make_optimizers, set_learning_rate
-from Config import FLAGS, LLMConfig, UserError
+from Config import FLAGS, LLMConfig, UserError, parse_args
 from model import WeakWater
 
 STAGES = ("pretrain", "SFT", "SFT_long", "distill")
@@ -102,10 +102,10 @@ CONTRACT = """--data_path --val_path --tokenizer_path --out_dir --init_from --pr
 --keep_checkpoints --max_bad_ratio --resume --use_wandb --wandb_project --tag_weight --think_weight""".split()
 CHOICES = {"--lr_schedule": "{constant,cosine,trapezoid}", "--optimizer": "{adamw,muon}", "--order": "{shuffled,file}",
            "--dtype": "{auto,bf16,fp16,fp32}", "--device": "{auto,cpu,cuda,mps}"}
-DEFAULTS = {"pretrain": dict(max_seq_len=512, batch_size=84, accumulation_steps=2, learning_rate=5e-4),
-            "SFT": dict(max_seq_len=512, batch_size=84, accumulation_steps=2, max_tokens=512, min_tokens=0),
-            "SFT_long": dict(max_seq_len=1024, batch_size=21, accumulation_steps=8, min_tokens=513, max_tokens=1024),
-            "distill": dict(max_seq_len=1024, batch_size=21, accumulation_steps=8, tag_weight=1.0, think_weight=1.0)}
+DEFAULTS = {"pretrain": dict(max_seq_len=512, batch_size=32, accumulation_steps=1, learning_rate=4e-3),
+            "SFT": dict(max_seq_len=512, batch_size=32, learning_rate=2e-3, max_tokens=512, min_tokens=0),
+            "SFT_long": dict(max_seq_len=1024, batch_size=16, learning_rate=1e-3, min_tokens=513, max_tokens=1024),
+            "distill": dict(max_seq_len=1024, batch_size=16, learning_rate=2e-3, tag_weight=1.0, think_weight=1.0)}
 
 
 def exit_of(stage: str, argv: list, capsys) -> tuple[int, str, str]:
@@ -131,13 +131,41 @@ def test_help(stage, capsys):
     flat = re.sub(r"\s+", " ", text)
     for flag, choices in CHOICES.items():
         assert f"{flag} {choices}" in flat
-    defaults = dict(out_dir="out", tokenizer_path="weakwater_tokenizer", lr_schedule="cosine") | DEFAULTS[stage]
+    defaults = dict(out_dir="out", tokenizer_path="weakwater_tokenizer", lr_schedule="trapezoid", optimizer="muon")
+    defaults |= DEFAULTS[stage]
     for name, value in defaults.items():
         described = flat[flat.rindex(f"--{name} "):]
         assert re.match(rf"--{name} [^(]*(\([^d][^)]*\)[^(]*)*\(default: {re.escape(str(value))}\)", described), name
     for name, flag in FLAGS.items():  # a % in a help text must not be a format
         if f"--{name}" in flags:
             assert re.sub(r"\s+", "", flag.help.replace("%%", "%")) in re.sub(r"\s+", "", text)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_original_recipe(stage, capsys):
+    """--recipe original puts the first runs' numbers in the place of all defaults, and single flags still count."""
+    code, text, _ = exit_of(stage, ["--recipe", "original", "--help"], capsys)
+    flat = re.sub(r"\s+", " ", text)
+    batch = {"pretrain": (84, 2), "SFT": (84, 2)}.get(stage, (21, 8))
+    numbers = dict(optimizer="adamw", beta2=0.999, weight_decay=0.01, decayed="all", lr_schedule="cosine",
+                   warmup_ratio=0.0, min_lr_ratio=0.1, learning_rate=1e-6 if stage == "distill" else 5e-4,
+                   batch_size=batch[0], accumulation_steps=batch[1])
+    for name, value in numbers.items():
+        described = flat[flat.rindex(f"--{name} "):]
+        assert re.match(rf"--{name} [^(]*(\([^d][^)]*\)[^(]*)*\(default: {re.escape(str(value))}\)", described), name
+    args = parse_args(stage, "", ["--data_path", "x", "--recipe", "original", "--weight_decay", "0.3"])
+    assert args.weight_decay == 0.3 and args.beta2 == 0.999
+    code, _, errors = exit_of(stage, ["--recipe", "new"], capsys)
+    assert code == 2 and "--recipe" in errors and errors.count("\n") == 1
+
+
+def test_the_original_optimizer_decays_all_weights():
+    """One AdamW with betas 0.9 and 0.999 and the same decay on every weight."""
+    model = WeakWater(LLMConfig.preset("nano"))
+    (adamw,) = make_optimizers(model, "adamw", 5e-4, 0.01, 0.999, "all")
+    assert {group["weight_decay"] for group in adamw.param_groups} == {0.01}
+    assert {group["betas"] for group in adamw.param_groups} == {(0.9, 0.999)}
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("argv, reason", [
@@ -176,7 +204,8 @@ def test_starting_weights_default(stage, before, data_dir, tokenizer_dir, tmp_pa
 def test_learning_rates():
     """Warm-up, constant, cosine and trapezoid at the points that define them."""
     def rate(step, schedule, **options):
-        return learning_rate(step, 100, 2.0, schedule, **options)
+        usual = dict(warmup_ratio=0.0, decay_ratio=0.2, min_lr_ratio=0.1)
+        return learning_rate(step, 100, 2.0, schedule, **usual | options)
 
     assert [rate(step, "constant") for step in (0, 50, 99)] == [2.0] * 3
     assert rate(0, "cosine") == 2.0 and rate(50, "cosine") == pytest.approx(1.1) and rate(100, "cosine") == 0.2
@@ -193,7 +222,7 @@ def test_learning_rates():
                 values = [learning_rate(s, total, 1.0, schedule, ratio, ratio, 0.0) for s in range(total)]
                 assert all(0 < value <= 1 for value in values)
     # the published log of the original run: Epoch:[1/2](10/17664) lr:0.000549999901, 5.5e-4 falling to 5e-5
-    original = learning_rate(10, 2 * 17664, 5.5e-4, "cosine", min_lr_ratio=1 / 11)
+    original = learning_rate(10, 2 * 17664, 5.5e-4, "cosine", warmup_ratio=0.0, min_lr_ratio=1 / 11)
     assert f"{original:.12f}" == "0.000549999901"
     with pytest.raises(UserError, match="linear"):
         rate(0, "linear")

@@ -35,11 +35,11 @@ SAYS = {  # what each sub-command has to print, whatever the weights
     "attention": r"1\.00 (   \. ){7}.*\n(.*\n)*packed, against alone +0\.000\n.* changed +0\.000\n.*without lengths",
     "precision": r"fp16 +6\.6e\+04 +6\.1e-05 +9\.8e-04 +0\.0e\+00",
     "optimizer": r"Muon, decay 0\.1: 14 weights(.*\n)*AdamW, decay 0\.0: 5 weights(.*\n)*root mean square",
-    "schedule": r"  999     1\.000     0\.100      0\.105       0\.003",
+    "schedule": r"  999     1\.000     0\.000      0\.003       0\.100",
     "resume": r"at once: (losses( +\d+\.\d+){6})\nresumed: \1\n",
     "distill": r"total_weight: \d+ REPLY x 1 \+ 4 TAG x ([\d.]+) \+ \d+ THINK x ([\d.]+) = ",
     "control": r"distill: \d+ targets\n.*=.*\ncontrol: \d+ targets\n    '<think>\\n</think>",
-    "answer": r"\(2, 1, \d+, 2, 32\), of which \d+ slots are filled; logits \(1, \d+\)",
+    "answer": r"\(2, 1, 2, \d+, 32\), of which \d+ slots are filled; logits \(1, \d+\)",
     "score": r"together: loss .*\n(.*\n)*   28  from .*\n(.*\n)*  18 of  20:  90%, 69\.9% to 97\.2%",
 }
 
@@ -98,6 +98,10 @@ def test_weights_follow_the_flags(folder, capsys):
 
 class Doubled(FusedModel):
     """Decodes with other logits than the model gives."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.native = None
 
     def logits(self, hidden):
         return 2 * super().logits(hidden)

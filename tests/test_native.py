@@ -1,0 +1,121 @@
+"""common/native.py: decode.c compiled where it can be, and decoding that goes on where it cannot."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from common import native
+from common.generation import FusedModel, Sampling, generate
+from Config import LLMConfig
+from model import WeakWater
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return WeakWater(LLMConfig.preset("nano", vocab_size=300, max_seq_len=64)).eval()
+
+
+@pytest.fixture
+def afresh(monkeypatch, tmp_path):
+    """A copy of decode.c that has never been compiled."""
+    source = tmp_path / "code" / "decode.c"
+    source.parent.mkdir()
+    shutil.copy(native.SOURCE, source)
+    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    native.library.cache_clear()
+    yield source
+    native.library.cache_clear()
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_beside_its_source(afresh, model, monkeypatch):
+    loaded, reason = native.library()
+    assert loaded is not None and "compiled by" in reason
+    (made,) = (afresh.parent / "__pycache__").iterdir()
+    native.library.cache_clear()
+    monkeypatch.setattr(subprocess, "run", None)  # a second compilation would call it
+    assert native.library()[0] is not None and made.exists()
+    assert FusedModel(model).native is not None
+
+
+@needs_compiler
+def test_a_changed_source_is_compiled_again(afresh):
+    native.library()
+    native.library.cache_clear()
+    afresh.write_text(afresh.read_text() + "\n")
+    native.library()
+    assert len(list((afresh.parent / "__pycache__").iterdir())) == 2
+
+
+@needs_compiler
+def test_where_the_folder_cannot_be_written_to_another_is_taken(afresh, tmp_path):
+    (afresh.parent / "__pycache__").write_text("a file in the way")
+    assert native.library()[0] is not None
+    assert list((tmp_path / "temporary").glob("weakwater-*/decode-*.so"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("vocab_size", [300, 301])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_threads_and_none_of_openmp_give_the_same_tokens(afresh, model, monkeypatch, dtype, vocab_size):
+    prompt = list(range(5, 25))
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
+
+    def tokens(threads: int) -> list[int]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                fused = FusedModel(model)
+            assert fused.native is not None
+            return generate(fused, [prompt], 30, Sampling(), ())[0].ids
+        finally:
+            torch.set_num_threads(before)
+
+    expected = tokens(1)
+    assert tokens(2) == tokens(5) == expected
+    native.library.cache_clear()
+    run = subprocess.run
+
+    def without_openmp(command, **options):
+        if "-fopenmp" in command:
+            return subprocess.CompletedProcess(command, 1, "", "unsupported option '-fopenmp'")
+        return run(command, **options)
+
+    shutil.rmtree(afresh.parent / "__pycache__")
+    monkeypatch.setattr(subprocess, "run", without_openmp)
+    assert tokens(2) == expected
+
+
+@pytest.mark.parametrize("path, reason", [("", "no C compiler was found"), ("broken", "could not compile decode.c")])
+def test_without_a_working_compiler_torch_decodes(afresh, model, monkeypatch, tmp_path, path, reason):
+    (tmp_path / "broken").mkdir()
+    for name in ("cc", "gcc", "clang"):
+        (tmp_path / "broken" / name).write_text("#!/bin/sh\necho 'decode.c:1: this compiler knows no C' >&2\nexit 1\n")
+        os.chmod(tmp_path / "broken" / name, 0o755)
+    prompt = list(range(5, 25))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / path) if path else "")
+    loaded, said = native.library()
+    assert loaded is None and reason in said
+    fused = FusedModel(model)
+    assert fused.native is None
+    generation = generate(fused, [prompt], 30, Sampling(), ())[0]
+    logits_TV = model(torch.tensor([prompt + generation.ids]))[0]
+    assert generation.ids == logits_TV[len(prompt) - 1:-1].argmax(-1).tolist()
+    assert not list((afresh.parent / "__pycache__").glob("*"))  # nothing half made
+
+
+def test_only_what_it_can_compute_is_given_to_it(model):
+    with torch.autocast("cpu", torch.float16):
+        assert FusedModel(model).native is None
+    assert FusedModel(model.double()).native is None
+    assert FusedModel(WeakWater(LLMConfig.preset("nano", vocab_size=300, hidden_dim=100))).native is None
