@@ -231,12 +231,21 @@ def load_tokenizer(path: str):
 
     Raises UserError when the folder is missing, damaged, or not a fast tokenizer with an end token.
     """
-    from transformers import AutoTokenizer  # takes a second to import: only where one is loaded
-
     if not os.path.isdir(path):
         raise UserError(f"--tokenizer_path {path}: no such folder (train_tokenizer.py makes one)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        config = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        plain = config.get("tokenizer_class") == "PreTrainedTokenizerFast"
+    except (OSError, ValueError, AttributeError):  # what is wrong with it is said below
+        plain = False
+    # transformers takes a second to import, so only where it is needed; AutoTokenizer would choose the same class, and
+    # takes half a second more
+    if plain:
+        from transformers import PreTrainedTokenizerFast as Loader
+    else:
+        from transformers import AutoTokenizer as Loader
+    try:
+        tokenizer = Loader.from_pretrained(path, local_files_only=True)
     except Exception as error:  # each damage has an exception of its own, some of them plain Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"--tokenizer_path {path}: not a tokenizer that can be loaded: {reason[0]}") from None

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint, native, runtime
+from common import checkpoint, runtime
 from common.generation import FusedModel, Sampling, StreamDecoder, stream
 from Config import FLAGS, OneLineParser, UserError, number
 from dataset import TAG_PATTERN, TAGS, TextEncoder, encode_chat, load_tokenizer
@@ -257,8 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         ids, _ = make_prompt(loaded, system, [], args.prompt, args.max_new_tokens)
     for line in loaded.described:
         note(line)
-    if loaded.fused.native is not None or loaded.device.type == "cpu" and loaded.dtype != "fp16":
-        note(native.library()[1])
+    note(loaded.fused.computed_by)
     shown = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "history_turns", "seed")
     note(", ".join(f"{name} {getattr(args, name)}" for name in shown))
     if args.prompt is not None:

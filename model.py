@@ -64,7 +64,8 @@ class Normalise(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         unit = (x.float() * r).to(torch.promote_types(grad_y.dtype, torch.float32))
         grad_times_unit = grad_y * unit
-        mean = (grad_times_unit @ weight.to(unit.dtype)).unsqueeze(-1) / x.shape[-1]
+        with torch.autocast(x.device.type, enabled=False):  # a product, but not one to be rounded
+            mean = (grad_times_unit @ weight.to(unit.dtype)).unsqueeze(-1) / x.shape[-1]
         grad_x = (grad_y * weight).to(unit.dtype).addcmul_(unit, mean, value=-1).mul_(r)
         return grad_x.to(x.dtype), grad_times_unit.flatten(0, -2).sum(0).to(weight.dtype), None
 
@@ -116,7 +117,7 @@ class Attention(nn.Module):
         heads = project(x_BTC, self.q_proj, self.k_proj, self.v_proj).view(B, T, -1, c.head_dim)
         q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm gives float32
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = attend(q, k, v, causal=True) if packing is None else attend_packed(q, k, v, packing)
         return self.o_proj(out.reshape(B, T, c.n_heads * c.head_dim))
@@ -302,8 +303,8 @@ class SwiGLU(nn.Module):
 
 
 class GatedSiLU(torch.autograd.Function):
-    """gate and up in one tensor (..., 2F) → silu(gate) * up (..., F). By hand, so that their gradients are written
-    where the product before wants them, side by side, and silu(gate) is computed again instead of kept."""
+    """gate and up in one tensor (..., 2F) → silu(gate) * up (..., F). By hand, so that silu(gate) is computed again
+    instead of kept."""
 
     @staticmethod
     def forward(ctx, gate_up):
@@ -315,11 +316,7 @@ class GatedSiLU(torch.autograd.Function):
     def backward(ctx, grad):
         gate_up, = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_gate_up
+        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
 
 
 class Block(nn.Module):

@@ -42,8 +42,9 @@ preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
 fi
+# pretraining decays, which makes sums a rule; later stages would forget by it
 same="--out_dir $OUT --tokenizer_path $OUT/tokenizer --seed $seed
-      --eval_interval 0 --save_interval 100000 --log_interval 50 --weight_decay 0"  # pretraining decays, which makes sums a rule; later stages would forget by it
+      --eval_interval 0 --save_interval 100000 --log_interval 50 --weight_decay 0"
 
 begin=$SECONDS
 run() {  # show a command, then run it

@@ -28,18 +28,18 @@ def make_parser(description: str, preset_help: str = "(default: %(default)s)") -
     return parser
 
 
-def take_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each piece of work, `repeats` times in turn after one round that does not count.
+def take_turns(work: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
+    """Seconds of each piece of work, `repeats` times in turn after a round to warm up, which does not count.
 
     On a shared machine the speed drifts; taken in turns, all drift together, and their ratios stay.
     """
     seconds = {name: [] for name in work}
-    for turn in range(repeats + 1):
+    for turn in range(-warm_up, repeats):
         for name, do in work.items():
             begin = time.perf_counter()
             do()
             wait_for_device()
-            if turn:
+            if turn >= 0:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
 
@@ -62,7 +62,8 @@ def alone(benchmark: str, name: str, **flags) -> dict:
     """`benchmark --alone name`, with these flags, in a process of its own; the JSON object that it prints last."""
     command = [sys.executable, benchmark, "--alone", name]
     for flag, value in flags.items():
-        command += [f"--{flag}"] * (value is True) or [f"--{flag}", str(value)]
+        if value is not False:
+            command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"BENCHMARK_START": str(time.time())})
     if done.returncode:

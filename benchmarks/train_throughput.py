@@ -156,8 +156,9 @@ class Transformers:
         self.rows = 8
 
     def choose_rows(self, documents: list[tuple], choices: tuple[int, ...]) -> None:
-        """Keep the micro-batch with which a step is fastest."""
-        seconds = take_turns({rows: partial(self.step, documents, rows) for rows in choices}, 1)
+        """Keep the micro-batch with which a step is fastest, once each after a step that does not count."""
+        self.step(documents, choices[0])
+        seconds = take_turns({rows: partial(self.step, documents, rows) for rows in choices}, 1, warm_up=False)
         self.rows = min(choices, key=lambda rows: seconds[rows])
         if self.forward is not self.model:  # else compiled for any number of rows, and slower
             torch.compiler.reset()
@@ -330,7 +331,7 @@ def measure_alone(args, loops: dict, documents: list[tuple]) -> dict[str, list[d
             for name, loop in loops.items():
                 runs[name].append(alone(
                     __file__, name, micro_rows=loop.rows, documents=path, preset=args.preset, rows=args.rows,
-                    max_seq_len=args.max_seq_len, device=args.device, **{"compile": True} if args.compile else {}))
+                    max_seq_len=args.max_seq_len, device=args.device, compile=args.compile))
     return runs
 
 

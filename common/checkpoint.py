@@ -304,14 +304,19 @@ def steering_settings(args, dtype: str, device_type: str, world_size: int, data:
                        "the weights in --init_from": start_sha256}
 
 
+ADDED_LATER = {"beta2": 0.95, "decayed": "matrices"}  # settings of runs from before there was a flag for them
+
+
 def compare_settings(before: dict, now: dict) -> None:
     """Raises UserError, naming each setting, where a run about to be resumed would take another course.
 
     A larger `max_steps` (0: no limit) only goes further, and is allowed.
     """
-    differing = []
+    differing, before = [], ADDED_LATER | before
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)
+        if name == "decay_ratio" and now.get("lr_schedule") != "trapezoid":  # which alone uses it
+            continue
         if old == new or (name == "max_steps" and (not new or (old and new > old))):
             continue
         differing.append(f"--{name} (was {old}, is {new})" if not name.startswith("the ") else f"{name} changed")

@@ -34,12 +34,12 @@ typedef struct {
 #ifdef _OPENMP
 #include <omp.h>
 static Share my_share(void) { return (Share){omp_get_thread_num(), omp_get_num_threads()}; }
-static inline void wait(void) { /* until all threads are here */
+static inline void wait_for_all(void) {
 #pragma omp barrier
 }
 #else /* a compiler without OpenMP: one thread */
 static Share my_share(void) { return (Share){0, 1}; }
-static inline void wait(void) {}
+static inline void wait_for_all(void) {}
 #endif
 static int share_begin(int n, Share me) { return (int)((int64_t)n * me.thread / me.threads); }
 static int share_end(int n, Share me) { return (int)((int64_t)n * (me.thread + 1) / me.threads); }
@@ -129,6 +129,14 @@ static void attend(const float *q, const float *keys, const float *values, int l
     for (int i = 0; i < D; i++) out[i] /= sum;
 }
 
+int has_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* How many floats `scratch` must hold. */
 int64_t scratch_size(const Model *m, int slots, int threads) {
     return m->dim + (m->n_heads * 2 + m->n_kv_heads * 2) * (int64_t)m->head_dim + 2 * (int64_t)m->hidden +
@@ -156,7 +164,7 @@ void decode_token(const Model *m, const Layer *layers, int token, int position, 
             product(m->matrix_type, layer->q, x, q, H * D, C, me);
             product(m->matrix_type, layer->k, x, k, K * D, C, me);
             product(m->matrix_type, layer->v, x, v, K * D, C, me);
-            wait();
+            wait_for_all();
             for (int g = share_begin(K, me); g < share_end(K, me); g++) { /* a key/value head, and the queries it serves */
                 size_t first = ((size_t)l * K + g) * slots * D, here = first + (size_t)position * D;
                 place(k + g * D, layer->k_norm, m->norm_eps, cos, sin, D);
@@ -167,19 +175,19 @@ void decode_token(const Model *m, const Layer *layers, int token, int position, 
                     attend(q + h * D, keys + first, values + first, position, D, scores, attended + h * D);
                 }
             }
-            wait();
+            wait_for_all();
             product(m->matrix_type, layer->o, attended, x, C, H * D, me);
             for (int i = share_begin(C, me); i < share_end(C, me); i++) stream[i] += x[i];
-            wait();
+            wait_for_all();
             normalise(stream, layer->mlp_norm, m->norm_eps, C, x);
             product(m->matrix_type, layer->gate, x, gate, hidden, C, me);
             product(m->matrix_type, layer->up, x, up, hidden, C, me);
             for (int i = share_begin(hidden, me); i < share_end(hidden, me); i++)
                 gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
-            wait();
+            wait_for_all();
             product(m->matrix_type, layer->down, gate, x, C, hidden, me);
             for (int i = share_begin(C, me); i < share_end(C, me); i++) stream[i] += x[i];
-            wait();
+            wait_for_all();
         }
         normalise(stream, m->norm, m->norm_eps, C, x);
         product(m->matrix_type, m->head, x, logits, m->vocab, C, me);

@@ -12,6 +12,7 @@ K key/value heads, D head width, V vocabulary.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common import native
+from common.native import NativeDecoder, applies
 from Config import UserError
-from model import WeakWater, attend, normalise, rotate
+from model import WeakWater, attend, normalise, product_dtype, rotate
 
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is the argmax to within float32
 
@@ -113,8 +114,8 @@ class FusedModel:
     def __init__(self, model: WeakWater):
         self.config = c = model.config
         self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
-        self.device, kind = self.embedding.device, self.embedding.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.dtype
+        self.device = self.embedding.device
+        dtype = product_dtype(self.embedding)
         self.dtype, self.head = dtype, Product(model.lm_head.weight, dtype)
         self.layers = []
         for block in model.model.layers:
@@ -127,9 +128,13 @@ class FusedModel:
                 block.input_layernorm.weight, Product(qkv, dtype), head_norm, Product(attention.o_proj.weight, dtype),
                 block.post_attention_layernorm.weight, Product(gate_up, dtype), Product(mlp.down_proj.weight, dtype)))
         self.rotary, self.exact = model.model.rotary, torch.promote_types(self.embedding.dtype, torch.float32)
-        self.native = None  # for a single row
-        if native.applies(model, dtype):
-            self.native = native.NativeDecoder(model, dtype)
+        self.model = model
+        self.has_native, self.computed_by = applies(model, dtype)
+
+    @functools.cached_property
+    def native(self) -> NativeDecoder | None:
+        """What computes a single row, where there is such a thing; made when it is first wanted."""
+        return NativeDecoder(self.model, self.dtype) if self.has_native else None
 
     def normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """model.RMSNorm."""
@@ -202,7 +207,7 @@ def decode_one_token(fused: FusedModel, token_B: torch.Tensor, position_B: torch
     `length` is the largest position + 1, which the device would have to be asked for, and `aligned` whether all
     positions are the same.
     """
-    if fused.native is not None and len(token_B) == 1:
+    if len(token_B) == 1 and fused.native is not None:
         cache.check_room(length)
         return fused.native(int(token_B), length - 1, cache.keys, cache.values)
     return fused.logits(fused.hidden(token_B[:, None], position_B[:, None], cache, length, aligned)[:, 0])

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from common.runtime import has_bf16
 from Config import UserError
 from model import WeakWater
 
@@ -22,11 +23,27 @@ def make_optimizers(model: WeakWater, name: str, learning_rate: float, weight_de
     rest = [p for p in named.values() if id(p) not in taken]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": weight_decay if decayed == "all" else 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
+    adamw = AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
     if name != "muon":
         return [adamw]
     muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
+
+
+def unwrapped(method):
+    """An optimizer's method without what torch wraps it in to keep its compiler out: that imports the compiler first,
+    a second and a half before the first step, and no optimizer is compiled here."""
+    return getattr(method, "__wrapped__", method)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, its methods `unwrapped`."""
+
+    step = torch.no_grad()(unwrapped(torch.optim.AdamW.step))
+    add_param_group = unwrapped(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrapped(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrapped(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrapped(torch.optim.Optimizer.load_state_dict)
 
 
 class Muon(torch.optim.Muon):
@@ -35,6 +52,9 @@ class Muon(torch.optim.Muon):
     The numbers are the same but for bfloat16 rounding. A small model's matrices are too small to fill two cores alone.
     Only what `make_optimizers` asks for: Nesterov momentum and adjust_lr_fn "match_rms_adamw".
     """
+
+    add_param_group, zero_grad = AdamW.add_param_group, AdamW.zero_grad
+    state_dict, load_state_dict = AdamW.state_dict, AdamW.load_state_dict
 
     @torch.no_grad()
     def step(self) -> None:
@@ -63,12 +83,13 @@ class Muon(torch.optim.Muon):
 
 def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int,
                    eps: float) -> torch.Tensor:
-    """(N, short, long) → about U V' of each matrix U S V', by Newton–Schulz iteration in bfloat16.
+    """(N, short, long) → about U V' of each matrix U S V', by Newton–Schulz iteration in bfloat16, or in float32
+    where that is faster.
 
     Singular values that are not tiny beside the largest become 0.7 to 1.2; tiny ones grow, but stay below.
     """
     a, b, c = coefficients
-    x = matrices.bfloat16()
+    x = matrices.to(torch.bfloat16 if has_bf16(matrices.device) else torch.float32)
     x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
     for _ in range(steps):
         gram = x @ x.mT

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import platform
 import re
@@ -122,6 +123,12 @@ def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
             return "bf16", f"the CPU has {' and '.join(sorted(fast)).upper()}"
         return "fp32", "the CPU has neither AVX512_BF16 nor AMX"
     return "fp32", "the safe choice on this device"
+
+
+@functools.cache
+def has_bf16(device: torch.device) -> bool:
+    """Whether products in bf16 are fast there."""
+    return pick_dtype("auto", device)[0] == "bf16"
 
 
 def keep_freed_memory() -> None:

@@ -6,10 +6,10 @@
     python experiments/recipe.py --stage SFT --data_path data/sft.jsonl --init_from out/pretrain.pth --out_dir out/sft
     python experiments/recipe.py --recipes                                    only the table
 
-Every recipe but the first is a stage script with other flags. `original` is what this project came from: a document a
-row, cut at --max_seq_len and padded, 168 rows a step (`original_8`: 8), AdamW with betas 0.9 and 0.999 and a decay of
-0.01 on every weight, 5e-4 on a cosine to a tenth. What it learns is computed from packed documents, which give the same
-gradients (law 4) in less time. `..._half` runs its whole schedule on half of the tokens.
+A recipe is a stage script with other flags, but for `original`, what this project came from: Config.ORIGINAL with a
+document a row, cut at --max_seq_len and padded, 168 rows a step (`original_8`: 8). What it learns is computed from
+packed documents, which give the same gradients (law 4) in less time. `..._half` runs its whole schedule on half of
+the tokens.
 
 --tokens are real ones, padding not counted. --jobs recipes run side by side and share the cores; how long a step takes
 alone is measured by --time on a quiet machine, in turns with the original's as it was: padded, in fp32, 8 rows at once.
@@ -37,22 +37,23 @@ from benchmarks.measure import print_table, run_script, take_turns
 from common import checkpoint, runtime
 from common.optim import learning_rate, make_optimizers, set_learning_rate
 from common.scoring import score
-from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
+from Config import ORIGINAL, PRESETS, LLMConfig, OneLineParser, UserError, number
 from dataset import StepLoader, evaluated, evaluation_batches, load_splits, load_tokenizer, make_micro_batch
 from model import WeakWater
 
 CPU = torch.device("cpu")
 MUON = "--optimizer muon --learning_rate 4e-3 --lr_schedule trapezoid --decay_ratio 0.4 --min_lr_ratio 0"
+COSINE = "--lr_schedule cosine --min_lr_ratio 0.1"
 RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
     "pretrain": {
         "original": (None, 1),
         "original_8": (None, 1),
-        "adamw": ("--optimizer adamw --learning_rate 2e-3", 1),
-        "adamw_4e-3": ("--optimizer adamw --learning_rate 4e-3", 1),
+        "adamw": (f"--optimizer adamw --learning_rate 2e-3 {COSINE}", 1),
+        "adamw_4e-3": (f"--optimizer adamw --learning_rate 4e-3 {COSINE}", 1),
         "muon": (MUON, 1),
         "muon_half": (MUON, 0.5),
         "muon_quarter": (MUON, 0.25),
-        "muon_cosine": ("--optimizer muon --learning_rate 4e-3", 1),
+        "muon_cosine": (f"--optimizer muon --learning_rate 4e-3 {COSINE}", 1),
         "muon_2e-3": (MUON.replace("4e-3", "2e-3"), 1),
         "muon_8e-3": (MUON.replace("4e-3", "8e-3"), 1),
         "muon_decay_0": (f"{MUON} --weight_decay 0", 1),
@@ -62,16 +63,16 @@ RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
         "muon_zero_init": (MUON, 1),  # output projections that begin at zero
     },
     "SFT": {
-        "adamw_5e-4": ("--optimizer adamw --learning_rate 5e-4", 1),
+        "adamw_5e-4": (f"--optimizer adamw --learning_rate 5e-4 {COSINE}", 1),
         **{f"muon_{rate}": (MUON.replace("4e-3", rate), 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
     },
     "SFT_long": {
-        "adamw_5e-4": ("--optimizer adamw --learning_rate 5e-4", 1),
+        "adamw_5e-4": (f"--optimizer adamw --learning_rate 5e-4 {COSINE}", 1),
         **{f"muon_{rate}": (MUON.replace("4e-3", rate), 1) for rate in ("2.5e-4", "5e-4", "1e-3", "2e-3")},
     },
     "distill": {
-        "adamw_1e-6": ("--optimizer adamw --learning_rate 1e-6", 1),  # the original's
-        "adamw_5e-4": ("--optimizer adamw --learning_rate 5e-4", 1),
+        "original": ("--recipe original", 1),
+        "adamw_5e-4": (f"--optimizer adamw --learning_rate 5e-4 {COSINE}", 1),
         **{f"muon_{rate}": (MUON.replace("4e-3", rate), 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
     },
 }
@@ -81,7 +82,7 @@ ROWS = {"pretrain": 8, "SFT": 8, "SFT_long": 4, "distill": 4}  # of a step, wher
 def rows_of(args, name: str) -> int:
     """Rows of a step."""
     flags = (RECIPES[args.stage][name][0] or "").split()
-    if name == "original":
+    if name == "original" and args.stage == "pretrain":
         return 168
     return int(flags[flags.index("--batch_size") + 1]) if "--batch_size" in flags else ROWS[args.stage]
 
@@ -97,7 +98,8 @@ class Original:
         self.args, self.train, self.val = args, train, val
         runtime.prepare(CPU, seed, False)
         self.model = new_model(args)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01)
+        self.rate, (self.optimizer,) = ORIGINAL["learning_rate"], make_optimizers(
+            self.model, ORIGINAL["optimizer"], 0, ORIGINAL["weight_decay"], ORIGINAL["beta2"], ORIGINAL["decayed"])
         self.dtype, _ = runtime.pick_dtype("auto", CPU)
         rng, rows, tokens = np.random.default_rng(seed), rows_of(args, name), 0
         lengths, self.steps = np.minimum(train.length, args.max_seq_len), []  # of a step: (document, 0, its length)
@@ -142,7 +144,9 @@ class Original:
         """Train; the curve."""
         tokens, curve = 0, []
         for step, pieces in enumerate(self.steps):
-            set_learning_rate([self.optimizer], learning_rate(step, len(self.steps), 5e-4, "cosine", 0.0, 0.0, 0.1))
+            set_learning_rate([self.optimizer], learning_rate(
+                step, len(self.steps), self.rate, ORIGINAL["lr_schedule"], ORIGINAL["warmup_ratio"], 0,
+                ORIGINAL["min_lr_ratio"]))
             self.packed_step(step)
             tokens += sum(length for _, _, length in pieces)
             if step + 1 == len(self.steps) or (step + 1) % math.ceil(len(self.steps) / 5) == 0:
@@ -185,7 +189,7 @@ def learn(args, name: str, seed: int, folder: Path) -> list[dict]:
             for block in model.model.layers:
                 block.self_attn.o_proj.weight.zero_()
                 block.mlp.down_proj.weight.zero_()
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(folder / "start.pth", model, {"stage": "pretrain"})
         start = ["--init_from", str(folder / "start.pth")]
     run_script(f"{args.stage}.py", "--data_path", args.data_path, "--tokenizer_path", args.tokenizer_path,
@@ -193,7 +197,7 @@ def learn(args, name: str, seed: int, folder: Path) -> list[dict]:
                "--max_seq_len", str(args.max_seq_len), "--batch_size", str(rows), "--accumulation_steps", "1",
                "--max_steps", str(steps), "--epochs", "100", "--seed", str(seed), "--save_interval", str(steps),
                "--eval_interval", str(math.ceil(steps / 5)), "--log_interval", str(math.ceil(steps / 5)),
-               "--warmup_ratio", "0.02", "--device", "cpu", *start, *flags.split(),
+               "--device", "cpu", "--resume", *start, *flags.split(),
                *(["--val_path", args.val_path] if args.val_path else []))
     lines = map(json.loads, (folder / "log" / f"{args.stage}.jsonl").read_text(encoding="utf-8").splitlines())
     return [{"step": line["step"], "tokens": line["tokens"], "bpb": line["val_bpb"]}
@@ -207,11 +211,24 @@ def splits(args) -> tuple:
                        args.max_seq_len)
 
 
+def folder_of(args, name: str, seed: int) -> Path:
+    """Where a run lies."""
+    return Path(args.out_dir) / args.stage / f"{name}_{seed}"
+
+
+def settings_of(args, name: str) -> dict:
+    """What a result depends on besides recipe and seed."""
+    return {"recipe": RECIPES[args.stage][name][0], **{key: getattr(args, key) for key in (
+        "data_path", "val_path", "init_from", "preset", "tokens", "max_seq_len")}}
+
+
 def learn_all(args) -> None:
     """Every recipe with every seed that has not been run yet, each in a process of its own, --jobs at a time."""
     def one(name: str, seed: int) -> None:
-        folder = Path(args.out_dir) / f"{name}_{seed}"
-        if (folder / "result.json").exists():
+        result = folder_of(args, name, seed) / "result.json"
+        if result.exists():
+            if json.loads(result.read_text(encoding="utf-8"))["settings"] != settings_of(args, name):
+                raise UserError(f"{result}: of a run with other settings: choose another --out_dir")
             return
         print(f"{name}, seed {seed}", flush=True)
         command = [sys.executable, __file__, "--alone", "--recipes", name, "--seeds", str(seed)]
@@ -227,8 +244,12 @@ def learn_all(args) -> None:
 
     splits(args)  # the token cache: made once, before any two want it
     with ThreadPoolExecutor(args.jobs) as pool:
-        for run in [pool.submit(one, name, seed) for seed in args.seeds for name in args.recipes]:
-            run.result()
+        try:
+            for run in [pool.submit(one, name, seed) for seed in args.seeds for name in args.recipes]:
+                run.result()
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,11 +298,10 @@ def our_step(args, optimizer: str, rows: int, train, dtype: str):
 def show(args) -> None:
     """The end of every run, beside the original's of the same seed."""
     runs, seconds, out = {}, {}, Path(args.out_dir)
-    for file in sorted(out.glob("*/result.json")):
+    for file in sorted(out.glob(f"{args.stage}/*/result.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
-        if run["stage"] == args.stage:
-            runs[run["recipe"], run["seed"]] = run["curve"][-1]
-    if (out / "seconds.json").exists():
+        runs[run["recipe"], run["seed"]] = run["curve"][-1]
+    if args.stage == "pretrain" and (out / "seconds.json").exists():
         seconds = json.loads((out / "seconds.json").read_text(encoding="utf-8"))
 
     def minutes(name: str, steps: int) -> float | None:
@@ -336,17 +356,19 @@ def main() -> None:
     for name in args.recipes:
         if name not in known:
             parser.error(f"--recipes {name}: not one of {', '.join(known)}")
+    if args.time and args.stage != "pretrain":
+        parser.error("--time is of --stage pretrain only")
     if args.recipes or args.time:
         if args.stage != "pretrain" and not (args.data_path and args.init_from and args.tokenizer_path):
             parser.error(f"--stage {args.stage} needs --data_path, --tokenizer_path and --init_from")
         prepare_data(args, out)
     if args.alone:
         name, seed = args.recipes[0], args.seeds[0]
-        folder = out / f"{name}_{seed}"
-        curve = learn(args, name, seed, folder)
+        folder = folder_of(args, name, seed)
+        result = {"recipe": name, "seed": seed, "settings": settings_of(args, name),
+                  "curve": learn(args, name, seed, folder)}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").write_text(json.dumps({"stage": args.stage, "recipe": name, "seed": seed,
-                                                        "curve": curve}, indent=1), encoding="utf-8")
+        (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         return
     if args.time:
         seconds = time_steps(args)

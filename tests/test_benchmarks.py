@@ -1,11 +1,17 @@
-"""Each benchmark runs at a tiny size and ends with one JSON object that holds its ratios."""
+"""Each benchmark runs at a tiny size and ends with one JSON object that holds its ratios; recipes are compared."""
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+
+from benchmarks import train_throughput as benchmark
+from benchmarks.measure import take_turns
+from Config import LLMConfig
 
 RATIOS = {
     "train_throughput.py --device cpu --rows 2 --max_seq_len 64": {"useful_vs_padded_fp32", "positions_vs_fp32"},
@@ -34,12 +40,7 @@ def test_a_benchmark_ends_with_its_ratios(command):
 
 def test_work_that_differs_is_not_timed():
     """A loop that trains on other targets is found by its loss or its gradient."""
-    import torch
-
-    from benchmarks import train_throughput as benchmark
-    from Config import LLMConfig
-
-    args = benchmark.argparse.Namespace(rows=2, max_seq_len=64, compile=False, data_path=None, seed=0)
+    args = argparse.Namespace(rows=2, max_seq_len=64, compile=False, data_path=None, seed=0)
     config, device = LLMConfig.preset("nano"), torch.device("cpu")
     loops = benchmark.make_loops(args, config, device, ["ours", "transformers fp32"])
     start = {name: tensor.clone() for name, tensor in loops["ours"].model.state_dict().items()}
@@ -51,3 +52,35 @@ def test_work_that_differs_is_not_timed():
     loops["ours"].step = lambda documents: step(one_less)
     with pytest.raises(RuntimeError, match="not the same work"):
         benchmark.check_agreement(loops, documents, start)
+
+
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_turns_are_taken(warm_up):
+    """A B A B ..., and what warms up is not counted."""
+    done = []
+    seconds = take_turns({"a": lambda: done.append("a"), "b": lambda: done.append("b")}, 3, warm_up)
+    assert done == ["a", "b"] * (3 + warm_up) and [len(times) for times in seconds.values()] == [3, 3]
+
+
+@pytest.mark.extra
+def test_recipes_are_compared(tmp_path):
+    """Two recipes and the original learn, are timed, and stand in one table; nothing is run twice."""
+    def recipe(*flags: str) -> str:
+        done = subprocess.run([sys.executable, str(ROOT / "experiments" / "recipe.py"), "--preset", "nano",
+                               "--tokens", "20000", "--max_seq_len", "64", "--out_dir", "out", *flags],
+                              cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    names = ["original_8", "muon_half", "muon_zero_init"]
+    learned = recipe("--seeds", "1", "--jobs", "2", "--recipes", *names)
+    for name in names:
+        folder = tmp_path / "out" / "pretrain" / f"{name}_1"
+        curve = json.loads((folder / "result.json").read_text(encoding="utf-8"))["curve"]
+        assert len(curve) >= 5 and curve[-1]["bpb"] < curve[0]["bpb"]
+        share = 0.5 if name == "muon_half" else 1
+        assert share * 20000 <= curve[-1]["tokens"] < share * 20000 + 8 * 64 and f"| {name} " in learned
+    recipe("--time", "--repeats", "2", "--recipes")
+    (tmp_path / "out" / "pretrain" / "muon_half_1" / "result.json").unlink()  # as if it had been stopped
+    again = recipe("--seeds", "1", "--recipes", *names)
+    assert again.count(", seed 1") == 1 and "100.0%" in again

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import native
-from common.generation import FusedModel, Sampling, generate
+from common.generation import FusedModel, KVCache, Sampling, generate
 from Config import LLMConfig
 from model import WeakWater
 
@@ -50,14 +50,25 @@ def test_it_is_compiled_once_and_beside_its_source(afresh, model, monkeypatch):
 def test_a_changed_source_is_compiled_again(afresh):
     native.library()
     native.library.cache_clear()
-    afresh.write_text(afresh.read_text() + "\n")
+    (before,) = (afresh.parent / "__pycache__").iterdir()
+    afresh.write_text(afresh.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     native.library()
-    assert len(list((afresh.parent / "__pycache__").iterdir())) == 2
+    (after,) = (afresh.parent / "__pycache__").iterdir()
+    assert after.name != before.name
 
 
 @needs_compiler
-def test_where_the_folder_cannot_be_written_to_another_is_taken(afresh, tmp_path):
-    (afresh.parent / "__pycache__").write_text("a file in the way")
+@pytest.mark.parametrize("hindrance", ["a file in the way", "others may write", "a link"])
+def test_where_the_folder_is_not_ours_alone_another_is_taken(afresh, tmp_path, hindrance):
+    folder = afresh.parent / "__pycache__"
+    if hindrance == "a file in the way":
+        folder.write_text("")
+    elif hindrance == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
     assert native.library()[0] is not None
     assert list((tmp_path / "temporary").glob("weakwater-*/decode-*.so"))
 
@@ -68,6 +79,7 @@ def test_where_the_folder_cannot_be_written_to_another_is_taken(afresh, tmp_path
 def test_any_number_of_threads_and_none_of_openmp_give_the_same_tokens(afresh, model, monkeypatch, dtype, vocab_size):
     prompt = list(range(5, 25))
     monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
+    monkeypatch.delenv("CC", raising=False)
 
     def tokens(threads: int) -> list[int]:
         before = torch.get_num_threads()
@@ -90,12 +102,14 @@ def test_any_number_of_threads_and_none_of_openmp_give_the_same_tokens(afresh, m
             return subprocess.CompletedProcess(command, 1, "", "unsupported option '-fopenmp'")
         return run(command, **options)
 
-    shutil.rmtree(afresh.parent / "__pycache__")
+    afresh.write_text(afresh.read_text(encoding="utf-8") + "\n", encoding="utf-8")  # else what is loaded would serve
     monkeypatch.setattr(subprocess, "run", without_openmp)
     assert tokens(2) == expected
+    loaded, reason = native.library()
+    assert not loaded.has_openmp() and "on one thread" in reason
 
 
-@pytest.mark.parametrize("path, reason", [("", "no C compiler was found"), ("broken", "could not compile decode.c")])
+@pytest.mark.parametrize("path, reason", [("", "no C compiler was found"), ("broken", "this compiler knows no C")])
 def test_without_a_working_compiler_torch_decodes(afresh, model, monkeypatch, tmp_path, path, reason):
     (tmp_path / "broken").mkdir()
     for name in ("cc", "gcc", "clang"):
@@ -107,15 +121,28 @@ def test_without_a_working_compiler_torch_decodes(afresh, model, monkeypatch, tm
     loaded, said = native.library()
     assert loaded is None and reason in said
     fused = FusedModel(model)
-    assert fused.native is None
+    assert fused.native is None and reason in fused.computed_by
     generation = generate(fused, [prompt], 30, Sampling(), ())[0]
     logits_TV = model(torch.tensor([prompt + generation.ids]))[0]
     assert generation.ids == logits_TV[len(prompt) - 1:-1].argmax(-1).tolist()
     assert not list((afresh.parent / "__pycache__").glob("*"))  # nothing half made
 
 
+@needs_compiler
 def test_only_what_it_can_compute_is_given_to_it(model):
+    assert FusedModel(model).native is not None
+    narrow = WeakWater(LLMConfig.preset("nano", vocab_size=300, hidden_dim=100))
     with torch.autocast("cpu", torch.float16):
         assert FusedModel(model).native is None
-    assert FusedModel(model.double()).native is None
-    assert FusedModel(WeakWater(LLMConfig.preset("nano", vocab_size=300, hidden_dim=100))).native is None
+    for other, reason in ((narrow, "multiples of 64"), (model.double(), "fp32 and bf16 only")):
+        fused = FusedModel(other)
+        assert fused.native is None and reason in fused.computed_by
+
+
+@needs_compiler
+@pytest.mark.parametrize("token, position", [(-1, 0), (300, 0), (1, -1), (1, 64)])
+def test_no_memory_beyond_is_touched(model, token, position):
+    fused = FusedModel(model)
+    cache = KVCache(fused, 1, 64)
+    with pytest.raises(AssertionError):
+        fused.native(token, position, cache.keys, cache.values)

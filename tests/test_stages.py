@@ -102,7 +102,7 @@ CONTRACT = """--data_path --val_path --tokenizer_path --out_dir --init_from --pr
 --keep_checkpoints --max_bad_ratio --resume --use_wandb --wandb_project --tag_weight --think_weight""".split()
 CHOICES = {"--lr_schedule": "{constant,cosine,trapezoid}", "--optimizer": "{adamw,muon}", "--order": "{shuffled,file}",
            "--dtype": "{auto,bf16,fp16,fp32}", "--device": "{auto,cpu,cuda,mps}"}
-DEFAULTS = {"pretrain": dict(max_seq_len=512, batch_size=32, accumulation_steps=1, learning_rate=4e-3),
+DEFAULTS = {"pretrain": dict(max_seq_len=512, batch_size=32, learning_rate=4e-3),
             "SFT": dict(max_seq_len=512, batch_size=32, learning_rate=2e-3, max_tokens=512, min_tokens=0),
             "SFT_long": dict(max_seq_len=1024, batch_size=16, learning_rate=1e-3, min_tokens=513, max_tokens=1024),
             "distill": dict(max_seq_len=1024, batch_size=16, learning_rate=2e-3, tag_weight=1.0, think_weight=1.0)}
@@ -131,7 +131,8 @@ def test_help(stage, capsys):
     flat = re.sub(r"\s+", " ", text)
     for flag, choices in CHOICES.items():
         assert f"{flag} {choices}" in flat
-    defaults = dict(out_dir="out", tokenizer_path="weakwater_tokenizer", lr_schedule="trapezoid", optimizer="muon")
+    defaults = dict(out_dir="out", tokenizer_path="weakwater_tokenizer", lr_schedule="trapezoid", optimizer="muon",
+                    accumulation_steps=1)
     defaults |= DEFAULTS[stage]
     for name, value in defaults.items():
         described = flat[flat.rindex(f"--{name} "):]
@@ -155,7 +156,7 @@ def test_the_original_recipe(stage, capsys):
         assert re.match(rf"--{name} [^(]*(\([^d][^)]*\)[^(]*)*\(default: {re.escape(str(value))}\)", described), name
     args = parse_args(stage, "", ["--data_path", "x", "--recipe", "original", "--weight_decay", "0.3"])
     assert args.weight_decay == 0.3 and args.beta2 == 0.999
-    code, _, errors = exit_of(stage, ["--recipe", "new"], capsys)
+    code, _, errors = exit_of(stage, ["--recipe", "default"], capsys)
     assert code == 2 and "--recipe" in errors and errors.count("\n") == 1
 
 
@@ -248,6 +249,26 @@ def test_optimizer_groups(name, tied):
         assert optimizer == ("Muon" if name == "muon" and matrix and hidden else "AdamW"), names[key]
     set_learning_rate(optimizers, 0.5)
     assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.5}
+
+
+def test_the_first_step_does_not_wait_for_torchs_compiler():
+    """Importing it takes longer than everything else before the first step; optimizers would do so to keep it away."""
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from common.optim import make_optimizers
+from Config import LLMConfig
+from model import WeakWater
+model = WeakWater(LLMConfig.preset("nano"))
+optimizers = make_optimizers(model, "muon", 1e-3, 0.1) + make_optimizers(model, "adamw", 1e-3, 0.1)
+model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+for optimizer in optimizers:
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_muon_is_that_of_torch():

@@ -235,6 +235,19 @@ def test_no_target_no_loss():
     assert loss == 0 and all((g == 0).all() for g in gradients.values())
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(n_heads=4, n_kv_heads=2, qk_norm=True)], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_is_computed_in_the_precision_of_products(monkeypatch, changes, packed):
+    """Under autocast norms and rotation may give float32, for which the fast kernels are not."""
+    attend, seen = network.attend, set()
+    monkeypatch.setattr(network, "attend", lambda q, k, v, **how: seen.update((q.dtype, k.dtype, v.dtype)) or attend(
+        q, k, v, **how))
+    model = make_model(torch.float32, **changes)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.ones(1, 12, dtype=torch.long), lengths=[5, 7] if packed else None)
+    assert seen == {torch.bfloat16}
+
+
 # ---------------------------------------------------------------------------------------------
 # compiled
 
@@ -257,6 +270,8 @@ def test_compiled_blocks(monkeypatch):
         assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
         graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
+    breaks = [reason for reason in dynamo.utils.counters["graph_break"] if "attend_packed" not in reason]
+    assert not breaks, breaks  # all but attention is one graph
     model.model.gradient_checkpointing = True
     assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
 
