@@ -111,7 +111,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x_BTC, cos, sin, packing=None):
+    def forward(self, x_BTC, cos, sin, packing=None, wanted=None):
         c = self.config
         B, T, _ = x_BTC.shape
         heads = project(x_BTC, self.q_proj, self.k_proj, self.v_proj).view(B, T, -1, c.head_dim)
@@ -120,7 +120,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm gives float32
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = attend(q, k, v, causal=True) if packing is None else attend_packed(q, k, v, packing)
-        return self.o_proj(out.reshape(B, T, c.n_heads * c.head_dim))
+        return self.o_proj(select(out.reshape(B, T, c.n_heads * c.head_dim), wanted))
+
+
+def select(x_BTC: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+    """The positions `wanted` (N,), none of them twice, of the flattened buffer as (1, N, C); all of x without."""
+    return x_BTC if wanted is None else Collect.apply(x_BTC.flatten(0, 1), wanted).unsqueeze(0)
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -320,7 +325,8 @@ class GatedSiLU(torch.autograd.Function):
 
 
 class Block(nn.Module):
-    """One layer: attention and SwiGLU, each behind a norm and added to the stream."""
+    """One layer: attention and SwiGLU, each behind a norm and added to the stream. With `wanted` only those positions
+    come out, (1, N, C), and all after the attention, which sees every position, is computed for them alone."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -330,13 +336,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTC, cos, sin, packing=None):
-        x_BTC = x_BTC + self.dropout(self.self_attn(self.input_layernorm(x_BTC), cos, sin, packing))
+    def forward(self, x_BTC, cos, sin, packing=None, wanted=None):
+        attended = self.self_attn(self.input_layernorm(x_BTC), cos, sin, packing, wanted)
+        x_BTC = select(x_BTC, wanted) + self.dropout(attended)
         return x_BTC + self.dropout(self.mlp(self.post_attention_layernorm(x_BTC)))
 
 
 class Decoder(nn.Module):
-    """Everything below the output projection: tokens (B, T) → hidden states (B, T, C)."""
+    """Everything below the output projection: tokens (B, T) → hidden states (B, T, C), or those `wanted`, (1, N, C)."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -347,7 +354,7 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
 
-    def forward(self, tokens, lengths=None, boundaries=None):
+    def forward(self, tokens, lengths=None, boundaries=None, wanted=None):
         B, T = tokens.shape
         limit, longest = self.rotary.cos_SD.shape[0], max(lengths) if lengths is not None else T
         if longest > limit:
@@ -361,10 +368,11 @@ class Decoder(nn.Module):
         x_BTC = self.dropout(self.embed_tokens(tokens))
         cos, sin = self.rotary(positions, product_dtype(x_BTC))
         for block in self.layers:
+            only = wanted if block is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
-                x_BTC = checkpoint(block, x_BTC, cos, sin, packing, use_reentrant=False)
+                x_BTC = checkpoint(block, x_BTC, cos, sin, packing, only, use_reentrant=False)
             else:
-                x_BTC = block(x_BTC, cos, sin, packing)
+                x_BTC = block(x_BTC, cos, sin, packing, only)
         return self.norm(x_BTC)
 
 
@@ -399,11 +407,11 @@ class WeakWater(nn.Module):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
 
     def forward(self, tokens, lengths=None, boundaries=None, target_index=None, targets=None, weights=None):
-        hidden_BTC = self.model(tokens, lengths, boundaries)
+        # positions without a target cost no logits, and hardly anything in the last layer
+        hidden_BTC = self.model(tokens, lengths, boundaries, wanted=target_index if targets is not None else None)
         if targets is None:
             return self.lm_head(hidden_BTC)
-        hidden_NC = hidden_BTC.flatten(0, 1)[target_index]  # positions without a target cost no logits
-        return LinearCrossEntropy.apply(hidden_NC, self.lm_head.weight, targets, weights, torch.is_grad_enabled())
+        return LinearCrossEntropy.apply(hidden_BTC[0], self.lm_head.weight, targets, weights, torch.is_grad_enabled())
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters by part; tied weights count once, with the embedding."""

@@ -89,14 +89,19 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     return {"median": statistics.median(turns), "min": min(turns), "max": max(turns)}
 
 
-def matmul_rate(device, dtype, repeats: int = 7) -> float:
-    """FLOP/s of a large square matrix product: the limit of arithmetic on this machine, now."""
+def large_product(device, dtype) -> tuple[Callable[[], None], int]:
+    """A large square matrix product, the limit of arithmetic on this machine, to be timed in turns with what is to be
+    compared with it; and how many FLOPs it is."""
     import torch
 
-    n = 8192 if device.type == "cuda" else 2048
+    n, times = (8192, 4) if device.type == "cuda" else (2048, 8)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds = take_turns({"product": lambda: a @ b}, repeats)["product"]
-    return 2 * n**3 / statistics.median(seconds)
+
+    def product() -> None:
+        for _ in range(times):
+            a @ b
+
+    return product, 2 * n**3 * times
 
 
 def peak_mebibytes(device=None) -> float:

@@ -34,8 +34,8 @@ import torch
 from benchmarks.measure import (
     ROOT,
     alone,
+    large_product,
     make_parser,
-    matmul_rate,
     peak_mebibytes,
     print_result,
     print_table,
@@ -53,6 +53,7 @@ from model import WeakWater
 
 TARGET_SHARE = 0.57  # of an SFT conversation; measured in characters, like the lengths, on 6,000 real conversations
 MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS = 108, 1.05, 16  # a log-normal distribution, cut to what a row holds
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOSS_AGREEMENT, NORM_AGREEMENT = 1e-5, 1e-3  # how far two losses and gradient norms in fp32 may differ, as a share
 
 
@@ -273,21 +274,24 @@ def check_agreement(loops: dict, documents: list[tuple], start: dict[str, torch.
     return found
 
 
-def compare(args, config: LLMConfig, device: torch.device, dtype: str, peak: float) -> dict:
+def compare(args, config: LLMConfig, device: torch.device, dtype: str) -> dict:
     """Time all loops on both kinds of work, print the tables, return everything."""
     names = ["ours", "transformers fp32"] + ["transformers bf16"] * (dtype == "bf16")
     if device.type == "cuda":
         names += [f"{name} compiled" for name in names[1:]]
     loops, result, seconds = make_loops(args, config, device, names), {}, {}
+    product, product_flops = large_product(device, DTYPES[dtype])
     start = {name: tensor.clone() for name, tensor in loops["ours"].model.state_dict().items()}
     for kind, documents in work_of(args, config).items():
         found = check_agreement(loops, documents, start)
         print(f"\n{kind}: {len(documents)} documents, {sum(len(ids) for ids, _ in documents):,} tokens a step; loss "
               f"{found['ours'][0]:.5f} and gradient norm {found['ours'][1]:.4f} in fp32: the same in all loops")
         for name in names[1:]:
-            loops[name].choose_rows(documents, (4, 8, 16) if device.type == "cpu" else (16, 32, 64, 128))
+            loops[name].choose_rows(documents, (4, 8) if device.type == "cpu" else (16, 32, 64, 128))
         own = measure_alone(args, loops, documents) if kind == "chats" else {}
-        seconds[kind] = take_turns({n: partial(loop.step, documents) for n, loop in loops.items()}, args.repeats)
+        work = {n: partial(loop.step, documents) for n, loop in loops.items()}
+        seconds[kind] = take_turns(work | {"product": product}, args.repeats)
+        peak = product_flops / statistics.median(seconds[kind]["product"])
         useful = sum(len(ids) for ids, _ in documents)
         flops = useful * loops["ours"].model.flops_per_token(
             sum(len(ids)**2 for ids, _ in documents) / useful)
@@ -302,10 +306,12 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str, peak: flo
             rows.append([name, f"{useful / middle:,.0f}", f"{useful / max(seconds[kind][name]):,.0f} to "
                          f"{useful / min(seconds[kind][name]):,.0f}", f"{positions / middle:,.0f}",
                          f"{useful / positions:.0%}", f"{flops / middle / peak:.1%}",
-                         *(f"{statistics.median(run[key] for run in own[name]):,.{digits}f}" for key, digits in (
+                         *(f"{own[name][key]:,.{digits}f}" for key, digits in (
                              ("seconds_to_first_step", 1), ("peak_mebibytes", 0)) if own)])
         head = ["", "useful tokens/s", "range", "positions/s", "useful", "MFU", "s to first step", "peak MiB"]
         print_table(head if own else head[:-2], rows)
+        print(f"large matrix products in the same turns: {peak / 1e12:.2f} TFLOP/s in {dtype}")
+        result[f"{kind}, matmul_flops"] = peak
 
     def times(kind: str, name: str) -> dict:
         return ratio(seconds[kind][name], seconds[kind]["ours"])
@@ -321,17 +327,15 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str, peak: flo
     return result
 
 
-def measure_alone(args, loops: dict, documents: list[tuple]) -> dict[str, list[dict]]:
-    """`first_steps` of every loop, in turns, each in a process of its own."""
-    runs = {name: [] for name in loops}
+def measure_alone(args, loops: dict, documents: list[tuple]) -> dict[str, dict]:
+    """`first_steps` of every loop, each in a process of its own."""
+    runs = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "documents.npz"
         save_documents(documents, path)
-        for _ in range(min(args.repeats, 3)):
-            for name, loop in loops.items():
-                runs[name].append(alone(
-                    __file__, name, micro_rows=loop.rows, documents=path, preset=args.preset, rows=args.rows,
-                    max_seq_len=args.max_seq_len, device=args.device, compile=args.compile))
+        for name, loop in loops.items():
+            runs[name] = alone(__file__, name, micro_rows=loop.rows, documents=path, preset=args.preset, rows=args.rows,
+                               max_seq_len=args.max_seq_len, device=args.device, compile=args.compile)
     return runs
 
 
@@ -379,17 +383,15 @@ def main() -> None:
     if args.alone:
         print(json.dumps(first_steps(args, config, device)))
         return
-    peak = matmul_rate(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
-    print(f"{runtime.describe_machine(device)}; matrix products: {peak / 1e12:.2f} TFLOP/s in {dtype}; {args.preset}, "
+    print(f"{runtime.describe_machine(device)}; {args.preset}, "
           f"{args.rows} x {args.max_seq_len} tokens a step, {args.repeats} turns")
-    result = compare(args, config, device, dtype, peak)
+    result = compare(args, config, device, dtype)
     result["script_to_first_step"] = starts = script_to_first_step(args)
     print(f"\npretrain.py, start to first step: {statistics.median(starts):.1f} s "
           f"({min(starts):.1f} to {max(starts):.1f})")
     if args.sweep:
         result["sweep"] = sweep(args, device)
-    print_result(result | {"machine": runtime.describe_machine(device), "preset": args.preset,
-                           "matmul_flops": peak})
+    print_result(result | {"machine": runtime.describe_machine(device), "preset": args.preset})
 
 
 if __name__ == "__main__":

@@ -269,7 +269,8 @@ def test_compiled_blocks(monkeypatch):
         buffer = [(tokens, lengths, *loss_on)]
         assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
         graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
-    assert 0 < graphs[0] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
+    # the second may, where sizes of the first were equal by chance: torch then takes them for the same
+    assert 0 < graphs[1] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
     breaks = [reason for reason in dynamo.utils.counters["graph_break"] if "attend_packed" not in reason]
     assert not breaks, breaks  # all but attention is one graph
     model.model.gradient_checkpointing = True
