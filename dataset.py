@@ -4,7 +4,7 @@ Read from top to bottom it follows one document on its way into the loss:
 
 1. files and records   a line of JSON becomes a record, or is counted as malformed
 2. encoding            a record becomes token ids, and for each token what it is (loss mask)
-3. the token cache     all ids of a data set in flat, memory-mapped arrays
+3. the token cache     all ids of a data set in flat arrays
 4. selection           which documents train and which validate; what is cut or skipped
 5. steps               documents become micro-batches without padding, in a seeded order
 """
@@ -16,7 +16,6 @@ import hashlib
 import json
 import lzma
 import math
-import mmap
 import os
 import re
 import shutil
@@ -439,7 +438,7 @@ CACHE_FORMAT = 2  # part of the fingerprint: raise it when anything above change
 
 
 class TokenCache:
-    """All documents of a data set, encoded, as flat memory-mapped arrays in one folder.
+    """All documents of a data set, encoded, as flat arrays in the files of one folder.
 
     tokens (uint16; uint32 above 65,536 entries) · kinds (uint8, chat only) · documents (DOCUMENT, one more
     than there are: the last one's start is the end) · replies (REPLIES). `meta` holds the counts.
@@ -460,22 +459,36 @@ class TokenCache:
             if not file.is_file() or _crc32(file) != expected:
                 raise UserError(f"{file}: missing, truncated or damaged")
         self.is_chat = self.meta["kind"] == "chat"
-        self.tokens = self._map("tokens.bin", np.dtype(self.meta["token_type"]))
-        self.kinds = self._map("kinds.bin", np.dtype(np.uint8)) if self.is_chat else None
-        self.documents = self._map("documents.bin", DOCUMENT)
-        self.replies = self._map("replies.bin", REPLIES)
+        self.tokens = FileArray(folder / "tokens.bin", np.dtype(self.meta["token_type"]))
+        self.kinds = FileArray(folder / "kinds.bin", np.dtype(np.uint8)) if self.is_chat else None
+        self.documents = FileArray(folder / "documents.bin", DOCUMENT)
+        self.replies = FileArray(folder / "replies.bin", REPLIES)
 
-    def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
-        file = self.folder / name
-        if file.stat().st_size == 0:
-            return np.empty(0, dtype)
-        return np.memmap(file, dtype=dtype, mode="r")
 
-    def let_go(self) -> None:
-        """What was read no longer counts as this process's memory; the system keeps it as long as it has room."""
-        for array in (self.tokens, self.kinds, self.documents, self.replies):
-            if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-                array._mmap.madvise(mmap.MADV_DONTNEED)
+class FileArray:
+    """A flat array in a file, of which only what is asked for is read: `[i]`, `[a:b]`, or `[name]`, a whole field.
+
+    Not a memory map: the pages of one that have been touched, and those around them, count as this process's memory,
+    more the larger the file is.
+    """
+
+    def __init__(self, file: Path, dtype: np.dtype):
+        self.stream, self.dtype = open(file, "rb", buffering=0), dtype
+        self.length = file.stat().st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, what: int | slice | str) -> np.ndarray:
+        if isinstance(what, str):
+            return self[:][what]
+        begin, end, _ = (what if isinstance(what, slice) else slice(int(what), int(what) + 1)).indices(self.length)
+        self.stream.seek(int(begin) * self.dtype.itemsize)
+        array = np.empty(max(0, end - begin), self.dtype)
+        read = self.stream.readinto(array.view(np.uint8).data) if len(array) else 0
+        if read != array.nbytes:
+            raise UserError(f"{self.stream.name}: truncated")
+        return array if isinstance(what, slice) else array[0]
 
 
 def _crc32_of_meta(meta: dict) -> int:
@@ -658,6 +671,15 @@ class Documents:
         return Documents(self.cache, self.index[chosen], self.length[chosen], self.targets[chosen],
                          self.bytes[chosen], self.weight[chosen], self.hash[chosen], dict(self.counts))
 
+    def keep(self, chosen: np.ndarray) -> None:
+        """The same in place, one array after the other."""
+        for name in ("index", "length", "targets", "bytes", "weight", "hash"):
+            setattr(self, name, getattr(self, name)[chosen])
+
+    def start(self, document: int) -> int:
+        """Where a document begins in the cache's tokens."""
+        return int(self.cache.documents[self.index[document]]["start"])
+
     def name(self, document: int) -> str:
         """file:line of a document, for messages."""
         row = self.cache.documents[self.index[document]]
@@ -665,15 +687,14 @@ class Documents:
 
     def tagged_share(self, among: int = 1000) -> float:
         """Share of the first `among` conversations with a <think>, </think>, <answer> or </answer> in a reply."""
-        starts = self.cache.documents["start"][self.index[:among]]
-        ends = starts + self.length[:among]
-        return float(np.mean([(self.cache.kinds[a:b] == TAG).any() for a, b in zip(starts, ends, strict=True)]))
+        return float(np.mean([(self.cache.kinds[(a := self.start(d)):a + int(self.length[d])] == TAG).any()
+                              for d in range(min(among, len(self)))]))
 
     def fingerprint(self) -> str:
         """Identifies what is trained on, by content, wherever the files lie now."""
         digest = hashlib.sha256()
-        for array in (self.hash, self.length, self.weight):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for array, dtype in ((self.hash, np.uint64), (self.length, np.int64), (self.weight, np.float32)):
+            digest.update(array.astype(dtype).tobytes())
         return digest.hexdigest()
 
 
@@ -694,39 +715,59 @@ def load_documents(path: str, tokenizer, kind: str, cache_dir: str, max_seq_len:
     if meta["malformed"] > max_bad_ratio * meta["lines"]:
         raise UserError(f"{path}: {meta['malformed']:,} of {meta['lines']:,} lines are malformed, more than "
                         f"--max_bad_ratio {max_bad_ratio} (the first: {meta['examples'][0]})")
-    table = cache.documents
-    start, first = np.array(table["start"]), np.array(table["reply"])
-    full_length, n_replies = np.diff(start), np.diff(first)
-    replies = cache.replies
-    weight, hashes = np.array(table["weight"][:-1]), np.array(table["hash"][:-1])
-    if kind == "text":
-        kept_replies = n_replies
-        reasons = np.where(weight == 0, "weight 0", "")
-    else:
-        limit = np.repeat(start[:-1] + max_seq_len, n_replies)
-        fits = np.concatenate(([0], np.cumsum(replies["end"] <= limit)))
-        kept_replies = fits[first[1:]] - fits[first[:-1]]
-        reasons = np.select(
-            [full_length < min_tokens, full_length > (max_tokens or np.inf), n_replies == 0, kept_replies == 0,
-             weight == 0],
-            ["fewer than min_tokens", "more than max_tokens", "no assistant turn", "first reply does not fit",
-             "weight 0"], "")
-        kept = reasons == ""
-        counts["lost last turns"] = int((kept & (kept_replies < n_replies)).sum())
-        last_end = np.array(replies["end"])[np.maximum(first[1:], 1) - 1]
-        counts["lost a last turn without reply"] = int((kept & (n_replies > 0) & (last_end < start[1:])).sum())
-    for reason in np.unique(reasons[reasons != ""]):
-        counts[str(reason)] = int((reasons == reason).sum())
-    index = np.flatnonzero(reasons == "")
-    if not len(index):
+    blocks, reasons = [], []
+    n_documents = len(cache.documents) - 1
+    for first in range(0, n_documents, 1 << 13):  # a block at a time: then only what is chosen takes memory
+        block, counted = _choose(cache, first, min(first + (1 << 13), n_documents), max_seq_len, min_tokens, max_tokens)
+        blocks.append(block)
+        reasons.append(counted)
+    counts |= {reason: sum(counted[reason] for counted in reasons) for reason in (reasons[0] if reasons else ())}
+    if not sum(len(index) for index, *_ in blocks):
         limits = "" if kind == "text" else (f" with --min_tokens {min_tokens} --max_tokens {max_tokens} "
                                             f"--max_seq_len {max_seq_len}")
         raise UserError(f"{path}: no document is left{limits} ({_in_words(counts)})")
-    begin, end = first[index], first[index] + kept_replies[index]
+    fields = list(zip(*blocks, strict=True))
+    del blocks
+    for i, parts in enumerate(fields):  # one after the other: no more than one is in memory twice
+        fields[i] = np.concatenate(parts)
+    return Documents(cache, *fields, counts)
+
+
+def _choose(cache: TokenCache, begin: int, end: int, max_seq_len: int, min_tokens: int,
+            max_tokens: int | None) -> tuple[tuple, dict[str, int]]:
+    """The fields of Documents for those of the cache's documents `begin` to `end` that fit; why the others do not."""
+    table = cache.documents[begin:end + 1]
+    start, first = np.array(table["start"]), np.array(table["reply"])
+    replies = cache.replies[first[0]:first[-1]]
+    first -= first[0]
+    length, n_replies = np.diff(start), np.diff(first)
+    weight = np.array(table["weight"][:-1])
+    if cache.is_chat:
+        limit = np.repeat(start[:-1] + max_seq_len, n_replies)
+        fits = np.concatenate(([0], np.cumsum(replies["end"] <= limit)))
+        kept_replies = fits[first[1:]] - fits[first[:-1]]
+        left_out = {"fewer than min_tokens": length < min_tokens,
+                    "more than max_tokens": length > (max_tokens or np.inf),
+                    "no assistant turn": n_replies == 0, "first reply does not fit": kept_replies == 0,
+                    "weight 0": weight == 0}
+    else:
+        kept_replies, left_out = n_replies, {"weight 0": weight == 0}
+    kept, counts = np.ones(len(length), bool), {}
+    for reason, applies in left_out.items():  # the first that applies counts
+        counts[reason] = int((kept & applies).sum())
+        kept &= ~applies
+    if cache.is_chat:
+        last_end = np.array(replies["end"])[np.maximum(first[1:], 1) - 1] if len(replies) else start[1:]
+        counts["lost last turns"] = int((kept & (kept_replies < n_replies)).sum())
+        counts["lost a last turn without reply"] = int((kept & (n_replies > 0) & (last_end < start[1:])).sum())
+    index = np.flatnonzero(kept)
+    first_kept, end_kept = first[index], first[index] + kept_replies[index]
     targets = np.concatenate(([0], np.cumsum(replies["targets"])))
     sizes = np.concatenate(([0], np.cumsum(replies["bytes"])))
-    return Documents(cache, index, replies["end"][end - 1] - start[index], targets[end] - targets[begin],
-                     sizes[end] - sizes[begin], weight[index], hashes[index], counts)
+    return ((begin + index).astype(np.uint32), (replies["end"][end_kept - 1] - start[index]).astype(np.int32),
+            (targets[end_kept] - targets[first_kept]).astype(np.int32),
+            (sizes[end_kept] - sizes[first_kept]).astype(np.int32), weight[index],
+            np.array(table["hash"][:-1])[index]), counts
 
 
 def load_splits(path: str, val_path: str | None, tokenizer, kind: str, cache_dir: str, max_seq_len: int,
@@ -742,13 +783,14 @@ def load_splits(path: str, val_path: str | None, tokenizer, kind: str, cache_dir
         held_out = is_held_out(documents.hash)
         if not held_out.any():
             held_out = documents.hash == documents.hash.min()
-        train, val = documents.take(~held_out), documents.take(held_out)
+        train, val = documents, documents.take(held_out)
+        train.keep(~held_out)
     else:
         train, val = documents, load_documents(val_path, *options)
         say(f"validation data: {val_path}: {_in_words(val.counts)}")
         held_out = np.isin(train.hash, val.hash)
         train.counts["also in the validation data"] = int(held_out.sum())
-        train = train.take(~held_out)
+        train.keep(~held_out)
     _, once = np.unique(val.hash, return_index=True)
     train.counts["doubles in validation"] = len(val) - len(once)
     val = val.take(once)  # in the order of the hashes: the first --eval_tokens are then a fair sample
@@ -817,11 +859,11 @@ def make_micro_batch(documents: Documents, pieces: list[Piece], kind_weights: np
     `kind_weights` (4,) is the loss weight of each kind, to be multiplied by the record's own weight;
     None leaves every target at weight 1, for evaluation.
     """
-    cache, starts = documents.cache, documents.cache.documents["start"]
+    cache = documents.cache
     tokens, index, targets, weights = [], [], [], []
     position = 0
     for document, offset, length in pieces:
-        begin = int(starts[documents.index[document]]) + offset
+        begin = documents.start(document) + offset
         predicting = min(length, int(documents.length[document]) - offset - 1)
         tokens.append(cache.tokens[begin:begin + length])
         following = cache.tokens[begin + 1:begin + 1 + predicting]
@@ -897,7 +939,6 @@ class StepLoader:
         if not mine:  # an epoch's last step may be too small for all ranks, but each must take part in the exchange
             mine, weights = [all_pieces[:1]], np.zeros_like(weights)
         micro_batches = [make_micro_batch(self.documents, pieces, weights) for pieces in mine]
-        self.documents.cache.let_go()  # else memory would grow with all that was ever read
         return Step(micro_batches, total_weight or 1.0, all_pieces)  # without any target the loss is 0, not 0/0
 
     def _prepare(self, epoch: int) -> None:
@@ -907,7 +948,8 @@ class StepLoader:
         self._epoch = epoch
         self._order = np.arange(len(self.documents))
         if self.order == "shuffled":
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
+            self._order = order.astype(np.uint32)
         if self.documents.cache.is_chat:
             self._plan = self._plan_epoch()
         else:
@@ -970,7 +1012,7 @@ class StepLoader:
         predicting = min(length, int(self.documents.length[document]) - offset - 1)
         if not cache.is_chat:
             return predicting * float(self.documents.weight[document])
-        begin = int(cache.documents["start"][self.documents.index[document]]) + offset + 1
+        begin = self.documents.start(document) + offset + 1
         per_kind = np.bincount(cache.kinds[begin:begin + predicting], minlength=4)
         return float(per_kind @ self.kind_weights.astype(np.float64)) * float(self.documents.weight[document])
 

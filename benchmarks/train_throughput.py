@@ -84,7 +84,7 @@ def read_chats(rng: np.random.Generator, args, vocab_size: int, tokens: int) -> 
         for document in rng.permutation(len(documents)):
             if total >= tokens:
                 break
-            begin, length = int(cache.documents["start"][documents.index[document]]), int(documents.length[document])
+            begin, length = documents.start(document), int(documents.length[document])
             chats.append((np.array(cache.tokens[begin:begin + length], np.int64),
                           np.array(cache.kinds[begin:begin + length]) != CONTEXT))
             total += length

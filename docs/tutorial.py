@@ -102,13 +102,13 @@ def find_document(documents, line: int | None) -> int:
 
 def tokens_of(documents, document: int) -> np.ndarray:
     """The ids of a document, from the token cache."""
-    start = int(documents.cache.documents["start"][documents.index[document]])
+    start = documents.start(document)
     return documents.cache.tokens[start:start + int(documents.length[document])].astype(np.int64)
 
 
 def kinds_of(documents, document: int) -> np.ndarray:
     """What each of a document's tokens is."""
-    start = int(documents.cache.documents["start"][documents.index[document]])
+    start = documents.start(document)
     return np.array(documents.cache.kinds[start:start + int(documents.length[document])])
 
 

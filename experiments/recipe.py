@@ -123,7 +123,7 @@ class Original:
         pieces, length = self.steps[step], self.args.max_seq_len
         ids, mask = torch.zeros(len(pieces), length, dtype=torch.long), torch.zeros(len(pieces), length - 1)
         for row, (document, _, n) in enumerate(pieces):
-            start = int(self.train.cache.documents["start"][self.train.index[document]])
+            start = self.train.start(document)
             ids[row, :n] = torch.from_numpy(self.train.cache.tokens[start:start + n].astype(np.int64))
             mask[row, :n - 1] = 1
         for some, weight in zip(ids.split(8), mask.split(8), strict=True):

@@ -218,10 +218,10 @@ def test_made_once(tokenizer, file, tmp_path, monkeypatch):
     """The second time nothing is tokenised; after a change of the file it is."""
     cache_dir = tmp_path / "c"
     first = open_cache(str(file), tokenizer, "chat", str(cache_dir))
-    tokens = first.tokens.tolist()
+    tokens = first.tokens[:].tolist()
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "_build_cache", lambda *a: pytest.fail("tokenised again"))
-        assert open_cache(str(file), tokenizer, "chat", str(cache_dir)).tokens.tolist() == tokens
+        assert open_cache(str(file), tokenizer, "chat", str(cache_dir)).tokens[:].tolist() == tokens
     with open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(make_chats(5, 1)[0]) + "\n")
     assert len(open_cache(str(file), tokenizer, "chat", str(cache_dir)).tokens) > len(tokens)
@@ -233,7 +233,7 @@ def test_made_once(tokenizer, file, tmp_path, monkeypatch):
 def test_damaged_cache(tokenizer, file, tmp_path, capsys, name, damage):
     """A damaged cache is named, and made again."""
     cache = open_cache(str(file), tokenizer, "chat", str(tmp_path / "c"))
-    tokens, broken = cache.tokens.tolist(), cache.folder / name
+    tokens, broken = cache.tokens[:].tolist(), cache.folder / name
     whole = bytearray(broken.read_bytes())
     if damage == "remove":
         broken.unlink()
@@ -245,7 +245,7 @@ def test_damaged_cache(tokenizer, file, tmp_path, capsys, name, damage):
     again = open_cache(str(file), tokenizer, "chat", str(tmp_path / "c"))
     said = capsys.readouterr().out
     assert "token cache refused" in said and str(broken) in said
-    assert again.tokens.tolist() == tokens and folders(tmp_path / "c") == [cache.folder.name]
+    assert again.tokens[:].tolist() == tokens and folders(tmp_path / "c") == [cache.folder.name]
 
 
 @pytest.mark.parametrize("moment", ["_crc32", "os.rename", "_record_blocks"])
@@ -265,7 +265,7 @@ def test_partial_cache_is_never_used(tokenizer, file, tmp_path, monkeypatch, mom
     for leftover in (cache_dir / folders(cache_dir)[0]).iterdir():
         leftover.write_bytes(b"\xff" * 64)
     cache = open_cache(str(file), tokenizer, "chat", str(cache_dir))
-    assert len(cache.documents) == 13 and cache.tokens.max() < 800
+    assert len(cache.documents) == 13 and cache.tokens[:].max() < 800
     assert cache.folder.name in folders(cache_dir)
 
 
@@ -303,8 +303,8 @@ def test_width_of_a_token(tmp_path, entries, dtype):
     tokenizer = load_tokenizer(str(save_tokenizer(backend, tmp_path / "tokenizer")))
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": f"w3 w{entries - 1} w{entries - 2}"}])
     cache = open_cache(str(file), tokenizer, "text", str(tmp_path / "c"))
-    assert cache.tokens.dtype == np.dtype(dtype) and isinstance(cache.tokens, np.memmap)
-    assert cache.tokens.tolist() == [0, 3, entries - 1, entries - 2, 1]
+    assert cache.tokens.dtype == np.dtype(dtype)
+    assert cache.tokens[:].tolist() == [0, 3, entries - 1, entries - 2, 1]
     documents = load_documents(str(file), tokenizer, "text", str(tmp_path / "c"), 64)
     step = dataset.StepLoader(documents, 64, 1, 1, seed=0).step(0, 0)
     assert step.micro_batches[0].to("cpu")["targets"].tolist() == [3, entries - 1, entries - 2, 1]

@@ -233,7 +233,7 @@ def test_where_all_checkpoints_are_damaged_the_run_ends_with_2_and_touches_nothi
 
 def cache_bits(cache: dataset.TokenCache) -> tuple:
     arrays = (cache.tokens, cache.documents, cache.replies) + ((cache.kinds,) if cache.is_chat else ())
-    return cache.is_chat, cache.tokens.dtype, [a.tobytes() for a in arrays], cache.meta
+    return cache.is_chat, cache.tokens.dtype, [a[:].tobytes() for a in arrays], cache.meta
 
 
 def test_a_flip_of_any_byte_of_the_token_cache_is_refused_or_harmless(runs, tmp_path, tokenizer):

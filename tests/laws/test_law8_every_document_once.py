@@ -20,7 +20,7 @@ def load(data_dir, tokenizer, cache_dir, kind, file, max_seq_len):
 
 def ids_of(documents, document: int) -> np.ndarray:
     """The kept ids of a document."""
-    begin = int(documents.cache.documents["start"][documents.index[document]])
+    begin = documents.start(document)
     return documents.cache.tokens[begin:begin + int(documents.length[document])].astype(np.int64)
 
 
@@ -307,6 +307,6 @@ def test_kinds_cover_every_target(data_dir, tokenizer, cache_dir):
     """The number of targets a document is said to have is what its kinds say, cut or not."""
     documents = load(data_dir, tokenizer, cache_dir, "chat", "sft", 300)
     for document in range(len(documents)):
-        begin = int(documents.cache.documents["start"][documents.index[document]])
+        begin = documents.start(document)
         kinds = documents.cache.kinds[begin:begin + int(documents.length[document])]
         assert (kinds >= REPLY).sum() == documents.targets[document] > 0
