@@ -23,7 +23,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -668,8 +668,9 @@ class Documents:
 
     def take(self, chosen: np.ndarray) -> "Documents":
         """Those where `chosen` (a mask or indices) says so."""
-        return Documents(self.cache, self.index[chosen], self.length[chosen], self.targets[chosen],
-                         self.bytes[chosen], self.weight[chosen], self.hash[chosen], dict(self.counts))
+        taken = replace(self, counts=dict(self.counts))
+        taken.keep(chosen)
+        return taken
 
     def keep(self, chosen: np.ndarray) -> None:
         """The same in place, one array after the other."""
@@ -715,13 +716,13 @@ def load_documents(path: str, tokenizer, kind: str, cache_dir: str, max_seq_len:
     if meta["malformed"] > max_bad_ratio * meta["lines"]:
         raise UserError(f"{path}: {meta['malformed']:,} of {meta['lines']:,} lines are malformed, more than "
                         f"--max_bad_ratio {max_bad_ratio} (the first: {meta['examples'][0]})")
-    blocks, reasons = [], []
+    blocks = []
     n_documents = len(cache.documents) - 1
     for first in range(0, n_documents, 1 << 13):  # a block at a time: then only what is chosen takes memory
         block, counted = _choose(cache, first, min(first + (1 << 13), n_documents), max_seq_len, min_tokens, max_tokens)
         blocks.append(block)
-        reasons.append(counted)
-    counts |= {reason: sum(counted[reason] for counted in reasons) for reason in (reasons[0] if reasons else ())}
+        for reason, number in counted.items():
+            counts[reason] = counts.get(reason, 0) + number
     if not sum(len(index) for index, *_ in blocks):
         limits = "" if kind == "text" else (f" with --min_tokens {min_tokens} --max_tokens {max_tokens} "
                                             f"--max_seq_len {max_seq_len}")
@@ -865,8 +866,9 @@ def make_micro_batch(documents: Documents, pieces: list[Piece], kind_weights: np
     for document, offset, length in pieces:
         begin = documents.start(document) + offset
         predicting = min(length, int(documents.length[document]) - offset - 1)
-        tokens.append(cache.tokens[begin:begin + length])
-        following = cache.tokens[begin + 1:begin + 1 + predicting]
+        read = cache.tokens[begin:begin + predicting + 1]  # all of the piece, and what its last token predicts
+        tokens.append(read[:length])
+        following = read[1:]
         if cache.is_chat:
             kinds = cache.kinds[begin + 1:begin + 1 + predicting]
         else:

@@ -97,8 +97,8 @@ def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, flo
     return x
 
 
-def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_ratio: float = 0.02,
-                  decay_ratio: float = 0.4, min_lr_ratio: float = 0.0) -> float:
+def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_ratio: float,
+                  decay_ratio: float, min_lr_ratio: float) -> float:
     """Learning rate of optimizer step `step` (from 0) of `total_steps`.
 
     After a linear warm-up over warmup_ratio of the steps: constant; cosine from the peak to

@@ -30,7 +30,7 @@ from common.generation import FusedModel, KVCache
 from common.optim import learning_rate, make_optimizers
 from common.runtime import autocast, run
 from common.scoring import score
-from Config import ORIGINAL, OneLineParser, UserError
+from Config import FLAGS, ORIGINAL, OneLineParser, UserError
 from dataset import (
     CONTEXT,
     REPLY,
@@ -506,11 +506,13 @@ def show_optimizer(args) -> None:
 
 def show_schedule(args) -> None:
     """learning rate / peak over 1,000 steps, for each --lr_schedule, and that of --recipe original"""
-    original = ORIGINAL["warmup_ratio"], 0.0, ORIGINAL["min_lr_ratio"]
+    ratios = ("warmup_ratio", "decay_ratio", "min_lr_ratio")
+    ours = {name: FLAGS[name].default for name in ratios}
+    original = ours | {name: value for name, value in ORIGINAL.items() if name in ratios}
     print(f"{'step':>5}{'constant':>10}{'cosine':>10}{'trapezoid':>11}{'original':>12}")
     for step in (0, 19, 250, 500, 700, 900, 999):
-        rates = [learning_rate(step, 1000, 1.0, name) for name in ("constant", "cosine", "trapezoid")]
-        rates.append(learning_rate(step, 1000, 1.0, ORIGINAL["lr_schedule"], *original))
+        rates = [learning_rate(step, 1000, 1.0, name, **ours) for name in ("constant", "cosine", "trapezoid")]
+        rates.append(learning_rate(step, 1000, 1.0, ORIGINAL["lr_schedule"], **original))
         print(f"{step:5}{rates[0]:10.3f}{rates[1]:10.3f}{rates[2]:11.3f}{rates[3]:12.3f}")
 
 

@@ -223,7 +223,7 @@ def test_learning_rates():
                 values = [learning_rate(s, total, 1.0, schedule, ratio, ratio, 0.0) for s in range(total)]
                 assert all(0 < value <= 1 for value in values)
     # the published log of the original run: Epoch:[1/2](10/17664) lr:0.000549999901, 5.5e-4 falling to 5e-5
-    original = learning_rate(10, 2 * 17664, 5.5e-4, "cosine", warmup_ratio=0.0, min_lr_ratio=1 / 11)
+    original = learning_rate(10, 2 * 17664, 5.5e-4, "cosine", warmup_ratio=0.0, decay_ratio=0.0, min_lr_ratio=1 / 11)
     assert f"{original:.12f}" == "0.000549999901"
     with pytest.raises(UserError, match="linear"):
         rate(0, "linear")
