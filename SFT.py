@@ -40,11 +40,11 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
     device, device_reason = runtime.pick_device(args.device)
     dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
     ranks.start(device)
-    runtime.prepare(device, args.seed, args.deterministic)
+    computed_by = runtime.prepare(device, dtype, args.seed, args.deterministic)
     resumed = checkpoint.begin(args, ranks, f"{previous}.py")
     log = RunLog(args.out_dir, args.stage, ranks.is_main)
     log.print(f"{args.command}\n{runtime.describe_machine(device)}")
-    log.print(f"device {device}: {device_reason}\ndtype {dtype}: {dtype_reason}")
+    log.print(f"device {device}: {device_reason}\ndtype {dtype}: {dtype_reason}\nbetween products: {computed_by}")
 
     # ---- tokenizer and data -------------------------------------------------------------------
     tokenizer = load_tokenizer(args.tokenizer_path)

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import runtime
+from common import kernels, runtime
 from common.answers import is_well_formed, normalise, read_answer, read_choice, read_reply, wilson
 from common.generation import Generation, Sampling, generate
 from common.scoring import score
@@ -118,6 +118,7 @@ def score_file(loaded: Loaded, file: Path, kind: str, args) -> dict:
                                args.min_tokens, args.max_tokens, args.max_bad_ratio)
     chosen = evaluated(documents, args.eval_tokens)
     batches = evaluation_batches(documents, args.max_seq_len, max(SCORE_TOKENS, args.max_seq_len), args.eval_tokens)
+    kernels.start(loaded.device, loaded.dtype)
     begin = time.perf_counter()
     scores = score(loaded.model, batches, documents.bytes[:chosen].sum(), loaded.device, loaded.autocast)
     rate = int(documents.length[:chosen].sum()) / (time.perf_counter() - begin)

@@ -26,6 +26,13 @@ from torch.utils.checkpoint import checkpoint
 
 from Config import LLMConfig, UserError
 
+kernels = None  # common/kernels.py puts itself here: on a CPU in bf16 it computes some of this faster
+
+
+def fast(x: torch.Tensor, width: int = 16) -> bool:
+    """Whether `kernels` computes what comes next of x, in rows of a multiple of `width`."""
+    return kernels is not None and kernels.take(x, width)
+
 
 def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(x / rms(x) * weight, 1 / rms(x)), rms over the last dimension and in float32 (Zhang & Sennrich 2019,
@@ -44,7 +51,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return Normalise.apply(x, self.weight, self.eps)
+        normalise = kernels.Normalise if fast(x, x.shape[-1]) else Normalise
+        return normalise.apply(x, self.weight, self.eps)
 
 
 class Normalise(torch.autograd.Function):
@@ -118,8 +126,12 @@ class Attention(nn.Module):
         q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)
         if c.qk_norm:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm gives float32
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend(q, k, v, causal=True) if packing is None else attend_packed(q, k, v, packing)
+        if packing is not None and fast(heads, c.head_dim // 2):
+            heads = torch.cat((q, k, v), dim=2) if c.qk_norm else heads
+            out = kernels.PackedAttention.apply(heads[0], cos, sin, c.n_heads, packing)
+        else:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            out = attend(q, k, v, causal=True) if packing is None else attend_packed(q, k, v, packing)
         return self.o_proj(select(out.reshape(B, T, c.n_heads * c.head_dim), wanted))
 
 
@@ -180,7 +192,7 @@ class Packing:
 
     def __init__(self, lengths: list[int], boundaries: torch.Tensor):
         self.lengths, self.boundaries = lengths, boundaries
-        self._groups = None
+        self._alike = self._groups = None
 
     def positions(self) -> torch.Tensor:
         """Positions (1, T) that restart at 0 with each document; nothing here waits for the device."""
@@ -188,25 +200,31 @@ class Packing:
         document = torch.searchsorted(self.boundaries[1:], place, right=True)
         return (place - self.boundaries[document]).unsqueeze(0)
 
-    def groups(self) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
-        """Documents of about the same length put together, each made as long as the longest of its group:
-        [(documents, length) of each group], where in the buffer each of the P places of all groups is read from,
-        (P,), and at which of these places each of the buffer's T tokens stands, (T,)."""
-        if self._groups is None:
-            starts = [0, *accumulate(self.lengths)]
-            shapes, members = [], []
+    def alike(self) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Documents of about the same length put together: where those of a group start and how long they are, both
+        int32 (documents,) on the CPU, and how long the longest is."""
+        if self._alike is None:
+            starts, members = [0, *accumulate(self.lengths)], []
             for document in sorted(range(len(self.lengths)), key=lambda d: -self.lengths[d]):
                 if not members or self.lengths[document] < 0.8 * self.lengths[members[-1][0]] - 8:
                     members.append([])
                 members[-1].append(document)
-            source, place, first = [], torch.empty(starts[-1], dtype=torch.int64), 0
-            for group in members:
-                length = self.lengths[group[0]]
-                shapes.append((len(group), length))
-                start = torch.tensor([starts[d] for d in group]).unsqueeze(1)
-                last = torch.tensor([self.lengths[d] - 1 for d in group]).unsqueeze(1)
-                offset = torch.arange(length).expand(len(group), length)
-                index = start + offset.minimum(last)  # past its end a document repeats its last token
+            self._alike = [(torch.tensor([starts[d] for d in group], dtype=torch.int32),
+                            torch.tensor([self.lengths[d] for d in group], dtype=torch.int32),
+                            self.lengths[group[0]]) for group in members]
+        return self._alike
+
+    def groups(self) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+        """The groups that are `alike`, each document made as long as the longest of its group: [(documents, length) of
+        each group], where in the buffer each of the P places of all groups is read from, (P,), and at which of these
+        places each of the buffer's T tokens stands, (T,)."""
+        if self._groups is None:
+            shapes, source, place, first = [], [], torch.empty(sum(self.lengths), dtype=torch.int64), 0
+            for starts, lengths, longest in self.alike():
+                shapes.append((len(starts), longest))
+                last = lengths.long().unsqueeze(1) - 1
+                offset = torch.arange(longest).expand(len(starts), longest)
+                index = starts.unsqueeze(1) + offset.minimum(last)  # past its end a document repeats its last token
                 source.append(index.flatten())
                 inside = (offset <= last).flatten()
                 place[source[-1][inside]] = torch.arange(first, first + len(inside))[inside]
@@ -304,7 +322,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(GatedSiLU.apply(project(x, self.gate_proj, self.up_proj)))
+        gate_up = project(x, self.gate_proj, self.up_proj)
+        gated_silu = kernels.GatedSiLU if fast(gate_up, gate_up.shape[-1] // 2) else GatedSiLU
+        return self.down_proj(gated_silu.apply(gate_up))
 
 
 class GatedSiLU(torch.autograd.Function):
@@ -459,12 +479,20 @@ class LinearCrossEntropy(torch.autograd.Function):
                 block = slice(start, start + rows)
                 hidden_NC, target_N1 = hidden[block].to(dtype), targets[block].unsqueeze(1)
                 loss_weight_N1 = loss_weights[block].unsqueeze(1).to(total.dtype)
-                log_prob_NV = F.log_softmax(hidden_NC @ weight_VC.t(), dim=-1, dtype=total.dtype)
-                total -= (log_prob_NV.gather(1, target_N1) * loss_weight_N1).sum()
-                if needs_grad:  # d loss / d logits = (softmax - one_hot) · weight
-                    grad_NV = log_prob_NV.exp_().mul_(loss_weight_N1 / scale)
-                    grad_NV.scatter_add_(1, target_N1, -loss_weight_N1 / scale)
-                    grad_NV = grad_NV.to(dtype)
+                logits_NV = hidden_NC @ weight_VC.t()
+                if fast(logits_NV):
+                    relative = (loss_weights[block] / scale).float() if needs_grad else None
+                    losses = kernels.cross_entropy(logits_NV, targets[block].contiguous(), relative)
+                    total += (losses * loss_weights[block]).sum()
+                    grad_NV = logits_NV
+                else:
+                    log_prob_NV = F.log_softmax(logits_NV, dim=-1, dtype=total.dtype)
+                    total -= (log_prob_NV.gather(1, target_N1) * loss_weight_N1).sum()
+                    if needs_grad:  # d loss / d logits = (softmax - one_hot) · weight
+                        grad_NV = log_prob_NV.exp_().mul_(loss_weight_N1 / scale)
+                        grad_NV.scatter_add_(1, target_N1, -loss_weight_N1 / scale)
+                        grad_NV = grad_NV.to(dtype)
+                if needs_grad:
                     grad_hidden[block] = grad_NV @ weight_VC
                     grad_weight += grad_NV.t() @ hidden_NC
             if needs_grad:

@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     args = parser.parse_args()
     device, _ = runtime.pick_device(args.device)
-    runtime.prepare(device, 0, False)
+    runtime.prepare(device, runtime.pick_dtype("auto", device)[0], 0, False)
     model = WeakWater(LLMConfig.preset(args.preset)).to(device).eval()
     config, rng = model.config, np.random.default_rng(0)
     prompts = rng.integers(0, config.vocab_size, (args.batch, args.prompt_tokens)).tolist()

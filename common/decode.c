@@ -9,8 +9,8 @@
 
 #include <math.h>
 #include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "lanes.h"
 
 enum { FLOAT32, BFLOAT16 };
 
@@ -43,23 +43,6 @@ static inline void wait_for_all(void) {}
 #endif
 static int share_begin(int n, Share me) { return (int)((int64_t)n * me.thread / me.threads); }
 static int share_end(int n, Share me) { return (int)((int64_t)n * (me.thread + 1) / me.threads); }
-
-/* 16 numbers at a time, in whatever registers the CPU has. */
-typedef float floats __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-
-static inline floats load_float32(const float *p) {
-    floats x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-static inline floats load_bfloat16(const uint16_t *p) { /* a bfloat16 is the upper half of a float32 */
-    halves x;
-    memcpy(&x, p, sizeof x);
-    return (floats)(__builtin_convertvector(x, words) << 16);
-}
 
 /* y (rows,) = w (rows, columns) x. Row after row, so that memory is read in its order: four rows at once, in four streams,
    take twice as long. Four sums, which do not wait for one another. */

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.native import NativeDecoder, applies
+from common.decoder import NativeDecoder, applies
 from Config import UserError
 from model import WeakWater, attend, normalise, product_dtype, rotate
 

@@ -13,12 +13,13 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import model as network
+from common import kernels
+from common.native import cpu_flags
 from Config import UserError
 
 
@@ -100,15 +101,6 @@ def pick_device(name: str) -> tuple[torch.device, str]:
     return torch.device(name), reason
 
 
-def cpu_flags() -> set[str]:
-    """Instruction-set flags of the CPU, as far as the system tells (Linux)."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("flags"):
-                return set(line.split(":", 1)[1].split())
-    return set()
-
-
 def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
     """("bf16" | "fp16" | "fp32", the reason for it) for --dtype on a device."""
     if name != "auto":
@@ -159,8 +151,9 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peak for part, peak in known.items() if re.search(rf"\b{part}\b(?! (Laptop|D\b))", name)), None)
 
 
-def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
-    """Seed torch and, if asked, allow deterministic kernels only; on a CPU, keep freed memory."""
+def prepare(device: torch.device, dtype: str, seed: int, deterministic: bool) -> str:
+    """Seed torch and, if asked, allow deterministic kernels only; on a CPU, keep freed memory. Returns by what the
+    operations between matrix products are computed, for the log."""
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(seed)
@@ -170,6 +163,7 @@ def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
         torch.backends.cuda.enable_flash_sdp(False)  # their backward passes add in no fixed order
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
+    return kernels.start(device, dtype)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -52,7 +52,7 @@ def estimate() -> int:
 
     device, _ = runtime.pick_device("auto")
     dtype, reason = runtime.pick_dtype("auto", device)
-    runtime.prepare(device, 0, False)
+    runtime.prepare(device, dtype, 0, False)
     model = WeakWater(LLMConfig.preset("demo", vocab_size=2048)).to(device)
     optimizers = make_optimizers(model, "muon", 1e-3, 0.1)
     lengths = [64] * 64

@@ -52,6 +52,7 @@ RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
         "adamw_4e-3": (f"--optimizer adamw --learning_rate 4e-3 {COSINE}", 1),
         "muon": (MUON, 1),
         "muon_half": (MUON, 0.5),
+        "muon_third": (MUON, 1 / 3),
         "muon_quarter": (MUON, 0.25),
         "muon_cosine": (f"--optimizer muon --learning_rate 4e-3 {COSINE}", 1),
         "muon_2e-3": (MUON.replace("4e-3", "2e-3"), 1),
@@ -60,6 +61,7 @@ RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
         "muon_4_rows": (f"{MUON} --batch_size 4", 1),
         "muon_16_rows": (f"{MUON} --batch_size 16", 1),
         "muon_32_rows": (f"{MUON} --batch_size 32", 1),
+        "default_half": (f"{MUON} --batch_size 32", 0.5),
         "muon_zero_init": (MUON, 1),  # output projections that begin at zero
     },
     "SFT": {
@@ -96,11 +98,11 @@ class Original:
 
     def __init__(self, args, name: str, seed: int, train, val):
         self.args, self.train, self.val = args, train, val
-        runtime.prepare(CPU, seed, False)
+        self.dtype, _ = runtime.pick_dtype("auto", CPU)
+        runtime.prepare(CPU, self.dtype, seed, False)
         self.model = new_model(args)
         self.rate, (self.optimizer,) = ORIGINAL["learning_rate"], make_optimizers(
             self.model, ORIGINAL["optimizer"], 0, ORIGINAL["weight_decay"], ORIGINAL["beta2"], ORIGINAL["decayed"])
-        self.dtype, _ = runtime.pick_dtype("auto", CPU)
         rng, rows, tokens = np.random.default_rng(seed), rows_of(args, name), 0
         lengths, self.steps = np.minimum(train.length, args.max_seq_len), []  # of a step: (document, 0, its length)
         if rows > len(train):
@@ -259,8 +261,8 @@ def learn_all(args) -> None:
 def time_steps(args) -> dict[str, list[float]]:
     """Seconds of a step of each recipe that differs in this, in turns; `original` takes 21 times `original_8`'s."""
     train, val = splits(args)
-    runtime.prepare(CPU, 1, False)
     dtype, _ = runtime.pick_dtype("auto", CPU)
+    runtime.prepare(CPU, dtype, 1, False)
     original, numbers = Original(args, "original_8", 1, train, val), count()
     work = {"original_8": lambda: original.padded_step(next(numbers))}
     for name in RECIPES[args.stage]:

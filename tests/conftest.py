@@ -99,6 +99,12 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def simple_operations(monkeypatch):
+    """model.py without common/kernels.py, until a test or a stage starts that."""
+    monkeypatch.setattr("model.kernels", None)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """Folder with pretrain.jsonl, sft.jsonl (conversations below and above 512 tokens, up to 1,024) and r1.jsonl."""

@@ -1,4 +1,4 @@
-"""common/native.py: decode.c compiled where it can be, and decoding that goes on where it cannot."""
+"""common/native.py and decoder.py: C compiled where it can be, and decoding that goes on where it cannot."""
 
 import os
 import shutil
@@ -23,15 +23,16 @@ def model():
 
 @pytest.fixture
 def afresh(monkeypatch, tmp_path):
-    """A copy of decode.c that has never been compiled."""
-    source = tmp_path / "code" / "decode.c"
-    source.parent.mkdir()
-    shutil.copy(native.SOURCE, source)
-    monkeypatch.setattr(native, "SOURCE", source)
+    """A copy of decode.c, and the others beside it, that has never been compiled."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for name in ("lanes.h", *native.SOURCES):
+        shutil.copy(native.FOLDER / name, folder)
+    monkeypatch.setattr(native, "FOLDER", folder)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     native.library.cache_clear()
-    yield source
+    yield folder / "decode.c"
     native.library.cache_clear()
 
 
@@ -70,7 +71,7 @@ def test_where_the_folder_is_not_ours_alone_another_is_taken(afresh, tmp_path, h
         folder.mkdir()
         folder.chmod(0o777)
     assert native.library()[0] is not None
-    assert list((tmp_path / "temporary").glob("weakwater-*/decode-*.so"))
+    assert list((tmp_path / "temporary").glob("weakwater-*/native-*.so"))
 
 
 @needs_compiler
@@ -78,7 +79,8 @@ def test_where_the_folder_is_not_ours_alone_another_is_taken(afresh, tmp_path, h
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_threads_and_none_of_openmp_give_the_same_tokens(afresh, model, monkeypatch, dtype, vocab_size):
     prompt = list(range(5, 25))
-    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+                                           "-Wno-unused-parameter"])
     monkeypatch.delenv("CC", raising=False)
 
     def tokens(threads: int) -> list[int]:

@@ -1,0 +1,87 @@
+"""decode.c over a model's weights: one token through the network on a CPU, for generation.py."""
+
+import ctypes
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+
+import torch
+
+from common.native import library
+from model import WeakWater
+
+MATRIX_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Layer(ctypes.Structure):
+    """As in decode.c."""
+
+    _fields_ = [(name, c_void_p) for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm",
+                                              "q", "k", "v", "o", "gate", "up", "down")]
+
+
+class Model(ctypes.Structure):
+    """As in decode.c."""
+
+    _fields_ = [(name, c_int32) for name in ("dim", "hidden", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab",
+                                             "matrix_type")]
+    _fields_ += [("norm_eps", c_float)]
+    _fields_ += [(name, c_void_p) for name in ("embedding", "norm", "cos", "sin", "head")]
+
+
+def applies(model: WeakWater, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether a NativeDecoder can be made, with products in `dtype`; and the reason, for the user."""
+    weight, c = model.lm_head.weight, model.config
+    by_torch = "tokens are computed by torch's operations"
+    if weight.device.type != "cpu":
+        return False, f"{by_torch} on {weight.device.type}"
+    if weight.dtype != torch.float32 or dtype not in MATRIX_TYPES:
+        return False, f"{by_torch}: decode.c knows fp32 and bf16 only"
+    if c.dim % 64 or c.hidden_dim % 64:
+        return False, f"{by_torch}: decode.c needs widths that are multiples of 64"
+    loaded, reason = library()
+    if loaded is None:
+        return False, f"{by_torch}, since decode.c was not compiled: {reason}"
+    return True, f"tokens are computed by decode.c, {reason}"
+
+
+class NativeDecoder:
+    """decode.c over a model's weights, matrices in `dtype`, where `applies`. Make it anew after the weights change."""
+
+    def __init__(self, model: WeakWater, dtype: torch.dtype):
+        c, decoder = model.config, model.model
+        self.compiled, self.config = library()[0], c
+        size, decode = self.compiled.scratch_size, self.compiled.decode_token
+        size.argtypes, size.restype = [POINTER(Model), c_int, c_int], c_int64
+        decode.argtypes, decode.restype = [POINTER(Model), POINTER(Layer), c_int, c_int, c_void_p, c_void_p, c_int,
+                                           c_void_p, c_void_p, c_int], None
+        self.tensors = []  # what decode.c is given the addresses of must live as long as this
+
+        def address(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> int:
+            self.tensors.append(tensor.detach().to(dtype).contiguous())
+            return self.tensors[-1].data_ptr()
+
+        self.model = Model(
+            c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.vocab_size, MATRIX_TYPES[dtype],
+            c.norm_eps, address(decoder.embed_tokens.weight), address(decoder.norm.weight),
+            address(decoder.rotary.cos_SD), address(decoder.rotary.sin_SD), address(model.lm_head.weight, dtype))
+        self.layers = (Layer * c.n_layers)()
+        for layer, block in zip(self.layers, decoder.layers, strict=True):
+            attention, mlp = block.self_attn, block.mlp
+            norms = [block.input_layernorm, *((attention.q_norm, attention.k_norm) if c.qk_norm else (None, None)),
+                     block.post_attention_layernorm]
+            matrices = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                        mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+            layer.__init__(*(norm and address(norm.weight) for norm in norms),
+                           *(address(matrix.weight, dtype) for matrix in matrices))
+
+    def __call__(self, token: int, position: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Put a token into the cache (layers, 1, K, S, D), float32, at `position`; logits (1, V) after it."""
+        c, slots, threads = self.config, keys.shape[3], torch.get_num_threads()
+        assert 0 <= token < c.vocab_size and 0 <= position < min(slots, c.max_seq_len)
+        for cached in (keys, values):  # C would read and write whatever lies there
+            assert cached.shape == (c.n_layers, 1, c.n_kv_heads, slots, c.head_dim)
+            assert cached.is_contiguous() and cached.dtype == torch.float32
+        scratch = torch.empty(self.compiled.scratch_size(self.model, slots, threads), dtype=torch.float32)
+        logits = torch.empty(1, c.vocab_size, dtype=torch.float32)
+        self.compiled.decode_token(self.model, self.layers, token, position, keys.data_ptr(), values.data_ptr(), slots,
+                                   logits.data_ptr(), scratch.data_ptr(), threads)
+        return logits

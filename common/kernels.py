@@ -1,0 +1,171 @@
+"""kernels.c called through ctypes: on a CPU in bf16, what model.py computes between its matrix products.
+
+Each Function here is model.py's of the same name, or says which it is, in fewer passes over memory and with one
+rounding where that has several. `start` puts this module into model.py, which asks `take` before each.
+"""
+
+import functools
+import sys
+from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+
+import torch
+
+import model as network
+from common.native import library
+
+ARGUMENTS = {  # of the functions of kernels.c, but for the last: how many threads
+    "normalise": [c_void_p, c_int, c_void_p, c_float, c_int64, c_int, c_void_p, c_void_p],
+    "normalise_gradient": [c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_void_p, c_void_p],
+    "gated_silu": [c_void_p, c_int64, c_int, c_void_p],
+    "gated_silu_gradient": [c_void_p, c_void_p, c_int64, c_int, c_void_p],
+    "pack_heads": [c_void_p, c_int64, *[c_int] * 3, *[c_void_p] * 2, *[c_int] * 2, *[c_void_p] * 3],
+    "causal_softmax": [c_void_p, *[c_int] * 5, c_float],
+    "causal_softmax_gradient": [*[c_void_p] * 2, *[c_int] * 5, c_float],
+    "cross_entropy": [*[c_void_p] * 3, c_int64, c_int, c_void_p],
+}
+ARGUMENTS["unpack_heads"] = ARGUMENTS["pack_heads"]
+BLOCK = 128  # queries whose scores are computed at once
+
+
+@functools.cache
+def compiled() -> CDLL | None:
+    """The compiled functions, None where there is no compiler."""
+    loaded = library()[0]
+    if loaded is not None:
+        for name, types in ARGUMENTS.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = [*types, c_int], None
+    return loaded
+
+
+def start(device: torch.device, dtype: str) -> str:
+    """Have model.py use this module from here on, or no more; and in words for the log."""
+    network.kernels = None
+    if device.type != "cpu" or dtype != "bf16":
+        return "torch's operations"
+    if compiled() is None:
+        return f"torch's operations, since kernels.c was not compiled: {library()[1]}"
+    network.kernels = sys.modules[__name__]
+    return f"kernels.c, {library()[1]}"
+
+
+def take(x: torch.Tensor, width: int) -> bool:
+    """Whether x, in rows of a multiple of `width`, is of the kind that is computed here."""
+    return (x.device.type == "cpu" and width % 16 == 0 and x.dtype in (torch.float32, torch.bfloat16)
+            and network.product_dtype(x) == torch.bfloat16 and not torch.compiler.is_compiling())
+
+
+def call(name: str, *arguments) -> None:
+    """A function of kernels.c; a tensor, which must be contiguous, is handed over as its address."""
+    for each in arguments:
+        assert not isinstance(each, torch.Tensor) or each.is_contiguous()
+    getattr(compiled(), name)(*(each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments),
+                              torch.get_num_threads())
+
+
+class Normalise(torch.autograd.Function):
+    """As model.Normalise; the result is in bf16, which is what a product makes of it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x = x.contiguous()
+        y, r = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(x.numel() // x.shape[-1])
+        call("normalise", x, x.dtype == torch.bfloat16, weight.float(), eps, len(r), x.shape[-1], y, r)
+        ctx.save_for_backward(x, weight, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, r = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros(torch.get_num_threads(), x.shape[-1])
+        call("normalise_gradient", x, x.dtype == torch.bfloat16, weight.float(), r, grad_y.contiguous(), len(r),
+             x.shape[-1], grad_x, grad_weight)
+        return grad_x, grad_weight.sum(0).to(weight.dtype), None
+
+
+class GatedSiLU(torch.autograd.Function):
+    """As model.GatedSiLU."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        width = gate_up.shape[-1] // 2
+        y = gate_up.new_empty(*gate_up.shape[:-1], width)
+        call("gated_silu", gate_up, y.numel() // width, width, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        gate_up, = ctx.saved_tensors
+        grad, width = torch.empty_like(gate_up), grad_y.shape[-1]
+        call("gated_silu_gradient", gate_up, grad_y.contiguous(), grad_y.numel() // width, width, grad)
+        return grad
+
+
+class PackedAttention(torch.autograd.Function):
+    """model.rotate and model.attend_packed: queries, keys and values (T, H + 2K, D) of a packed buffer → (T, H, D).
+
+    As in model.attend_in_blocks a block of queries at a time; here the G heads that share a key/value head lie side by
+    side.
+    """
+
+    @staticmethod
+    def forward(ctx, heads_TWD, cos, sin, n_heads, packing):
+        T, width, D = heads_TWD.shape
+        K, cos, sin = (width - n_heads) // 2, cos.contiguous(), sin.contiguous()
+        out, saved, G = heads_TWD.new_empty(T, n_heads, D), [], n_heads // K
+        for starts, lengths, longest in packing.alike():
+            where, batch = (starts, lengths, len(starts), longest), len(starts) * K
+            q, k, v = (heads_TWD.new_empty(batch, longest * g, D) for g in (G, 1, 1))
+            for rows, part, g, angles in zip((q, k, v), heads_TWD.split([n_heads, K, K], 1), (G, 1, 1),
+                                             ((cos, sin), (cos, sin), (None, None)), strict=True):
+                call("pack_heads", part.data_ptr(), width * D, part.shape[1], g, D, *where, *angles, rows)
+            attended, probabilities = torch.empty_like(q), []
+            for begin in range(0, longest, BLOCK):
+                end = min(begin + BLOCK, longest)
+                queries = slice(begin * G, end * G)
+                scores = torch.bmm(q[:, queries], k[:, :end].transpose(1, 2))
+                call("causal_softmax", scores, batch, scores.shape[1], end, begin, G, D**-0.5)
+                attended[:, queries] = torch.bmm(scores, v[:, :end])
+                probabilities.append(scores)
+            call("unpack_heads", out, n_heads * D, n_heads, G, D, *where, None, None, attended)
+            saved += [q, k, v, *probabilities]
+        ctx.save_for_backward(cos, sin, *saved)
+        ctx.packing, ctx.K = packing, K
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_THD):
+        (T, n_heads, D), K, grad_THD = grad_THD.shape, ctx.K, grad_THD.contiguous()
+        G, (cos, sin, *saved), saved_here = n_heads // K, ctx.saved_tensors, 0
+        grad = grad_THD.new_empty(T, n_heads + 2 * K, D)
+        for starts, lengths, longest in ctx.packing.alike():
+            where, batch, blocks = (starts, lengths, len(starts), longest), len(starts) * K, range(0, longest, BLOCK)
+            q, k, v, *probabilities = saved[saved_here:saved_here + 3 + len(blocks)]
+            saved_here += 3 + len(blocks)
+            grad_out, grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(q), None, None
+            call("pack_heads", grad_THD, n_heads * D, n_heads, G, D, *where, None, None, grad_out)
+            for begin, p in reversed(list(zip(blocks, probabilities, strict=True))):  # the last one sees every key
+                end = min(begin + BLOCK, longest)
+                queries = slice(begin * G, end * G)
+                scores = torch.bmm(grad_out[:, queries], v[:, :end].transpose(1, 2))
+                call("causal_softmax_gradient", p, scores, batch, scores.shape[1], end, begin, G, D**-0.5)
+                grad_q[:, queries] = torch.bmm(scores, k[:, :end])
+                of_k = torch.bmm(scores.transpose(1, 2), q[:, queries])
+                of_v = torch.bmm(p.transpose(1, 2), grad_out[:, queries])
+                if grad_k is None:
+                    grad_k, grad_v = of_k, of_v
+                else:
+                    grad_k[:, :end] += of_k
+                    grad_v[:, :end] += of_v
+            for rows, part, g, angles in zip((grad_q, grad_k, grad_v), grad.split([n_heads, K, K], 1), (G, 1, 1),
+                                             ((cos, sin), (cos, sin), (None, None)), strict=True):
+                call("unpack_heads", part.data_ptr(), (n_heads + 2 * K) * D, part.shape[1], g, D, *where, *angles, rows)
+        return grad, None, None, None, None
+
+
+def cross_entropy(logits_NV: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Losses (N,) in nats; with weights (N,) the logits become the gradient of the losses' weighted sum."""
+    losses = torch.empty(len(targets))
+    call("cross_entropy", logits_NV, targets, weights, *logits_NV.shape, losses)
+    return losses

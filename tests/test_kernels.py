@@ -1,0 +1,231 @@
+"""common/kernels.py: what kernels.c computes is what model.py computes (laws 3 and 4 for it)."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as network
+from common import kernels, native, runtime
+from Config import LLMConfig
+from model import WeakWater, boundaries_of
+
+CPU = torch.device("cpu")
+VARIANTS = {
+    "tied": dict(),
+    "untied, an odd vocabulary": dict(tie_embeddings=False, vocab_size=301),
+    "GQA, qk_norm": dict(dim=128, n_heads=4, n_kv_heads=2, qk_norm=True),
+    "one key/value head": dict(dim=128, n_heads=4, n_kv_heads=1),
+}
+LENGTHS = [5, 1, 133, 2, 64, 17, 64, 300]
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def started():
+    assert "kernels.c, compiled by" in kernels.start(CPU, "bf16")
+
+
+def make(**changes) -> tuple[WeakWater, dict]:
+    """A model whose attention is far from uniform, and a buffer."""
+    torch.manual_seed(3)
+    model = WeakWater(LLMConfig.preset("nano", **({"vocab_size": 304, "max_seq_len": 512} | changes)))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+    total = sum(LENGTHS)
+    index = torch.randperm(total)[:total // 2].sort().values
+    return model.train(), dict(tokens=torch.randint(0, 300, (1, total)), lengths=LENGTHS, target_index=index,
+                               targets=torch.randint(0, 300, (len(index),)), weights=torch.rand(len(index)) * 3)
+
+
+def learn(model: WeakWater, buffer: dict, dtype: str, expected_calls: bool | None = None) -> dict[str, torch.Tensor]:
+    """Loss and gradients; and whether kernels.c had a part in them must be as expected."""
+    calls, call = [], kernels.call
+    kernels.call = lambda name, *arguments: (calls.append(name), call(name, *arguments))
+    try:
+        model.zero_grad()
+        with runtime.autocast(CPU, dtype):
+            loss = model(**buffer)
+        loss.backward()
+    finally:
+        kernels.call = call
+    assert expected_calls is None or expected_calls == (set(calls) == set(kernels.ARGUMENTS)) == bool(calls)
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def error(found: dict, truth: dict) -> dict[str, float]:
+    """Each tensor's distance from the true one, as a share of that."""
+    return {name: float((found[name].double() - truth[name]).norm() / truth[name].norm()) for name in truth}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients_are_as_near_to_float64_as_without_it(variant, checkpointing):
+    model, buffer = make(**VARIANTS[variant])
+    truth = learn(model.double(), buffer | {"weights": buffer["weights"].double()}, "fp32", expected_calls=False)
+    model.float().model.gradient_checkpointing = checkpointing
+    ours = error(learn(model, buffer, "bf16", expected_calls=True), truth)
+    network.kernels = None
+    simple = error(learn(model, buffer, "bf16", expected_calls=False), truth)
+    for name in truth:
+        assert ours[name] <= 1.2 * simple[name] + 1e-3, (name, ours[name], simple[name])
+    assert max(ours.values()) < 0.1
+
+
+def test_packed_is_one_by_one_and_in_pieces():
+    """Laws 3 and 4: a buffer's gradients are the sums of those of its documents, and of its halves."""
+    model, buffer = make(**VARIANTS["GQA, qk_norm"])
+    whole = learn(model, buffer, "bf16")
+    for groups in ([[length] for length in LENGTHS], [LENGTHS[:4], LENGTHS[4:]]):
+        parts, begin = [], 0
+        for lengths in groups:
+            end = begin + sum(lengths)
+            inside = (buffer["target_index"] >= begin) & (buffer["target_index"] < end)
+            part = dict(tokens=buffer["tokens"][:, begin:end], lengths=lengths,
+                        target_index=buffer["target_index"][inside] - begin,
+                        targets=buffer["targets"][inside], weights=buffer["weights"][inside])
+            parts.append(learn(model, part, "bf16"))
+            begin = end
+        summed = {name: sum(part[name].double() for part in parts) for name in whole}
+        assert max(error(whole, summed).values()) < 0.02  # bf16: a product of other rows is rounded elsewhere
+
+
+def test_logits_too():
+    model, buffer = make()
+    truth = model.double()(buffer["tokens"], lengths=LENGTHS)
+    model.float()
+    with torch.no_grad(), runtime.autocast(CPU, "bf16"):
+        logits = model(buffer["tokens"], lengths=LENGTHS)
+        changed = buffer["tokens"].clone()
+        changed[:, 6:139] += 1  # the third document
+        difference = (model(changed, lengths=LENGTHS) - logits).abs().amax(-1)[0]
+    assert (logits - truth).norm() < 0.02 * truth.norm()
+    assert difference[6:139].min() > 0 and difference[:6].max() == 0 == difference[139:].max()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_the_work(threads):
+    """The loss is the same; gradients of norms are added up thread by thread, and may differ in their last bits."""
+    model, buffer = make(**VARIANTS["GQA, qk_norm"])
+    usual, expected = torch.get_num_threads(), learn(model, buffer, "bf16")
+    again = learn(model, buffer, "bf16")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    torch.set_num_threads(threads)
+    try:
+        found = learn(model, buffer, "bf16")
+    finally:
+        torch.set_num_threads(usual)
+    assert max(error(found, expected).values()) < 5e-3
+
+
+# ---------------------------------------------------------------------------------------------
+# one by one, against float64
+
+
+def close(found: torch.Tensor, truth: torch.Tensor, tolerance: float) -> bool:
+    return bool((found.double() - truth.double()).abs().max() <= tolerance * truth.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_normalise(dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(7, 3, 48) * 10).to(dtype)
+    weight, grad = torch.randn(48), torch.randn(7, 3, 48).bfloat16()
+    inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    y, truth = kernels.Normalise.apply(*inputs, 1e-5), F.rms_norm(exact[0], (48,), exact[1], 1e-5)
+    y.backward(grad)
+    truth.backward(grad.double())
+    assert close(y, truth, 2**-8) and inputs[0].grad.dtype == dtype
+    for found, expected in zip(inputs, exact, strict=True):
+        assert close(found.grad, expected.grad, 2**-8 if found.dtype == torch.bfloat16 else 1e-5)
+
+
+def test_gated_silu():
+    torch.manual_seed(0)
+    x, grad = (torch.randn(9, 64) * 30).bfloat16(), torch.randn(9, 32).bfloat16()
+    found, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, truth = kernels.GatedSiLU.apply(found), F.silu(exact[:, :32]) * exact[:, 32:]
+    y.backward(grad)
+    truth.backward(grad.double())
+    assert close(y, truth, 2**-8) and close(found.grad, exact.grad, 2**-8)
+
+
+@pytest.mark.parametrize("vocab_size", [16, 33, 6400])
+def test_cross_entropy(vocab_size):
+    torch.manual_seed(0)
+    logits, weights = (torch.randn(11, vocab_size) * 20).bfloat16(), torch.rand(11)
+    logits[3] = -torch.inf
+    logits[3, 5] = 1e4  # certain of one
+    targets = torch.randint(0, vocab_size, (11,))
+    targets[3], targets[4] = 5, vocab_size - 1
+    exact = logits.double().requires_grad_()
+    truth = F.cross_entropy(exact, targets, reduction="none")
+    (truth * weights).sum().backward()
+    kept = logits.clone()
+    assert close(kernels.cross_entropy(logits, targets, None), truth, 1e-5) and torch.equal(logits, kept)
+    assert close(kernels.cross_entropy(logits, targets, weights), truth, 1e-5)
+    assert (logits.double() - exact.grad).abs().max() <= 2**-8 * weights.max()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_none(poison):
+    """A broken weight must show in the loss, so that training stops."""
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight",
+                 "model.layers.1.mlp.gate_proj.weight", "model.layers.1.input_layernorm.weight"):
+        model, buffer = make()
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[:64 * 300] = poison
+        found = learn(model, buffer, "bf16", expected_calls=True)
+        assert not all(each.isfinite().all() for each in found.values()), name
+
+
+# ---------------------------------------------------------------------------------------------
+# where it applies
+
+
+def test_it_is_for_bf16_on_a_cpu():
+    assert kernels.start(CPU, "fp32") == "torch's operations" and network.kernels is None
+    assert kernels.start(torch.device("meta"), "bf16") == "torch's operations" and network.kernels is None
+    kernels.start(CPU, "bf16")
+    model, buffer = make()
+    learn(model, buffer, "fp32", expected_calls=False)
+    learn(model.bfloat16(), buffer | {"weights": buffer["weights"].bfloat16()}, "fp32", expected_calls=True)
+    with runtime.autocast(CPU, "bf16"):
+        assert not kernels.take(torch.zeros(2, 20), 20) and not kernels.take(torch.zeros(2, 16).double(), 16)
+
+
+def test_other_widths_are_torchs():
+    model, buffer = make(dim=40, n_heads=1, n_kv_heads=1, hidden_dim=100)
+    seen, call = [], kernels.call
+    kernels.call = lambda name, *arguments: (seen.append(name), call(name, *arguments))
+    try:
+        with runtime.autocast(CPU, "bf16"):
+            model(**buffer).backward()
+    finally:
+        kernels.call = call
+    assert set(seen) == {"cross_entropy"}
+
+
+def test_without_a_compiler_torch_computes(monkeypatch):
+    monkeypatch.setattr(kernels, "compiled", lambda: None)
+    monkeypatch.setattr(kernels, "library", lambda: (None, "no C compiler was found"))
+    assert kernels.start(CPU, "bf16") == "torch's operations, since kernels.c was not compiled: no C compiler was found"
+    assert network.kernels is None
+
+
+def test_torchs_own_openmp_is_used():
+    """With a second one its threads and torch's would take turns."""
+    assert native.library()[0].has_openmp()
+    made, = (native.FOLDER / "__pycache__").glob("native-*.so")
+    assert b"libgomp" not in made.read_bytes()
+
+
+def test_a_packing_keeps_its_groups():
+    packing = network.Packing(LENGTHS, boundaries_of(LENGTHS))
+    groups = packing.alike()
+    assert packing.alike() is groups and sum(len(starts) for starts, _, _ in groups) == len(LENGTHS)
+    assert sorted(zip((s for starts, _, _ in groups for s in starts.tolist()),
+                      (n for _, lengths, _ in groups for n in lengths.tolist()), strict=True)) == \
+        sorted(zip(boundaries_of(LENGTHS)[:-1].tolist(), LENGTHS, strict=True))
