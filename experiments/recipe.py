@@ -12,7 +12,8 @@ packed documents, which give the same gradients (law 4) in less time. `..._half`
 the tokens.
 
 --tokens are real ones, padding not counted. --jobs recipes run side by side and share the cores; how long a step takes
-alone is measured by --time on a quiet machine, in turns with the original's as it was: padded, in fp32, 8 rows at once.
+alone is measured by --time on a quiet machine, in turns with the original's as it would run there: transformers' Llama,
+padded rows, fp32, 8 rows at once.
 Runs lie in --out_dir and are not made twice. Without --data_path the text is generated.
 """
 
@@ -24,16 +25,15 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from benchmarks.measure import print_table, run_script, take_turns
+from benchmarks.train_throughput import Transformers
 from common import checkpoint, runtime
 from common.optim import learning_rate, make_optimizers, set_learning_rate
 from common.scoring import score
@@ -114,33 +114,14 @@ class Original:
                 if tokens >= args.tokens:
                     break
 
-    def update(self) -> None:
-        """Clip, step, forget the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def padded_step(self, step: int) -> None:
-        """The step as it was: fp32, every row filled up to --max_seq_len, logits for every position, 8 rows at once."""
-        pieces, length = self.steps[step], self.args.max_seq_len
-        ids, mask = torch.zeros(len(pieces), length, dtype=torch.long), torch.zeros(len(pieces), length - 1)
-        for row, (document, _, n) in enumerate(pieces):
-            start = self.train.start(document)
-            ids[row, :n] = torch.from_numpy(self.train.cache.tokens[start:start + n].astype(np.int64))
-            mask[row, :n - 1] = 1
-        for some, weight in zip(ids.split(8), mask.split(8), strict=True):
-            logits = self.model(some[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
-            ((loss * weight.flatten()).sum() / mask.sum()).backward()
-        self.update()
-
-    def packed_step(self, step: int) -> None:
-        """The same gradient, to rounding, from the documents alone."""
-        pieces = self.steps[step]
+    def step(self, pieces: list) -> None:
+        """One step, from the documents without padding."""
         batches = [make_micro_batch(self.train, pieces[i:i + 32], np.ones(4, np.float32))
                    for i in range(0, len(pieces), 32)]
         backward(self.model, batches, sum(float(batch.weights.sum()) for batch in batches), self.dtype)
-        self.update()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def run(self) -> list[dict]:
         """Train; the curve."""
@@ -149,7 +130,7 @@ class Original:
             set_learning_rate([self.optimizer], learning_rate(
                 step, len(self.steps), self.rate, ORIGINAL["lr_schedule"], ORIGINAL["warmup_ratio"], 0,
                 ORIGINAL["min_lr_ratio"]))
-            self.packed_step(step)
+            self.step(pieces)
             tokens += sum(length for _, _, length in pieces)
             if step + 1 == len(self.steps) or (step + 1) % math.ceil(len(self.steps) / 5) == 0:
                 scores = score(self.model, evaluation_batches(self.val, self.args.max_seq_len, 4096, 200_000),
@@ -263,8 +244,17 @@ def time_steps(args) -> dict[str, list[float]]:
     train, val = splits(args)
     dtype, _ = runtime.pick_dtype("auto", CPU)
     runtime.prepare(CPU, dtype, 1, False)
-    original, numbers = Original(args, "original_8", 1, train, val), count()
-    work = {"original_8": lambda: original.padded_step(next(numbers))}
+    padded = Transformers(new_model(args).config, CPU, bf16=False, padded_to=args.max_seq_len, compiled=False)
+    steps = iter(Original(args, "original_8", 1, train, val).steps)
+
+    def padded_step() -> None:
+        documents = []
+        for document, _, length in next(steps):
+            start = train.start(document)
+            documents.append((train.cache.tokens[start:start + length], np.ones(length, bool)))
+        padded.step(documents, 8)
+
+    work = {"original_8": padded_step}
     for name in RECIPES[args.stage]:
         if name.startswith("original"):
             continue
