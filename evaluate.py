@@ -118,7 +118,6 @@ def score_file(loaded: Loaded, file: Path, kind: str, args) -> dict:
                                args.min_tokens, args.max_tokens, args.max_bad_ratio)
     chosen = evaluated(documents, args.eval_tokens)
     batches = evaluation_batches(documents, args.max_seq_len, max(SCORE_TOKENS, args.max_seq_len), args.eval_tokens)
-    kernels.start(loaded.device, loaded.dtype)
     begin = time.perf_counter()
     scores = score(loaded.model, batches, documents.bytes[:chosen].sum(), loaded.device, loaded.autocast)
     rate = int(documents.length[:chosen].sum()) / (time.perf_counter() - begin)
@@ -260,7 +259,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--max_seq_len {args.max_seq_len} is more than the model's context of {context}")
     if asking:
         generations_path(loaded, asking, args)  # refused now and not after the work
-    print("\n".join(loaded.described), flush=True)
+    print("\n".join(loaded.described))
+    print(f"between products: {kernels.start(loaded.device, loaded.dtype)}", flush=True)
 
     result = {"checkpoint": str(loaded.path), "stage": loaded.stage, "device": str(loaded.device),
               "dtype": loaded.dtype, "max_seq_len": args.max_seq_len}

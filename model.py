@@ -30,7 +30,7 @@ kernels = None  # common/kernels.py puts itself here: on a CPU in bf16 it comput
 
 
 def fast(x: torch.Tensor, width: int = 16) -> bool:
-    """Whether `kernels` computes what comes next of x, in rows of a multiple of `width`."""
+    """Whether `kernels` computes what comes next of x; `width`: how many numbers lie together."""
     return kernels is not None and kernels.take(x, width)
 
 
@@ -51,8 +51,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normalise = kernels.Normalise if fast(x, x.shape[-1]) else Normalise
-        return normalise.apply(x, self.weight, self.eps)
+        return (kernels.Normalise if fast(x, x.shape[-1]) else Normalise).apply(x, self.weight, self.eps)
 
 
 class Normalise(torch.autograd.Function):
@@ -126,9 +125,9 @@ class Attention(nn.Module):
         q, k, v = heads.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)
         if c.qk_norm:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm gives float32
-        if packing is not None and fast(heads, c.head_dim // 2):
+        if packing is not None and fast(heads, c.head_dim // 2):  # rotation takes one half with the other
             heads = torch.cat((q, k, v), dim=2) if c.qk_norm else heads
-            out = kernels.PackedAttention.apply(heads[0], cos, sin, c.n_heads, packing)
+            out = kernels.PackedAttention.apply(heads.flatten(0, 1), cos, sin, c.n_heads, packing)
         else:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             out = attend(q, k, v, causal=True) if packing is None else attend_packed(q, k, v, packing)
@@ -323,8 +322,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = project(x, self.gate_proj, self.up_proj)
-        gated_silu = kernels.GatedSiLU if fast(gate_up, gate_up.shape[-1] // 2) else GatedSiLU
-        return self.down_proj(gated_silu.apply(gate_up))
+        gated = (kernels.GatedSiLU if fast(gate_up, gate_up.shape[-1] // 2) else GatedSiLU).apply(gate_up)
+        return self.down_proj(gated)
 
 
 class GatedSiLU(torch.autograd.Function):
@@ -473,19 +472,20 @@ class LinearCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), device=hidden.device, dtype=torch.promote_types(dtype, torch.float32))
             # gradients are formed with weights of at most 1, and scaled in float32: fp16 would overflow or lose them
             scale = loss_weights.amax().clamp_min(1e-30) if len(loss_weights) else torch.ones_like(total)
-            grad_hidden = torch.empty_like(hidden) if needs_grad else None
+            grad_hidden = torch.empty_like(hidden, dtype=total.dtype) if needs_grad else None
             grad_weight = torch.zeros_like(weight) if needs_grad else None
             for start in range(0, hidden.shape[0], rows):
                 block = slice(start, start + rows)
-                hidden_NC, target_N1 = hidden[block].to(dtype), targets[block].unsqueeze(1)
-                loss_weight_N1 = loss_weights[block].unsqueeze(1).to(total.dtype)
+                hidden_NC = hidden[block].to(dtype)
                 logits_NV = hidden_NC @ weight_VC.t()
                 if fast(logits_NV):
                     relative = (loss_weights[block] / scale).float() if needs_grad else None
                     losses = kernels.cross_entropy(logits_NV, targets[block].contiguous(), relative)
                     total += (losses * loss_weights[block]).sum()
-                    grad_NV = logits_NV
+                    grad_NV = logits_NV  # overwritten
                 else:
+                    target_N1 = targets[block].unsqueeze(1)
+                    loss_weight_N1 = loss_weights[block].unsqueeze(1).to(total.dtype)
                     log_prob_NV = F.log_softmax(logits_NV, dim=-1, dtype=total.dtype)
                     total -= (log_prob_NV.gather(1, target_N1) * loss_weight_N1).sum()
                     if needs_grad:  # d loss / d logits = (softmax - one_hot) · weight

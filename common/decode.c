@@ -1,8 +1,8 @@
 /* One token through the network on a CPU: common/generation.py calls this where it decodes a single row.
 
    Decoding reads every weight once for each token, so memory sets its speed. In Python each of a hundred small
-   operations costs about as much as the weights that it reads; here they are one call. common/native.py compiles this
-   file, and hands over the same weights and the same cache.
+   operations costs about as much as the weights that it reads; here they are one call. common/decoder.py hands
+   over the same weights and the same cache.
 
    Matrices are (rows, columns), row after row, in float32 or bfloat16; all else, and every sum, is in float32. Columns
    come in multiples of 64. */
@@ -134,10 +134,7 @@ void decode_token(const Model *m, const Layer *layers, int token, int position, 
     float *gate = attended + H * D, *up = gate + hidden, *of_threads = up + hidden;
     const float *cos = m->cos + (size_t)position * D, *sin = m->sin + (size_t)position * D;
     memcpy(stream, m->embedding + (size_t)token * C, C * sizeof *stream);
-    (void)threads; /* one, where OpenMP is missing */
-#ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-#endif
     {
         Share me = my_share();
         float *x = of_threads + me.thread * (size_t)(C + slots), *scores = x + C;

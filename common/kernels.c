@@ -39,11 +39,11 @@ static inline void store_end(uint16_t *p, floats x, int n) {
 
 static inline floats choose(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
 
-static inline floats larger(floats a, floats b) { return choose((a > b) | (a != a), a, b); }
+static inline floats larger(floats a, floats b) { return choose(a > b, a, b); }
 
 static inline float largest(floats x) {
     float found = x[0];
-    for (int i = 1; i < LANES; i++) found = x[i] > found || x[i] != x[i] ? x[i] : found;
+    for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
     return found;
 }
 
@@ -53,8 +53,8 @@ static inline float sum(floats x) {
     return total;
 }
 
-/* exp to 2 in the last place, by 2^n · exp(r) with r in ±ln(2)/2; 1e-38 for all that is smaller, infinity included. The
-   polynomial is that of Cephes (Moshier 1989, expf). */
+/* exp(x) to 2 in the last place, as 2^n · exp(r) with r in ±ln(2)/2, of x between -87 (1e-38, near enough to 0) and 88; what
+   lies beyond is taken for these. What is no number stays none. The polynomial is that of Cephes (Moshier 1989, expf). */
 static inline floats exponential(floats x) {
     const floats least = (floats){0} - 87, most = (floats){0} + 88, round = (floats){0} + 12582912; /* 1.5 · 2^23 */
     x = choose(x < least, least, choose(x > most, most, x));
@@ -264,6 +264,7 @@ void cross_entropy(uint16_t *logits, const int64_t *targets, const float *weight
         for (int i = 0; i < whole; i += LANES)
             store_bfloat16(p + i, exponential(load_bfloat16(p + i) - highest) * share);
         store_end(p + whole, end * share, V - whole);
+        /* from float32, since a probability near 1 leaves little of it when 1 is taken away */
         store_end(of_target, (floats){0} + (expf(logit - highest) * share - weights[row]), 1);
     }
 }

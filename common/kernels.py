@@ -9,6 +9,7 @@ import sys
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 
 import torch
+from torch.autograd.function import once_differentiable
 
 import model as network
 from common.native import library
@@ -45,22 +46,29 @@ def start(device: torch.device, dtype: str) -> str:
         return "torch's operations"
     if compiled() is None:
         return f"torch's operations, since kernels.c was not compiled: {library()[1]}"
+    if not compiled().has_openmp() and torch.get_num_threads() > 1:
+        return f"torch's operations, which use all {torch.get_num_threads()} threads; kernels.c was {library()[1]}"
     network.kernels = sys.modules[__name__]
     return f"kernels.c, {library()[1]}"
 
 
 def take(x: torch.Tensor, width: int) -> bool:
-    """Whether x, in rows of a multiple of `width`, is of the kind that is computed here."""
+    """Whether what follows x is computed here; `width`: how many numbers lie together, to be taken 16 at a time."""
     return (x.device.type == "cpu" and width % 16 == 0 and x.dtype in (torch.float32, torch.bfloat16)
             and network.product_dtype(x) == torch.bfloat16 and not torch.compiler.is_compiling())
 
 
 def call(name: str, *arguments) -> None:
-    """A function of kernels.c; a tensor, which must be contiguous, is handed over as its address."""
+    """A function of kernels.c; a tensor is handed over as its address, which says nothing of its shape and type."""
     for each in arguments:
-        assert not isinstance(each, torch.Tensor) or each.is_contiguous()
+        assert not isinstance(each, torch.Tensor) or each.is_contiguous() and each.device.type == "cpu"
     getattr(compiled(), name)(*(each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments),
                               torch.get_num_threads())
+
+
+def empty(*shape: int) -> torch.Tensor:
+    """A float32 tensor on the CPU, whatever torch's defaults."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 class Normalise(torch.autograd.Function):
@@ -69,15 +77,17 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         x = x.contiguous()
-        y, r = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(x.numel() // x.shape[-1])
+        assert x.dtype in (torch.float32, torch.bfloat16)
+        y, r = torch.empty_like(x, dtype=torch.bfloat16), empty(x.numel() // x.shape[-1])
         call("normalise", x, x.dtype == torch.bfloat16, weight.float(), eps, len(r), x.shape[-1], y, r)
         ctx.save_for_backward(x, weight, r)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         x, weight, r = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros(torch.get_num_threads(), x.shape[-1])
+        grad_x, grad_weight = torch.empty_like(x), empty(torch.get_num_threads(), x.shape[-1]).zero_()
         call("normalise_gradient", x, x.dtype == torch.bfloat16, weight.float(), r, grad_y.contiguous(), len(r),
              x.shape[-1], grad_x, grad_weight)
         return grad_x, grad_weight.sum(0).to(weight.dtype), None
@@ -88,6 +98,7 @@ class GatedSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up):
+        assert gate_up.dtype == torch.bfloat16
         ctx.save_for_backward(gate_up)
         width = gate_up.shape[-1] // 2
         y = gate_up.new_empty(*gate_up.shape[:-1], width)
@@ -95,6 +106,7 @@ class GatedSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         gate_up, = ctx.saved_tensors
         grad, width = torch.empty_like(gate_up), grad_y.shape[-1]
@@ -111,14 +123,14 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, heads_TWD, cos, sin, n_heads, packing):
+        assert heads_TWD.is_contiguous() and heads_TWD.dtype == cos.dtype == sin.dtype == torch.bfloat16
         T, width, D = heads_TWD.shape
         K, cos, sin = (width - n_heads) // 2, cos.contiguous(), sin.contiguous()
         out, saved, G = heads_TWD.new_empty(T, n_heads, D), [], n_heads // K
         for starts, lengths, longest in packing.alike():
             where, batch = (starts, lengths, len(starts), longest), len(starts) * K
             q, k, v = (heads_TWD.new_empty(batch, longest * g, D) for g in (G, 1, 1))
-            for rows, part, g, angles in zip((q, k, v), heads_TWD.split([n_heads, K, K], 1), (G, 1, 1),
-                                             ((cos, sin), (cos, sin), (None, None)), strict=True):
+            for rows, part, g, angles in three_parts(q, k, v, heads_TWD, cos, sin, n_heads):
                 call("pack_heads", part.data_ptr(), width * D, part.shape[1], g, D, *where, *angles, rows)
             attended, probabilities = torch.empty_like(q), []
             for begin in range(0, longest, BLOCK):
@@ -135,6 +147,7 @@ class PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_THD):
         (T, n_heads, D), K, grad_THD = grad_THD.shape, ctx.K, grad_THD.contiguous()
         G, (cos, sin, *saved), saved_here = n_heads // K, ctx.saved_tensors, 0
@@ -158,14 +171,25 @@ class PackedAttention(torch.autograd.Function):
                 else:
                     grad_k[:, :end] += of_k
                     grad_v[:, :end] += of_v
-            for rows, part, g, angles in zip((grad_q, grad_k, grad_v), grad.split([n_heads, K, K], 1), (G, 1, 1),
-                                             ((cos, sin), (cos, sin), (None, None)), strict=True):
+            for rows, part, g, angles in three_parts(grad_q, grad_k, grad_v, grad, cos, sin, n_heads):
                 call("unpack_heads", part.data_ptr(), (n_heads + 2 * K) * D, part.shape[1], g, D, *where, *angles, rows)
         return grad, None, None, None, None
 
 
+def three_parts(q, k, v, heads_TWD, cos, sin, n_heads: int):
+    """Of queries, keys and values: rows, where in the buffer, how many heads share a row's place, angles if any."""
+    K = (heads_TWD.shape[1] - n_heads) // 2
+    return zip((q, k, v), heads_TWD.split([n_heads, K, K], 1), (n_heads // K, 1, 1),
+               ((cos, sin), (cos, sin), (None, None)), strict=True)
+
+
 def cross_entropy(logits_NV: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """Losses (N,) in nats; with weights (N,) the logits become the gradient of the losses' weighted sum."""
-    losses = torch.empty(len(targets))
+    assert logits_NV.dtype == torch.bfloat16 and targets.dtype == torch.int64
+    assert weights is None or weights.dtype == torch.float32
+    if len(targets):  # C would read and write whatever lies there
+        low, high = targets.aminmax()
+        assert 0 <= low and high < logits_NV.shape[1]
+    losses = empty(len(targets))
     call("cross_entropy", logits_NV, targets, weights, *logits_NV.shape, losses)
     return losses

@@ -17,18 +17,16 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
-
 FOLDER = Path(__file__).parent
 SOURCES = ("decode.c", "kernels.c")
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-fPIC"]
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC"]
 
 
 def cpu_flags() -> set[str]:
     """Instruction-set flags of the CPU, as far as the system tells (Linux)."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("flags"):
+            if line.startswith(("flags", "Features")):  # x86, ARM
                 return set(line.split(":", 1)[1].split())
     return set()
 
@@ -41,16 +39,17 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     commands = [shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]]
     commands = [command for command in commands if command and shutil.which(command[0])]
     trouble = [] if commands else ["no C compiler was found (cc, gcc, clang or $CC)"]
-    # compiled for one kind of CPU and one torch, the file may lie where another one reads it
-    key = [*((FOLDER / name).read_bytes().hex() for name in ("lanes.h", *SOURCES)), *FLAGS, torch.__version__,
-           platform.system(), platform.machine(), *sorted(cpu_flags())]
+    # compiled for one kind of CPU, the file may lie where another one reads it
+    key = [*((FOLDER / name).read_bytes().hex() for name in ("lanes.h", *SOURCES)), *FLAGS, platform.system(),
+           platform.machine(), *sorted(cpu_flags())]
     for command in commands:
         name = f"native-{hashlib.sha256(' '.join([*key, *command]).encode()).hexdigest()[:16]}.so"
         for folder in (FOLDER / "__pycache__", Path(tempfile.gettempdir()) / f"weakwater-{os.getuid()}"):
             try:
                 own_folder(folder)
-                exists = (folder / name).exists()
-                loaded = ctypes.CDLL(str(folder / name)) if exists else compile_to(folder / name, command)
+                if not (folder / name).exists():
+                    compile_to(folder / name, command)
+                loaded = ctypes.CDLL(str(folder / name))
             except (OSError, subprocess.SubprocessError) as error:
                 said = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
                 trouble.append(f"{' '.join(command)}: {said[0]}")
@@ -69,31 +68,17 @@ def own_folder(folder: Path) -> None:
         raise PermissionError(f"{folder} is not a folder that only this user may write to")
 
 
-def compile_to(path: Path, command: list[str]) -> ctypes.CDLL:
-    """Whole or not at all; and loaded.
-
-    At best with the OpenMP that torch has brought along, found when the file is loaded: two of them would each have
-    threads of their own, which, waiting for work, keep the cores from the others'. Else with the compiler's own, else,
-    as for Apple's compiler, with none.
-    """
+def compile_to(path: Path, command: list[str]) -> None:
+    """Whole or not at all. Without OpenMP, which Apple's compiler lacks, if need be."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made, objects = Path(folder) / path.name, [str(Path(folder) / f"{name}.o") for name in SOURCES]
-
-        def do(*arguments: str) -> None:
-            subprocess.run([*command, *arguments], timeout=60, check=True, capture_output=True, encoding="utf-8",
-                           errors="replace")
-
-        for compiling, linking in ((["-fopenmp"], []), (["-fopenmp"], ["-fopenmp"]), ([], [])):
-            try:
-                for name, made_of_it in zip(SOURCES, objects, strict=True):
-                    do(*FLAGS, *compiling, "-c", str(FOLDER / name), "-o", made_of_it)
-                do("-shared", *objects, *linking, "-o", str(made), "-lm")
-                loaded = ctypes.CDLL(str(made))
+        made = Path(folder) / path.name
+        for openmp in (["-fopenmp"], []):
+            sources = [str(FOLDER / name) for name in SOURCES]
+            done = subprocess.run([*command, *FLAGS, *openmp, *sources, "-o", str(made), "-lm"], timeout=60,
+                                  capture_output=True, encoding="utf-8", errors="replace")
+            if done.returncode == 0:
                 break
-            except (OSError, subprocess.CalledProcessError):
-                if not compiling:
-                    raise
-        for old in path.parent.glob("native-*.so"):  # of another source; whoever uses it keeps it
+        done.check_returncode()
+        for old in path.parent.glob("*.so"):  # of another source; whoever uses it keeps it
             old.unlink(missing_ok=True)
         os.replace(made, path)
-        return loaded

@@ -55,6 +55,8 @@ RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
         "muon_third": (MUON, 1 / 3),
         "muon_quarter": (MUON, 0.25),
         "muon_cosine": (f"--optimizer muon --learning_rate 4e-3 {COSINE}", 1),
+        "muon_linear": (MUON.replace("decay_ratio 0.4", "decay_ratio 0.98"), 1),
+        "muon_linear_third": (MUON.replace("decay_ratio 0.4", "decay_ratio 0.98"), 1 / 3),
         "muon_2e-3": (MUON.replace("4e-3", "2e-3"), 1),
         "muon_8e-3": (MUON.replace("4e-3", "8e-3"), 1),
         "muon_decay_0": (f"{MUON} --weight_decay 0", 1),

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import model as network
-from common import kernels, native, runtime
+from common import kernels, runtime
 from Config import LLMConfig
-from model import WeakWater, boundaries_of
+from model import LinearCrossEntropy, WeakWater, boundaries_of
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -61,16 +61,19 @@ def error(found: dict, truth: dict) -> dict[str, float]:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_and_gradients_are_as_near_to_float64_as_without_it(variant, checkpointing):
+def test_loss_and_gradients_are_as_near_to_float64_as_without_it(variant, checkpointing, monkeypatch):
+    if checkpointing:
+        monkeypatch.setattr(LinearCrossEntropy, "BLOCK_LOGITS", 1)  # 64 rows at a time, and the last ones
     model, buffer = make(**VARIANTS[variant])
     truth = learn(model.double(), buffer | {"weights": buffer["weights"].double()}, "fp32", expected_calls=False)
     model.float().model.gradient_checkpointing = checkpointing
     ours = error(learn(model, buffer, "bf16", expected_calls=True), truth)
     network.kernels = None
     simple = error(learn(model, buffer, "bf16", expected_calls=False), truth)
-    for name in truth:
-        assert ours[name] <= 1.2 * simple[name] + 1e-3, (name, ours[name], simple[name])
-    assert max(ours.values()) < 0.1
+    assert ours.pop("loss") < 1e-3 and simple.pop("loss") < 1e-3
+    for name in ours:  # where there are few numbers chance may favour either; six seeds gave 1.28 at most
+        assert ours[name] <= 1.4 * simple[name] + 1e-4, (name, ours[name], simple[name])
+    assert sum(ours.values()) <= 1.02 * sum(simple.values()) and max(ours.values()) < 0.1
 
 
 def test_packed_is_one_by_one_and_in_pieces():
@@ -131,6 +134,8 @@ def close(found: torch.Tensor, truth: torch.Tensor, tolerance: float) -> bool:
 def test_normalise(dtype):
     torch.manual_seed(0)
     x = (torch.randn(7, 3, 48) * 10).to(dtype)
+    x[0, 0] *= 1e-3  # where eps counts
+    x[0, 1] = 0
     weight, grad = torch.randn(48), torch.randn(7, 3, 48).bfloat16()
     inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
@@ -138,8 +143,9 @@ def test_normalise(dtype):
     y.backward(grad)
     truth.backward(grad.double())
     assert close(y, truth, 2**-8) and inputs[0].grad.dtype == dtype
-    for found, expected in zip(inputs, exact, strict=True):
-        assert close(found.grad, expected.grad, 2**-8 if found.dtype == torch.bfloat16 else 1e-5)
+    for row in (0, 1), (0, 2):  # each for itself: the smaller the row, the larger its gradient
+        assert close(inputs[0].grad[row], exact[0].grad[row], 2**-8)
+    assert close(y[0, 0], truth[0, 0], 2**-8) and close(inputs[1].grad, exact[1].grad, 1e-5)
 
 
 def test_gated_silu():
@@ -169,6 +175,38 @@ def test_cross_entropy(vocab_size):
     assert (logits.double() - exact.grad).abs().max() <= 2**-8 * weights.max()
 
 
+def test_the_exponential_is_exact():
+    """Two logits, 0 and -gap: the loss of the first is log(1 + exp(-gap)), and its gradient minus the other's share."""
+    gaps = torch.linspace(0, 12, 97).bfloat16()
+    logits, targets = torch.stack([torch.zeros_like(gaps), -gaps], 1), torch.zeros(97, dtype=torch.int64)
+    losses = kernels.cross_entropy(logits, targets, torch.ones(97))
+    truth = torch.log1p(torch.exp(-gaps.double()))
+    assert (losses - truth).abs().max() <= 2e-7
+    share = torch.sigmoid(-gaps.double())
+    for column, expected in enumerate((-share, share)):
+        assert ((logits[:, column] - expected).abs() <= 2**-8 * share + 2e-7).all()
+
+
+@pytest.mark.parametrize("targets, dtype", [([0, -100], torch.int64), ([32, 0], torch.int64), ([0, 1], torch.int32)])
+def test_no_memory_beyond_is_touched(targets, dtype):
+    with pytest.raises(AssertionError):
+        kernels.cross_entropy(torch.zeros(2, 32, dtype=torch.bfloat16), torch.tensor(targets, dtype=dtype), None)
+
+
+def test_no_target_at_all():
+    model, buffer = make()
+    none = torch.zeros(0, dtype=torch.int64)
+    found = learn(model, buffer | dict(target_index=none, targets=none, weights=torch.zeros(0)), "bf16")
+    assert found["loss"] == 0 and not any(each.any() for each in found.values())
+
+
+def test_no_gradient_of_a_gradient():
+    x, weight = torch.randn(2, 32).bfloat16().requires_grad_(), torch.ones(16).bfloat16().requires_grad_()
+    grad, = torch.autograd.grad((kernels.GatedSiLU.apply(x) * weight).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_what_is_no_number_stays_none(poison):
     """A broken weight must show in the loss, so that training stops."""
@@ -178,7 +216,7 @@ def test_what_is_no_number_stays_none(poison):
         with torch.no_grad():
             model.get_parameter(name).view(-1)[:64 * 300] = poison
         found = learn(model, buffer, "bf16", expected_calls=True)
-        assert not all(each.isfinite().all() for each in found.values()), name
+        assert not found["loss"].isfinite(), name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,11 +231,32 @@ def test_it_is_for_bf16_on_a_cpu():
     learn(model, buffer, "fp32", expected_calls=False)
     learn(model.bfloat16(), buffer | {"weights": buffer["weights"].bfloat16()}, "fp32", expected_calls=True)
     with runtime.autocast(CPU, "bf16"):
-        assert not kernels.take(torch.zeros(2, 20), 20) and not kernels.take(torch.zeros(2, 16).double(), 16)
+        x = torch.zeros(2, 32)
+        assert kernels.take(x, 32) and not kernels.take(x, 20) and not kernels.take(x.double(), 32)
+    assert not kernels.take(torch.zeros(2, 32, device="meta", dtype=torch.bfloat16), 32)
 
 
-def test_other_widths_are_torchs():
-    model, buffer = make(dim=40, n_heads=1, n_kv_heads=1, hidden_dim=100)
+def test_a_compiled_block_is_torchs(monkeypatch):
+    """torch's compiler cannot follow an address; the rest, here the last norm and the loss, goes on."""
+    monkeypatch.setattr("model.attend_packed", network.attend_packed)  # compile_blocks replaces it
+    model, buffer = make()
+    expected = learn(model, buffer, "bf16", expected_calls=True)
+    said = runtime.compile_blocks(model, CPU)
+    if said.startswith("off"):
+        pytest.skip(said)
+    seen, call = [], kernels.call
+    monkeypatch.setattr(kernels, "call", lambda name, *arguments: (seen.append(name), call(name, *arguments)))
+    with runtime.autocast(CPU, "bf16"):
+        loss = model(**buffer)
+    loss.backward()
+    assert set(seen) == {"normalise", "normalise_gradient", "cross_entropy"} and seen.count("normalise") == 1
+    assert abs(loss - expected["loss"]) <= 0.01 * expected["loss"]
+
+
+@pytest.mark.parametrize("widths", [dict(dim=40, n_heads=1, n_kv_heads=1, hidden_dim=24), dict(dim=40, n_heads=5,
+                         n_kv_heads=5, hidden_dim=100), dict(dim=24, n_heads=1, n_kv_heads=1, hidden_dim=40)])
+def test_other_widths_are_torchs(widths):
+    model, buffer = make(**widths)
     seen, call = [], kernels.call
     kernels.call = lambda name, *arguments: (seen.append(name), call(name, *arguments))
     try:
@@ -215,11 +274,21 @@ def test_without_a_compiler_torch_computes(monkeypatch):
     assert network.kernels is None
 
 
-def test_torchs_own_openmp_is_used():
-    """With a second one its threads and torch's would take turns."""
-    assert native.library()[0].has_openmp()
-    made, = (native.FOLDER / "__pycache__").glob("native-*.so")
-    assert b"libgomp" not in made.read_bytes()
+def test_on_one_thread_of_several_torch_computes(monkeypatch):
+    """A compiler without OpenMP: for training torch, which uses them all, is the faster one."""
+    class Lacking:
+        def has_openmp(self):
+            return 0
+
+    monkeypatch.setattr(kernels, "compiled", Lacking)
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert "torch's operations, which use all 3 threads" in kernels.start(CPU, "bf16") and network.kernels is None
+        torch.set_num_threads(1)
+        assert "kernels.c, compiled" in kernels.start(CPU, "bf16")
+    finally:
+        torch.set_num_threads(usual)
 
 
 def test_a_packing_keeps_its_groups():
