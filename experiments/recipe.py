@@ -56,7 +56,6 @@ RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
         "muon_quarter": (MUON, 0.25),
         "muon_cosine": (f"--optimizer muon --learning_rate 4e-3 {COSINE}", 1),
         "muon_linear": (MUON.replace("decay_ratio 0.4", "decay_ratio 0.98"), 1),
-        "muon_linear_third": (MUON.replace("decay_ratio 0.4", "decay_ratio 0.98"), 1 / 3),
         "muon_2e-3": (MUON.replace("4e-3", "2e-3"), 1),
         "muon_8e-3": (MUON.replace("4e-3", "8e-3"), 1),
         "muon_decay_0": (f"{MUON} --weight_decay 0", 1),
@@ -65,6 +64,7 @@ RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
         "muon_32_rows": (f"{MUON} --batch_size 32", 1),
         "default_half": (f"{MUON} --batch_size 32", 0.5),
         "muon_zero_init": (MUON, 1),  # output projections that begin at zero
+        "muon_third_zero_init": (MUON, 1 / 3),
     },
     "SFT": {
         "adamw_5e-4": (f"--optimizer adamw --learning_rate 5e-4 {COSINE}", 1),
@@ -118,8 +118,8 @@ class Original:
 
     def step(self, pieces: list) -> None:
         """One step, from the documents without padding."""
-        batches = [make_micro_batch(self.train, pieces[i:i + 32], np.ones(4, np.float32))
-                   for i in range(0, len(pieces), 32)]
+        batches = [make_micro_batch(self.train, pieces[i:i + 8], np.ones(4, np.float32))
+                   for i in range(0, len(pieces), 8)]
         backward(self.model, batches, sum(float(batch.weights.sum()) for batch in batches), self.dtype)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -225,7 +225,7 @@ def learn_all(args) -> None:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         if done.returncode:
-            raise UserError(f"recipe {name}, seed {seed}: {done.stderr.strip()[-1000:]}")
+            raise UserError(f"recipe {name}, seed {seed}: exit code {done.returncode} {done.stderr.strip()[-1000:]}")
 
     splits(args)  # the token cache: made once, before any two want it
     with ThreadPoolExecutor(args.jobs) as pool:
