@@ -252,7 +252,7 @@ def test_attention_is_computed_in_the_precision_of_products(monkeypatch, changes
 # compiled
 
 
-def test_compiled_blocks(monkeypatch):
+def test_compiled_blocks():
     """Compiled blocks give what plain ones give, rows and packed, checkpointed or not; and buffers with other
     numbers of documents and tokens compile nothing new (after some recompilations torch gives up, in silence)."""
     model, plain = make_model(torch.float32, n_layers=1), make_model(torch.float32, n_layers=1)
@@ -263,18 +263,18 @@ def test_compiled_blocks(monkeypatch):
 
     torch.manual_seed(5)
     graphs = []
-    monkeypatch.setattr(dynamo.config, "assume_static_by_default", False)  # else all is compiled twice: half a minute
-    for lengths in ([64, 64], [3, 50, 7], [1, 2, 3, 4, 5], [64], [9] * 11, [17, 30], [5, 1, 33, 2, 64, 17, 64]):
-        tokens, *loss_on = make_buffer(torch.float32, lengths)
-        buffer = [(tokens, lengths, *loss_on)]
+    with dynamo.config.patch(assume_static_by_default=False):  # else all is compiled twice: half a minute
+        for lengths in ([64, 64], [3, 50, 7], [1, 2, 3, 4, 5], [64], [9] * 11, [17, 30], [5, 1, 33, 2, 64, 17, 64]):
+            tokens, *loss_on = make_buffer(torch.float32, lengths)
+            buffer = [(tokens, lengths, *loss_on)]
+            assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
+            graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
+        # the second may, where sizes of the first were equal by chance: torch then takes them for the same
+        assert 0 < graphs[1] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
+        breaks = [reason for reason in dynamo.utils.counters["graph_break"] if "attend_packed" not in reason]
+        assert not breaks, breaks  # all but attention is one graph
+        model.model.gradient_checkpointing = True
         assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
-        graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
-    # the second may, where sizes of the first were equal by chance: torch then takes them for the same
-    assert 0 < graphs[1] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
-    breaks = [reason for reason in dynamo.utils.counters["graph_break"] if "attend_packed" not in reason]
-    assert not breaks, breaks  # all but attention is one graph
-    model.model.gradient_checkpointing = True
-    assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------
