@@ -238,12 +238,11 @@ def test_it_is_for_bf16_on_a_cpu():
 
 def test_a_compiled_block_is_torchs(monkeypatch):
     """torch's compiler cannot follow an address; the rest, here the last norm and the loss, goes on."""
-    monkeypatch.setattr("model.attend_packed", network.attend_packed)  # compile_blocks replaces it
+    monkeypatch.setattr("model.attend_packed", torch.compiler.disable(network.attend_packed))  # as in compile_blocks
     model, buffer = make()
     expected = learn(model, buffer, "bf16", expected_calls=True)
-    said = runtime.compile_blocks(model, CPU)
-    if said.startswith("off"):
-        pytest.skip(said)
+    for block in model.model.layers:
+        block.compile(backend="eager")
     seen, call = [], kernels.call
     monkeypatch.setattr(kernels, "call", lambda name, *arguments: (seen.append(name), call(name, *arguments)))
     with runtime.autocast(CPU, "bf16"):
