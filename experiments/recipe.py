@@ -8,8 +8,8 @@
 
 A recipe is a stage script with other flags, but for `original`, what this project came from: Config.ORIGINAL with a
 document a row, cut at --max_seq_len and padded, 168 rows a step (`original_8`: 8). What it learns is computed from
-packed documents, which give the same gradients (law 4) in less time. `..._half` runs its whole schedule on half of
-the tokens.
+packed documents, which give the same gradients (law 4) in less time. `..._half` and `..._third` run their whole
+schedule on so much of the tokens.
 
 --tokens are real ones, padding not counted. --jobs recipes run side by side and share the cores; how long a step takes
 alone is measured by --time on a quiet machine, in turns with the original's as it would run there: transformers' Llama,
@@ -89,6 +89,11 @@ def rows_of(args, name: str) -> int:
     if name == "original" and args.stage == "pretrain":
         return 168
     return int(flags[flags.index("--batch_size") + 1]) if "--batch_size" in flags else ROWS[args.stage]
+
+
+def timed_as(args, name: str) -> tuple[str, int]:
+    """What the time of a step depends on, where ours makes it: optimizer and rows."""
+    return ("muon" if "--optimizer muon" in RECIPES[args.stage][name][0] else "adamw"), rows_of(args, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -260,10 +265,10 @@ def time_steps(args) -> dict[str, list[float]]:
     for name in RECIPES[args.stage]:
         if name.startswith("original"):
             continue
-        optimizer = "muon" if name.startswith("muon") else "adamw"
-        case = f"{optimizer}, {rows_of(args, name)} rows"
+        optimizer, rows = timed_as(args, name)
+        case = f"{optimizer}, {rows} rows"
         if case not in work:
-            work[case] = our_step(args, optimizer, rows_of(args, name), train, dtype)
+            work[case] = our_step(args, optimizer, rows, train, dtype)
     return take_turns(work, args.repeats)
 
 
@@ -303,8 +308,8 @@ def show(args) -> None:
             return None
         if name.startswith("original"):
             return steps * statistics.median(seconds["original_8"]) * rows_of(args, name) / 8 / 60
-        return steps * statistics.median(
-            seconds[f"{'muon' if name.startswith('muon') else 'adamw'}, {rows_of(args, name)} rows"]) / 60
+        optimizer, rows = timed_as(args, name)
+        return steps * statistics.median(seconds[f"{optimizer}, {rows} rows"]) / 60
 
     rows = []
     for name in RECIPES[args.stage]:
