@@ -140,7 +140,7 @@ FLAGS = {
     "init_from": Flag(str, None, "weights to start from ('none': from scratch)", everyday=True),
     "preset": Flag(str, None, "architecture, when training from scratch", choices=tuple(PRESETS), everyday=True, steers=True),
     "resume": Flag(bool, False, "go on from the newest whole checkpoint in out_dir", everyday=True),
-    "recipe": Flag(str, "ours", "original: the default values are those of the runs this came from: AdamW, betas 0.9 and 0.999, decay 0.01 on all weights, 5e-4 (distill: 1e-6) on a cosine to a tenth, 168 rows", choices=("ours", "original"), everyday=True),
+    "recipe": Flag(str, "ours", "original: the default values are those of the runs this came from: AdamW, betas 0.9 and 0.999, decay 0.01 on all weights, 5e-4 (distill: 1e-6) on a cosine to a tenth, 168 rows, no zeros at the start", choices=("ours", "original"), everyday=True),
     # how much, how fast
     "max_seq_len": Flag(int, 512, "tokens in a row", everyday=True, steers=True, low=2),
     "min_tokens": Flag(int, 0, "skip conversations with fewer tokens", everyday=True, steers=True, low=0),
@@ -153,7 +153,8 @@ FLAGS = {
     "dtype": Flag(str, "auto", "precision of the matrix products", choices=("auto", "bf16", "fp16", "fp32"), everyday=True),
     "device": Flag(str, "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"), everyday=True),
     "use_wandb": Flag(bool, False, "also log to Weights & Biases (works offline)", everyday=True),
-    # optimizer and schedule
+    # start, optimizer and schedule
+    "output_init": Flag(str, "zero", "from scratch, the first values of each layer's output projections: zeros, or GPT-2's normal distribution", choices=("zero", "normal"), steers=True),
     "lr_schedule": Flag(str, "trapezoid", "shape of the learning rate", choices=("constant", "cosine", "trapezoid"), steers=True),
     "warmup_ratio": Flag(float, 0.02, "share of the steps over which the rate rises from 0", steers=True, low=0, high=1),
     "decay_ratio": Flag(float, 0.4, "share of the steps over which a trapezoid falls", steers=True, low=0, high=1),
@@ -184,7 +185,7 @@ FLAGS = {
 }
 
 ORIGINAL = dict(optimizer="adamw", beta2=0.999, weight_decay=0.01, decayed="all", learning_rate=5e-4,
-                lr_schedule="cosine", warmup_ratio=0.0, min_lr_ratio=0.1)  # and what each stage adds
+                lr_schedule="cosine", warmup_ratio=0.0, min_lr_ratio=0.1, output_init="normal")  # and what each stage adds
 DISTILL_ONLY = ("tag_weight", "think_weight")
 CHAT_ONLY = ("min_tokens", "max_tokens")
 

@@ -681,6 +681,14 @@ class Documents:
         """Where a document begins in the cache's tokens."""
         return int(self.cache.documents[self.index[document]]["start"])
 
+    def tokens(self, document: int) -> np.ndarray:
+        """The ids kept of a document, int64 (T,)."""
+        return self.cache.tokens[(begin := self.start(document)):begin + int(self.length[document])].astype(np.int64)
+
+    def kinds(self, document: int) -> np.ndarray:
+        """What each token kept of a conversation is, CONTEXT to TAG, (T,)."""
+        return np.array(self.cache.kinds[(begin := self.start(document)):begin + int(self.length[document])])
+
     def name(self, document: int) -> str:
         """file:line of a document, for messages."""
         row = self.cache.documents[self.index[document]]
@@ -688,8 +696,7 @@ class Documents:
 
     def tagged_share(self, among: int = 1000) -> float:
         """Share of the first `among` conversations with a <think>, </think>, <answer> or </answer> in a reply."""
-        return float(np.mean([(self.cache.kinds[(a := self.start(d)):a + int(self.length[d])] == TAG).any()
-                              for d in range(min(among, len(self)))]))
+        return float(np.mean([(self.kinds(d) == TAG).any() for d in range(min(among, len(self)))]))
 
     def fingerprint(self) -> str:
         """Identifies what is trained on, by content, wherever the files lie now."""

@@ -81,14 +81,12 @@ def read_chats(rng: np.random.Generator, args, vocab_size: int, tokens: int) -> 
                         f"{vocab_size:,} of --preset {args.preset}")
     with tempfile.TemporaryDirectory() as folder:
         documents = load_documents(args.data_path, tokenizer, "chat", folder, args.max_seq_len)
-        cache, chats, total = documents.cache, [], 0
+        chats, total = [], 0
         for document in rng.permutation(len(documents)):
             if total >= tokens:
                 break
-            begin, length = documents.start(document), int(documents.length[document])
-            chats.append((np.array(cache.tokens[begin:begin + length], np.int64),
-                          np.array(cache.kinds[begin:begin + length]) != CONTEXT))
-            total += length
+            chats.append((documents.tokens(document), documents.kinds(document) != CONTEXT))
+            total += int(documents.length[document])
     if total < tokens:
         raise UserError(f"--data_path {args.data_path}: {total:,} tokens are less than a step, {tokens:,}")
     return chats

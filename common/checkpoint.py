@@ -288,6 +288,8 @@ def starting_model(args, resumed: dict | None, encoder) -> tuple[WeakWater, str 
     model = WeakWater(config)
     if weights is not None:
         fill(model, weights, "the checkpoint" if resumed else args.init_from)
+    elif args.output_init == "zero":
+        model.zero_outputs()
     return model, start_sha256, lines
 
 
@@ -304,7 +306,8 @@ def steering_settings(args, dtype: str, device_type: str, world_size: int, data:
                        "the weights in --init_from": start_sha256}
 
 
-ADDED_LATER = {"beta2": 0.95, "decayed": "matrices"}  # settings of runs from before there was a flag for them
+# settings of runs from before there was a flag for them
+ADDED_LATER = {"beta2": 0.95, "decayed": "matrices", "output_init": "normal"}
 
 
 def compare_settings(before: dict, now: dict) -> None:

@@ -100,18 +100,6 @@ def find_document(documents, line: int | None) -> int:
     raise UserError(f"--line {line}: no document of {documents.cache.meta['files'][0]}")
 
 
-def tokens_of(documents, document: int) -> np.ndarray:
-    """The ids of a document, from the token cache."""
-    start = documents.start(document)
-    return documents.cache.tokens[start:start + int(documents.length[document])].astype(np.int64)
-
-
-def kinds_of(documents, document: int) -> np.ndarray:
-    """What each of a document's tokens is."""
-    start = documents.start(document)
-    return np.array(documents.cache.kinds[start:start + int(documents.length[document])])
-
-
 def texts(tokenizer, ids) -> list[str]:
     """The text of each id by itself; one that is only a part of a character shows as its number of bytes."""
     sizes = token_byte_lengths(tokenizer)
@@ -201,8 +189,8 @@ def sample_record(args, tokenizer, documents, document: int) -> None:
     print(line.decode("utf-8"))
     conversation = parse_record(line, "chat")["conversations"]
     ids, mask = encode_chat(tokenizer, conversation)
-    kinds = kinds_of(documents, document)
-    assert ids == tokens_of(documents, document).tolist()  # the cache holds the same
+    kinds = documents.kinds(document)
+    assert ids == documents.tokens(document).tolist()  # the cache holds the same
     assert mask == (kinds != CONTEXT).astype(int).tolist()
     title(f"{len(conversation)} messages, {len(ids)} ids, {sum(mask)} with a loss")
     print(f"{'t':>3} {'id':>5}  {'kind':8}{'mask':>5}  token")
@@ -390,7 +378,7 @@ def show_attention(args) -> None:
     """two packed documents do not see each other"""
     tokenizer, model = open_tokenizer(args), open_model(args, "SFT")
     documents = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
-    first, second = (torch.from_numpy(tokens_of(documents, document)) for document in (0, 1))
+    first, second = (torch.from_numpy(documents.tokens(document)) for document in (0, 1))
     with torch.no_grad():
         title("attention weights of head 0 in layer 0: two packed documents of four tokens each")
         said = slice(len(TextEncoder.of(tokenizer).headers["user"]), len(TextEncoder.of(tokenizer).headers["user"]) + 4)
@@ -433,7 +421,7 @@ def show_distill(args) -> None:
     few = documents.take(np.arange(document, document + 1))
     loader = StepLoader(few, 1024, batch_size=1, accumulation_steps=1, seed=1, tag_weight=args.tag_weight,
                         think_weight=args.think_weight)
-    ids, kinds = tokens_of(few, 0), kinds_of(few, 0)
+    ids, kinds = few.tokens(0), few.kinds(0)
     weights = loader.kind_weights[kinds] * few.weight[0]
     step = loader.step(0, 0)
     assert math.isclose(step.total_weight, weights[1:].sum(), rel_tol=1e-5)
@@ -451,7 +439,7 @@ def show_distill(args) -> None:
     first = documents.take(np.arange(min(64, len(documents))))
     pieces = [(d, 0, int(first.length[d])) for d in range(len(first))]
     micro_batch = make_micro_batch(first, pieces, ALL_ONE)
-    kinds = np.concatenate([kinds_of(first, d) for d in range(len(first))])[micro_batch.target_index + 1]
+    kinds = np.concatenate([first.kinds(d) for d in range(len(first))])[micro_batch.target_index + 1]
     print(f"{'':24}" + "".join(f"{KINDS[kind]:>8}" for kind in (REPLY, TAG, THINK)) + f"{'all':>8}")
     for stage, name in (("SFT_long", "before, SFT_long.pth"), ("distill", "after, distill.pth")):
         with torch.no_grad():
@@ -609,7 +597,7 @@ def show_score(args) -> None:
     title("each document alone, from <s>")
     total = 0.0
     for document in range(len(four)):
-        ids = torch.from_numpy(tokens_of(four, document))
+        ids = torch.from_numpy(four.tokens(document))
         with torch.no_grad():
             nats = F.cross_entropy(model(ids[None])[0, :-1], ids[1:], reduction="sum").item()
         total += nats

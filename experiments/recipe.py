@@ -1,7 +1,7 @@
 """Which recipe learns most from a token, and from a second? Held-out bits per byte, recipes side by side.
 
     python experiments/recipe.py --data_path data/pretrain.jsonl --jobs 2
-    python experiments/recipe.py --data_path data/pretrain.jsonl --recipes original muon muon_half     only these
+    python experiments/recipe.py --data_path data/pretrain.jsonl --recipes original default_half     only these
     python experiments/recipe.py --data_path data/pretrain.jsonl --time       how long a step of each takes
     python experiments/recipe.py --stage SFT --data_path data/sft.jsonl --init_from out/pretrain.pth --out_dir out/sft
     python experiments/recipe.py --recipes                                    only the table
@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.measure import print_table, run_script, take_turns
 from benchmarks.train_throughput import Transformers
-from common import checkpoint, runtime
+from common import runtime
 from common.optim import learning_rate, make_optimizers, set_learning_rate
 from common.scoring import score
 from Config import ORIGINAL, PRESETS, LLMConfig, OneLineParser, UserError, number
@@ -42,42 +42,44 @@ from dataset import StepLoader, evaluated, evaluation_batches, load_splits, load
 from model import WeakWater
 
 CPU = torch.device("cpu")
-MUON = "--optimizer muon --learning_rate 4e-3 --lr_schedule trapezoid --decay_ratio 0.4 --min_lr_ratio 0"
 COSINE = "--lr_schedule cosine --min_lr_ratio 0.1"
+ADAMW = f"--optimizer adamw {COSINE} --learning_rate"
+MUON = "--optimizer muon --lr_schedule trapezoid --decay_ratio 0.4 --min_lr_ratio 0 --learning_rate"
+DEFAULT = f"{MUON} 4e-3 --output_init zero"
+NORMAL = "--output_init normal"
 RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
     "pretrain": {
         "original": (None, 1),
         "original_8": (None, 1),
-        "adamw": (f"--optimizer adamw --learning_rate 2e-3 {COSINE}", 1),
-        "adamw_4e-3": (f"--optimizer adamw --learning_rate 4e-3 {COSINE}", 1),
-        "muon": (MUON, 1),
-        "muon_half": (MUON, 0.5),
-        "muon_third": (MUON, 1 / 3),
-        "muon_quarter": (MUON, 0.25),
-        "muon_cosine": (f"--optimizer muon --learning_rate 4e-3 {COSINE}", 1),
-        "muon_linear": (MUON.replace("decay_ratio 0.4", "decay_ratio 0.98"), 1),
-        "muon_2e-3": (MUON.replace("4e-3", "2e-3"), 1),
-        "muon_8e-3": (MUON.replace("4e-3", "8e-3"), 1),
-        "muon_decay_0": (f"{MUON} --weight_decay 0", 1),
-        "muon_4_rows": (f"{MUON} --batch_size 4", 1),
-        "muon_16_rows": (f"{MUON} --batch_size 16", 1),
-        "muon_32_rows": (f"{MUON} --batch_size 32", 1),
-        "default_half": (f"{MUON} --batch_size 32", 0.5),
-        "muon_zero_init": (MUON, 1),  # output projections that begin at zero
-        "muon_third_zero_init": (MUON, 1 / 3),
+        **{f"adamw_{rate}": (f"{ADAMW} {rate} {NORMAL}", 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
+        "adamw_1e-3_zero": (f"{ADAMW} 1e-3 --output_init zero", 1),
+        "default": (DEFAULT, 1),
+        "default_half": (DEFAULT, 0.5),
+        "default_third": (DEFAULT, 1 / 3),
+        "default_quarter": (DEFAULT, 0.25),
+        "default_32_rows": (f"{DEFAULT} --batch_size 32", 1),
+        "default_32_rows_half": (f"{DEFAULT} --batch_size 32", 0.5),
+        **{f"muon_{rate}": (f"{MUON} {rate} {NORMAL}", 1) for rate in ("2e-3", "4e-3", "8e-3")},
+        "muon_half": (f"{MUON} 4e-3 {NORMAL}", 0.5),
+        "muon_third": (f"{MUON} 4e-3 {NORMAL}", 1 / 3),
+        "muon_cosine": (f"--optimizer muon {COSINE} --learning_rate 4e-3 {NORMAL}", 1),
+        "muon_linear": (f"{MUON.replace('0.4', '0.98')} 4e-3 {NORMAL}", 1),
+        "muon_decay_0": (f"{MUON} 4e-3 {NORMAL} --weight_decay 0", 1),
+        "muon_4_rows": (f"{MUON} 4e-3 {NORMAL} --batch_size 4", 1),
+        "muon_16_rows": (f"{MUON} 4e-3 {NORMAL} --batch_size 16", 1),
     },
     "SFT": {
-        "adamw_5e-4": (f"--optimizer adamw --learning_rate 5e-4 {COSINE}", 1),
-        **{f"muon_{rate}": (MUON.replace("4e-3", rate), 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
+        "adamw_5e-4": (f"{ADAMW} 5e-4", 1),
+        **{f"muon_{rate}": (f"{MUON} {rate}", 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
     },
     "SFT_long": {
-        "adamw_5e-4": (f"--optimizer adamw --learning_rate 5e-4 {COSINE}", 1),
-        **{f"muon_{rate}": (MUON.replace("4e-3", rate), 1) for rate in ("2.5e-4", "5e-4", "1e-3", "2e-3")},
+        "adamw_5e-4": (f"{ADAMW} 5e-4", 1),
+        **{f"muon_{rate}": (f"{MUON} {rate}", 1) for rate in ("2.5e-4", "5e-4", "1e-3", "2e-3")},
     },
     "distill": {
         "original": ("--recipe original", 1),
-        "adamw_5e-4": (f"--optimizer adamw --learning_rate 5e-4 {COSINE}", 1),
-        **{f"muon_{rate}": (MUON.replace("4e-3", rate), 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
+        "adamw_5e-4": (f"{ADAMW} 5e-4", 1),
+        **{f"muon_{rate}": (f"{MUON} {rate}", 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
     },
 }
 ROWS = {"pretrain": 8, "SFT": 8, "SFT_long": 4, "distill": 4}  # of a step, where a recipe does not say
@@ -172,16 +174,6 @@ def learn(args, name: str, seed: int, folder: Path) -> list[dict]:
     rows = rows_of(args, name)
     steps = math.ceil(args.tokens * share / (rows * args.max_seq_len))
     start = ["--init_from", args.init_from] if args.init_from else ["--preset", args.preset]
-    if name.endswith("zero_init"):
-        torch.manual_seed(seed)
-        model = new_model(args)
-        with torch.no_grad():
-            for block in model.model.layers:
-                block.self_attn.o_proj.weight.zero_()
-                block.mlp.down_proj.weight.zero_()
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_weights(folder / "start.pth", model, {"stage": "pretrain"})
-        start = ["--init_from", str(folder / "start.pth")]
     run_script(f"{args.stage}.py", "--data_path", args.data_path, "--tokenizer_path", args.tokenizer_path,
                "--out_dir", str(folder), "--cache_dir", str(Path(args.out_dir) / "cache"),
                "--max_seq_len", str(args.max_seq_len), "--batch_size", str(rows), "--accumulation_steps", "1",
@@ -255,11 +247,8 @@ def time_steps(args) -> dict[str, list[float]]:
     steps = iter(Original(args, "original_8", 1, train, val).steps)
 
     def padded_step() -> None:
-        documents = []
-        for document, _, length in next(steps):
-            start = train.start(document)
-            documents.append((train.cache.tokens[start:start + length], np.ones(length, bool)))
-        padded.step(documents, 8)
+        padded.step([(train.tokens(document)[:length], np.ones(length, bool))
+                     for document, _, length in next(steps)], 8)
 
     work = {"original_8": padded_step}
     for name in RECIPES[args.stage]:
@@ -376,7 +365,7 @@ def main() -> None:
         print_table(["a step of", "seconds, median", "range"],
                     [[name, f"{statistics.median(each):.3f}", f"{min(each):.3f} to {max(each):.3f}"]
                      for name, each in seconds.items()])
-    else:
+    elif args.recipes:
         learn_all(args)
     show(args)
 

@@ -72,15 +72,15 @@ def test_recipes_are_compared(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    names = ["original_8", "muon_half", "muon_zero_init"]
+    names = ["original_8", "default_half", "muon_4e-3"]
     learned = recipe("--seeds", "1", "--jobs", "2", "--recipes", *names)
     for name in names:
         folder = tmp_path / "out" / "pretrain" / f"{name}_1"
         curve = json.loads((folder / "result.json").read_text(encoding="utf-8"))["curve"]
         assert len(curve) >= 5 and curve[-1]["bpb"] < curve[0]["bpb"]
-        share = 0.5 if name == "muon_half" else 1
+        share = 0.5 if name == "default_half" else 1
         assert share * 20000 <= curve[-1]["tokens"] < share * 20000 + 8 * 64 and f"| {name} " in learned
     recipe("--time", "--repeats", "2", "--recipes")
-    (tmp_path / "out" / "pretrain" / "muon_half_1" / "result.json").unlink()  # as if it had been stopped
+    (tmp_path / "out" / "pretrain" / "default_half_1" / "result.json").unlink()  # as if it had been stopped
     again = recipe("--seeds", "1", "--recipes", *names)
     assert again.count(", seed 1") == 1 and "100.0%" in again

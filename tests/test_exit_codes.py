@@ -214,7 +214,7 @@ CHANGED = {
     "decay_ratio": 0.3, "min_lr_ratio": 0.2, "optimizer": "adamw", "beta2": 0.9, "weight_decay": 0.2,
     "decayed": "all", "grad_clip": 2.0,
     "dropout": 0.2, "tag_weight": 4.0, "think_weight": 0.25, "compile": True, "deterministic": True, "seed": 43,
-    "order": "file", "dtype": "fp32",
+    "order": "file", "dtype": "fp32", "output_init": "normal",
 }
 
 

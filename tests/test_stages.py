@@ -18,6 +18,7 @@ from conftest import ROOT, make_texts, read_rows, stage_argv, train, write_jsonl
 from common import checkpoint, runtime
 from common.optim import Muon, learning_rate, make_optimizers, set_learning_rate
 from Config import FLAGS, LLMConfig, UserError, parse_args
+from dataset import TextEncoder, load_tokenizer
 from model import WeakWater
 
 STAGES = ("pretrain", "SFT", "SFT_long", "distill")
@@ -101,7 +102,7 @@ CONTRACT = """--data_path --val_path --tokenizer_path --out_dir --init_from --pr
 --gradient_checkpointing --deterministic --seed --order --log_interval --eval_interval --eval_tokens --save_interval
 --keep_checkpoints --max_bad_ratio --resume --use_wandb --wandb_project --tag_weight --think_weight""".split()
 CHOICES = {"--lr_schedule": "{constant,cosine,trapezoid}", "--optimizer": "{adamw,muon}", "--order": "{shuffled,file}",
-           "--dtype": "{auto,bf16,fp16,fp32}", "--device": "{auto,cpu,cuda,mps}"}
+           "--output_init": "{zero,normal}", "--dtype": "{auto,bf16,fp16,fp32}", "--device": "{auto,cpu,cuda,mps}"}
 DEFAULTS = {"pretrain": dict(max_seq_len=512, batch_size=32, learning_rate=4e-3),
             "SFT": dict(max_seq_len=512, batch_size=32, learning_rate=2e-3, max_tokens=512, min_tokens=0),
             "SFT_long": dict(max_seq_len=1024, batch_size=16, learning_rate=1e-3, min_tokens=513, max_tokens=1024),
@@ -132,7 +133,7 @@ def test_help(stage, capsys):
     for flag, choices in CHOICES.items():
         assert f"{flag} {choices}" in flat
     defaults = dict(out_dir="out", tokenizer_path="weakwater_tokenizer", lr_schedule="trapezoid", optimizer="muon",
-                    accumulation_steps=1)
+                    accumulation_steps=1, output_init="zero")
     defaults |= DEFAULTS[stage]
     for name, value in defaults.items():
         described = flat[flat.rindex(f"--{name} "):]
@@ -149,8 +150,8 @@ def test_the_original_recipe(stage, capsys):
     flat = re.sub(r"\s+", " ", text)
     batch = {"pretrain": (84, 2), "SFT": (84, 2)}.get(stage, (21, 8))
     numbers = dict(optimizer="adamw", beta2=0.999, weight_decay=0.01, decayed="all", lr_schedule="cosine",
-                   warmup_ratio=0.0, min_lr_ratio=0.1, learning_rate=1e-6 if stage == "distill" else 5e-4,
-                   batch_size=batch[0], accumulation_steps=batch[1])
+                   warmup_ratio=0.0, min_lr_ratio=0.1, output_init="normal",
+                   learning_rate=1e-6 if stage == "distill" else 5e-4, batch_size=batch[0], accumulation_steps=batch[1])
     for name, value in numbers.items():
         described = flat[flat.rindex(f"--{name} "):]
         assert re.match(rf"--{name} [^(]*(\([^d][^)]*\)[^(]*)*\(default: {re.escape(str(value))}\)", described), name
@@ -196,6 +197,30 @@ def test_starting_weights_default(stage, before, data_dir, tokenizer_dir, tmp_pa
                               capsys)
     assert code == 2 and str(tmp_path / f"{before}.pth") in errors and f"{before}.py makes it" in errors
     assert errors.count("\n") == 1
+
+
+def start_of(stage: str, tokenizer_dir, *argv) -> WeakWater:
+    """The model a stage starts from."""
+    args = parse_args(stage, "", ["--data_path", "x", "--preset", "nano", *argv])
+    torch.manual_seed(3)
+    return checkpoint.starting_model(args, None, TextEncoder.of(load_tokenizer(str(tokenizer_dir))))[0]
+
+
+def test_output_init(tokenizer_dir, tmp_path):
+    """From scratch, layers begin as the identity and all else is as without; weights to start from stay as they are."""
+    flags = ("--init_from", "none", "--output_init")
+    zero, normal = (start_of("pretrain", tokenizer_dir, *flags, value) for value in ("zero", "normal"))
+    tokens = torch.arange(20).unsqueeze(0)
+    embedded = zero.model.embed_tokens(tokens)
+    assert torch.equal(zero(tokens), zero.lm_head(zero.model.norm(embedded)))
+    for (name, ours), theirs in zip(zero.state_dict().items(), normal.state_dict().values(), strict=True):
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert not ours.any() and theirs.std().item() == pytest.approx(0.02 / math.sqrt(2 * 2), rel=0.05)
+        else:
+            assert torch.equal(ours, theirs)
+    checkpoint.save_weights(tmp_path / "normal.pth", normal, {})
+    later = start_of("SFT", tokenizer_dir, "--init_from", str(tmp_path / "normal.pth"))
+    assert all(map(torch.equal, later.state_dict().values(), normal.state_dict().values()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -293,6 +318,14 @@ def test_muon_is_that_of_torch():
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]
     for theirs, ours in zip(states[0].values(), states[1].values(), strict=True):
         assert theirs.keys() == ours.keys() and torch.equal(theirs["momentum_buffer"], ours["momentum_buffer"])
+
+
+def test_muon_leaves_a_matrix_without_gradient_where_it_is():
+    """As in the first step from layers that begin as the identity, where only their outputs have one."""
+    weights = [torch.nn.Parameter(torch.ones(4, 8)), torch.nn.Parameter(torch.ones(4, 8))]
+    weights[0].grad, weights[1].grad = torch.zeros(4, 8), torch.eye(4, 8)
+    Muon(weights, lr=0.1, weight_decay=0, momentum=0.95, adjust_lr_fn="match_rms_adamw").step()
+    assert torch.equal(weights[0], torch.ones(4, 8)) and not torch.equal(weights[1], torch.ones(4, 8))
 
 
 # ---------------------------------------------------------------------------------------------

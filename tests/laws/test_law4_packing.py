@@ -122,9 +122,7 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
         batch = step.micro_batches[0].to("cpu")
         alone, total, begin = [], 0.0, 0
         for document, offset, length in loader.step(0, 0).pieces:
-            row = documents.cache.documents[documents.index[document]]
-            ids = documents.cache.tokens[row["start"] + offset:row["start"] + documents.length[document]]
-            ids = torch.from_numpy(ids[:length + 1].astype(np.int64))  # with the token that the piece's last predicts
+            ids = torch.from_numpy(documents.tokens(document)[offset:][:length + 1])  # and what its last predicts
             inside = (batch["target_index"] >= begin) & (batch["target_index"] < begin + length)
             index = batch["target_index"][inside] - begin
             weights = batch["weights"][inside].double()
@@ -302,17 +300,15 @@ def test_evaluation_windows(tokenizer, data_dir, cache_dir, kind, file, batch_to
     records = [json.loads(line) for line in (data_dir / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()]
     nats = targets = n_bytes = 0
     for document in range(n):
-        row = documents.cache.documents[documents.index[document]]
-        span = slice(row["start"], row["start"] + documents.length[document])
-        ids = torch.from_numpy(documents.cache.tokens[span].astype(np.int64))
-        counted = torch.ones(len(ids)) if kind == "text" else torch.from_numpy(documents.cache.kinds[span] > 0).float()
+        ids = torch.from_numpy(documents.tokens(document))
+        counted = torch.ones(len(ids)) if kind == "text" else torch.from_numpy(documents.kinds(document) > 0).float()
         for begin in range(0, len(ids) - 1, window):
             following = ids[begin + 1:begin + window + 1]
             logits = model(ids[None, begin:begin + window][:, :len(following)])[0]
             mask = counted[begin + 1:begin + window + 1]
             nats += (F.cross_entropy(logits, following, reduction="none") * mask).sum().item()
             targets += int(mask.sum())
-        record = records[row["line"] - 1]
+        record = records[documents.cache.documents[documents.index[document]]["line"] - 1]
         said = [record["text"]] if kind == "text" else [
             m["content"] for m in record["conversations"] if m["role"] == "assistant"]
         n_bytes += len("".join(said).encode("utf-8"))

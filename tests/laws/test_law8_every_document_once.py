@@ -18,12 +18,6 @@ def load(data_dir, tokenizer, cache_dir, kind, file, max_seq_len):
     return load_documents(str(data_dir / f"{file}.jsonl"), tokenizer, kind, str(cache_dir), max_seq_len)
 
 
-def ids_of(documents, document: int) -> np.ndarray:
-    """The kept ids of a document."""
-    begin = documents.start(document)
-    return documents.cache.tokens[begin:begin + int(documents.length[document])].astype(np.int64)
-
-
 def epoch_pieces(loader, epoch: int) -> list:
     """All pieces of an epoch in the order of their steps, checked against the steps' arrays: each buffer is the tokens
     of its pieces, and each target is the token after its position in the same document."""
@@ -37,7 +31,7 @@ def epoch_pieces(loader, epoch: int) -> list:
             for length in batch.lengths:
                 document, offset, piece_length = next(coming)
                 assert length == piece_length
-                ids = ids_of(documents, document)
+                ids = documents.tokens(document)
                 assert np.array_equal(batch.tokens[position:position + length], ids[offset:offset + length])
                 following = ids[offset + 1:offset + 1 + length]
                 predicting |= {position + i: token for i, token in enumerate(following.tolist())}
@@ -95,7 +89,7 @@ def test_each_begins_and_ends(data_dir, tokenizer, cache_dir, kind, file, max_se
     for documents in cases:
         assert len(documents) > 50
         for document in range(len(documents)):
-            ids = ids_of(documents, document).tolist()
+            ids = documents.tokens(document).tolist()
             assert ids[0] == BOS
             if kind == "text":
                 assert ids[-1] == EOS and ids.count(EOS) == ids.count(BOS) == 1
@@ -272,7 +266,7 @@ def test_chats_are_counted(tokenizer, tmp_path):
     assert [list(records)[n - 1] for n in numbers] == ["kept", "cut once", "cut twice", "empty reply", "question after"]
     kept = encode_chat(tokenizer, records["kept"])[0]
     for document in (0, 1, 2, 4):
-        assert ids_of(documents, document).tolist() == kept  # whole turns are lost, and questions without a reply
+        assert documents.tokens(document).tolist() == kept  # whole turns are lost, and questions without a reply
         assert documents.targets[document] == 2 and documents.bytes[document] == 1
     assert documents.targets[3] == 1 and documents.bytes[3] == 0
 
@@ -307,6 +301,4 @@ def test_kinds_cover_every_target(data_dir, tokenizer, cache_dir):
     """The number of targets a document is said to have is what its kinds say, cut or not."""
     documents = load(data_dir, tokenizer, cache_dir, "chat", "sft", 300)
     for document in range(len(documents)):
-        begin = documents.start(document)
-        kinds = documents.cache.kinds[begin:begin + int(documents.length[document])]
-        assert (kinds >= REPLY).sum() == documents.targets[document] > 0
+        assert (documents.kinds(document) >= REPLY).sum() == documents.targets[document] > 0
