@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from Config import UserError
+from Config import LLMConfig, UserError
 
 # ---------------------------------------------------------------------------------------------
 # 1. files and records
@@ -225,26 +225,58 @@ THINK_PATTERN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 CONTEXT, REPLY, TAG, THINK = range(4)
 
 
+class OurTokenizer:
+    """A tokenizer that train_tokenizer.py made, with what is used here of transformers' class for it, by the same
+    names. Importing transformers takes as long as all else that comes before a model."""
+
+    SETTINGS = {  # tokenizer_config.json, with the chat template
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": LLMConfig().max_seq_len,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "pad_token": "<unk>",  # it never occurs; collators take padding out of the loss, where </s> must stay
+        "add_prefix_space": False, "clean_up_tokenization_spaces": False}
+
+    def __init__(self, path: str):
+        from tokenizers import Tokenizer
+
+        self.backend_tokenizer = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
+        self.bos_token_id, self.eos_token_id = (
+            self.backend_tokenizer.token_to_id(self.SETTINGS[name]) for name in ("bos_token", "eos_token"))
+
+    @classmethod
+    def made(cls, path: str) -> bool:
+        """Whether a folder holds one, going by its settings."""
+        try:
+            config = json.loads(Path(path, "tokenizer_config.json").read_text(encoding="utf-8"))
+            return {key: value for key, value in config.items() if key != "chat_template"} == cls.SETTINGS
+        except (OSError, ValueError, AttributeError):  # what is wrong with it is said by transformers
+            return False
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every entry and its id, added tokens too."""
+        return self.backend_tokenizer.get_vocab()
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        """The text of ids; the tags are not special."""
+        return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
 def load_tokenizer(path: str):
-    """The tokenizer in a folder, as transformers' AutoTokenizer reads it (nothing is downloaded).
+    """The tokenizer in a folder: one of ours, or what transformers' AutoTokenizer reads (nothing is downloaded).
 
     Raises UserError when the folder is missing, damaged, or not a fast tokenizer with an end token.
     """
     if not os.path.isdir(path):
         raise UserError(f"--tokenizer_path {path}: no such folder (train_tokenizer.py makes one)")
     try:
-        config = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
-        plain = config.get("tokenizer_class") == "PreTrainedTokenizerFast"
-    except (OSError, ValueError, AttributeError):  # what is wrong with it is said below
-        plain = False
-    # transformers takes a second to import, so only where it is needed; AutoTokenizer would choose the same class, and
-    # takes half a second more
-    if plain:
-        from transformers import PreTrainedTokenizerFast as Loader
-    else:
-        from transformers import AutoTokenizer as Loader
-    try:
-        tokenizer = Loader.from_pretrained(path, local_files_only=True)
+        if OurTokenizer.made(path):
+            tokenizer = OurTokenizer(path)
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # each damage has an exception of its own, some of them plain Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"--tokenizer_path {path}: not a tokenizer that can be loaded: {reason[0]}") from None
@@ -277,8 +309,9 @@ class TextEncoder:
         from tokenizers import Tokenizer
 
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        self.plain = Tokenizer.from_str(json.dumps(state))
+        state.update(post_processor=None, truncation=None, padding=None)  # unused here; transformers sets some of them
+        identity = json.dumps(state)
+        self.plain = Tokenizer.from_str(json.dumps(state | {"added_tokens": []}))
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id = tokenizer.eos_token_id
@@ -287,8 +320,7 @@ class TextEncoder:
         self.bos_id = tokenizer.bos_token_id
         if self.bos_id is None:  # Qwen's has none: its turns begin with <|im_start|>; else the end token also begins
             self.bos_id = vocabulary.get("<|im_start|>", self.eos_id)
-        identity = f"{self.bos_id} {self.eos_id} {tokenizer.backend_tokenizer.to_str()}"
-        self.fingerprint = hashlib.sha256(identity.encode("utf-8")).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{self.bos_id} {self.eos_id} {identity}".encode()).hexdigest()
         self.tag_ids = {tag: vocabulary[tag] for tag in TAGS if tag in vocabulary}
         self.control_ids = {self.bos_id, self.eos_id, *self.tag_ids.values()}
         names = {id_: token for token, id_ in vocabulary.items()}

@@ -26,11 +26,12 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from Config import LLMConfig, OneLineParser, UserError
+from Config import OneLineParser, UserError
 from dataset import (
     ROLES,
     TAGS,
     MalformedRecord,
+    OurTokenizer,
     Progress,
     check_text,
     find_files,
@@ -197,11 +198,7 @@ def token_byte_lengths(tokenizer) -> list[int]:
 
 def save(tokenizer: Tokenizer, report: dict, path: Path) -> None:
     """Write the folder that AutoTokenizer reads, whole or not at all. Raises UserError when it cannot be written."""
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": LLMConfig().max_seq_len,
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "pad_token": "<unk>",  # it never occurs; collators take padding out of the loss, where </s> must stay
-        "add_prefix_space": False, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
+    config = OurTokenizer.SETTINGS | {"chat_template": CHAT_TEMPLATE}
     files = {"tokenizer.json": tokenizer.to_str(pretty=True),
              "tokenizer_config.json": json.dumps(config, indent=2), "report.json": json.dumps(report, indent=2)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

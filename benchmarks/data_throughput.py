@@ -54,10 +54,13 @@ SAME = 1000  # documents whose ids are compared
 class TokenisedWhenAsked:
     """A torch Dataset as small-model repositories write it: rows of --max_seq_len ids, padded."""
 
-    def __init__(self, path: str, tokenizer, max_seq_len: int):
+    def __init__(self, path: str, tokenizer_path: str, max_seq_len: int):
+        from transformers import AutoTokenizer
+
         with open(path, encoding="utf-8") as stream:
             self.texts = [json.loads(line)["text"] for line in stream]
-        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+        self.max_seq_len = max_seq_len
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -72,10 +75,9 @@ class TokenisedWhenAsked:
 
 def batches_of(args):
     """Micro-batches of one epoch, in the way that args.alone names: (useful tokens) of each."""
-    tokenizer = load_tokenizer(args.tokenizer_path)
     if args.alone == "ours":
-        documents = load_documents(args.data_path, tokenizer, "text", args.cache_dir, args.max_seq_len,
-                                   say=lambda line: None)
+        documents = load_documents(args.data_path, load_tokenizer(args.tokenizer_path), "text", args.cache_dir,
+                                   args.max_seq_len, say=lambda line: None)
         loader = StepLoader(documents, args.max_seq_len, args.rows, 1, seed=0)
         for step in range(loader.steps_in_epoch(0)):
             for micro_batch in loader.step(0, step).micro_batches:
@@ -84,8 +86,8 @@ def batches_of(args):
     else:
         from torch.utils.data import DataLoader
 
-        data = TokenisedWhenAsked(args.data_path, tokenizer, args.max_seq_len)
-        pad = tokenizer.pad_token_id
+        data = TokenisedWhenAsked(args.data_path, args.tokenizer_path, args.max_seq_len)
+        pad = data.tokenizer.pad_token_id
         for batch in DataLoader(data, batch_size=args.rows, shuffle=True, num_workers=args.workers):
             yield int((batch != pad).sum())
 
@@ -118,9 +120,8 @@ def build(args) -> dict:
 
 def check_equal(args, data_path: str, folder: Path) -> None:
     """Raises RuntimeError where both ways do not give the same ids."""
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    cache = open_cache(data_path, tokenizer, "text", str(folder))
-    theirs = TokenisedWhenAsked(data_path, tokenizer, args.max_seq_len)
+    cache = open_cache(data_path, load_tokenizer(args.tokenizer_path), "text", str(folder))
+    theirs = TokenisedWhenAsked(data_path, args.tokenizer_path, args.max_seq_len)
     bounds = cache.documents["start"]
     for index in range(min(SAME, len(theirs))):
         ours = cache.tokens[bounds[index]:bounds[index + 1]][:args.max_seq_len].tolist()

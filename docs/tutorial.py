@@ -134,7 +134,7 @@ def show_tokenizer(args) -> None:
     n_special = len(CONTROL) + len(encoder.tag_ids)
     print(f"{encoder.vocab_size} entries = {n_special} control tokens and tags + 256 bytes + "
           f"{encoder.vocab_size - n_special - 256} merges")
-    print("  ".join(f"{token} {tokenizer.convert_tokens_to_ids(token)}" for token in (*CONTROL, *TAGS)))
+    print("  ".join(f"{token} {tokenizer.get_vocab()[token]}" for token in (*CONTROL, *TAGS)))
 
     title("text to ids and back")
     for text in ("小明有12个苹果。", "2024", "𠮷"):

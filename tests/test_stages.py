@@ -276,14 +276,16 @@ def test_optimizer_groups(name, tied):
     assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.5}
 
 
-def test_the_first_step_does_not_wait_for_torchs_compiler():
-    """Importing it takes longer than everything else before the first step; optimizers would do so to keep it away."""
+def test_the_first_step_waits_for_neither_torchs_compiler_nor_transformers(tokenizer_dir):
+    """Importing them takes longer than everything else before it; optimizers would import the one to keep it away."""
     code = f"""
 import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 from common.optim import make_optimizers
 from Config import LLMConfig
+from dataset import TextEncoder, load_tokenizer
 from model import WeakWater
+TextEncoder.of(load_tokenizer({str(tokenizer_dir)!r}))
 model = WeakWater(LLMConfig.preset("nano"))
 optimizers = make_optimizers(model, "muon", 1e-3, 0.1) + make_optimizers(model, "adamw", 1e-3, 0.1)
 model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
@@ -291,7 +293,7 @@ for optimizer in optimizers:
     optimizer.step()
     optimizer.zero_grad()
     optimizer.load_state_dict(optimizer.state_dict())
-assert "torch._dynamo" not in sys.modules
+assert not {{"torch._dynamo", "transformers"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

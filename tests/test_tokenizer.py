@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 import train_tokenizer
 from Config import UserError
-from dataset import TAGS, is_held_out, text_hash
+from dataset import TAGS, OurTokenizer, TextEncoder, is_held_out, load_tokenizer, text_hash
 from train_tokenizer import (
     LEVEL_1_HANZI,
     Sample,
@@ -84,6 +85,27 @@ def test_auto_tokenizer_loads_it(folder):
     assert {3, 4, 5, 6} <= set(ids)
     assert tokenizer.decode([1, *ids, 2], skip_special_tokens=True) == text
     assert token_byte_lengths(tokenizer) == token_byte_lengths(tokenizer.backend_tokenizer)
+
+
+def test_it_is_the_same_without_transformers(folder, tmp_path):
+    """What the project reads a folder of its own with gives what transformers' class gives; with another setting, that
+    class reads it."""
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    assert isinstance(ours, OurTokenizer) and len(ours) == len(theirs) and ours.get_vocab() == theirs.get_vocab()
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    one, other = TextEncoder.of(ours), TextEncoder.of(theirs)
+    assert one.fingerprint == other.fingerprint and one.headers == other.headers and one.tag_ids == other.tag_ids
+    ids = [1, *range(len(ours)), 2]
+    for skip in (True, False):
+        assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert ours.decode(ids) == theirs.decode(ids)
+    shutil.copytree(folder, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"eos_token": "<unk>"}), encoding="utf-8")
+    other = load_tokenizer(str(tmp_path / "other"))
+    assert not isinstance(other, OurTokenizer) and other.eos_token_id == 0
 
 
 def test_chat_template(folder):

@@ -85,7 +85,7 @@ def test_each_begins_and_ends(data_dir, tokenizer, cache_dir, kind, file, max_se
     else:
         cases = [documents]
     lines = (data_dir / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
-    newline = tokenizer.encode("\n")
+    newline = tokenizer.backend_tokenizer.encode("\n").ids
     for documents in cases:
         assert len(documents) > 50
         for document in range(len(documents)):
