@@ -140,7 +140,7 @@ FLAGS = {
     "init_from": Flag(str, None, "weights to start from ('none': from scratch)", everyday=True),
     "preset": Flag(str, None, "architecture, when training from scratch", choices=tuple(PRESETS), everyday=True, steers=True),
     "resume": Flag(bool, False, "go on from the newest whole checkpoint in out_dir", everyday=True),
-    "recipe": Flag(str, "ours", "original: the default values are those of the runs this came from: AdamW, betas 0.9 and 0.999, decay 0.01 on all weights, 5e-4 (distill: 1e-6) on a cosine to a tenth, 168 rows, no zeros at the start", choices=("ours", "original"), everyday=True),
+    "recipe": Flag(str, "ours", "original: the default values are those of the runs this came from: AdamW, betas 0.9 and 0.999, decay 0.01 on all weights, 5e-4 (distill: 1e-6) on a cosine to a tenth, 168 rows, random output projections", choices=("ours", "original"), everyday=True),
     # how much, how fast
     "max_seq_len": Flag(int, 512, "tokens in a row", everyday=True, steers=True, low=2),
     "min_tokens": Flag(int, 0, "skip conversations with fewer tokens", everyday=True, steers=True, low=0),
@@ -154,7 +154,7 @@ FLAGS = {
     "device": Flag(str, "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"), everyday=True),
     "use_wandb": Flag(bool, False, "also log to Weights & Biases (works offline)", everyday=True),
     # start, optimizer and schedule
-    "output_init": Flag(str, "zero", "from scratch, the first values of each layer's output projections: zeros, or GPT-2's normal distribution", choices=("zero", "normal"), steers=True),
+    "output_init": Flag(str, "zero", "from scratch, what each layer's output projections begin with: zeros, or random as in GPT-2", choices=("zero", "normal"), steers=True),
     "lr_schedule": Flag(str, "trapezoid", "shape of the learning rate", choices=("constant", "cosine", "trapezoid"), steers=True),
     "warmup_ratio": Flag(float, 0.02, "share of the steps over which the rate rises from 0", steers=True, low=0, high=1),
     "decay_ratio": Flag(float, 0.4, "share of the steps over which a trapezoid falls", steers=True, low=0, high=1),

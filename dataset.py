@@ -227,7 +227,10 @@ CONTEXT, REPLY, TAG, THINK = range(4)
 
 class OurTokenizer:
     """A tokenizer that train_tokenizer.py made, with what is used here of transformers' class for it, by the same
-    names. Importing transformers takes as long as all else that comes before a model."""
+    names. Importing transformers would take each start a second.
+
+    Raises UserError when tokenizer.json is damaged or lacks a control token.
+    """
 
     SETTINGS = {  # tokenizer_config.json, with the chat template
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": LLMConfig().max_seq_len,
@@ -238,13 +241,22 @@ class OurTokenizer:
     def __init__(self, path: str):
         from tokenizers import Tokenizer
 
-        self.backend_tokenizer = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
-        self.bos_token_id, self.eos_token_id = (
-            self.backend_tokenizer.token_to_id(self.SETTINGS[name]) for name in ("bos_token", "eos_token"))
+        try:
+            self.backend_tokenizer = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
+        except Exception as error:  # plain Exception, from Rust
+            raise UserError(f"tokenizer.json: {error}") from None
+        added = self.backend_tokenizer.get_added_tokens_decoder()
+        control = {token.content: index for index, token in added.items() if token.special}
+        for name in ("unk_token", "bos_token", "eos_token"):
+            if self.SETTINGS[name] not in control:
+                raise UserError(f"tokenizer.json has no control token {self.SETTINGS[name]}")
+        self.bos_token_id, self.eos_token_id = (control[self.SETTINGS[name]] for name in ("bos_token", "eos_token"))
 
     @classmethod
-    def made(cls, path: str) -> bool:
-        """Whether a folder holds one, going by its settings."""
+    def is_in(cls, path: str) -> bool:
+        """Whether a folder holds one, going by its settings; transformers would read other files' too."""
+        if any(Path(path, name).exists() for name in ("special_tokens_map.json", "added_tokens.json")):
+            return False
         try:
             config = json.loads(Path(path, "tokenizer_config.json").read_text(encoding="utf-8"))
             return {key: value for key, value in config.items() if key != "chat_template"} == cls.SETTINGS
@@ -271,7 +283,7 @@ def load_tokenizer(path: str):
     if not os.path.isdir(path):
         raise UserError(f"--tokenizer_path {path}: no such folder (train_tokenizer.py makes one)")
     try:
-        if OurTokenizer.made(path):
+        if OurTokenizer.is_in(path):
             tokenizer = OurTokenizer(path)
         else:
             from transformers import AutoTokenizer
@@ -309,7 +321,8 @@ class TextEncoder:
         from tokenizers import Tokenizer
 
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state.update(post_processor=None, truncation=None, padding=None)  # unused here; transformers sets some of them
+        # not used here, and no part of the fingerprint: transformers puts an empty post-processor in
+        state.update(post_processor=None, truncation=None, padding=None)
         identity = json.dumps(state)
         self.plain = Tokenizer.from_str(json.dumps(state | {"added_tokens": []}))
         vocabulary = tokenizer.get_vocab()
@@ -713,13 +726,19 @@ class Documents:
         """Where a document begins in the cache's tokens."""
         return int(self.cache.documents[self.index[document]]["start"])
 
+    def _span(self, document: int) -> slice:
+        """Where what is kept of a document lies in the cache."""
+        begin = self.start(document)
+        return slice(begin, begin + int(self.length[document]))
+
     def tokens(self, document: int) -> np.ndarray:
         """The ids kept of a document, int64 (T,)."""
-        return self.cache.tokens[(begin := self.start(document)):begin + int(self.length[document])].astype(np.int64)
+        return self.cache.tokens[self._span(document)].astype(np.int64)
 
     def kinds(self, document: int) -> np.ndarray:
-        """What each token kept of a conversation is, CONTEXT to TAG, (T,)."""
-        return np.array(self.cache.kinds[(begin := self.start(document)):begin + int(self.length[document])])
+        """CONTEXT, REPLY, TAG or THINK for each id kept of a conversation, (T,)."""
+        assert self.cache.kinds is not None, "text has no kinds: all of it is a target"
+        return self.cache.kinds[self._span(document)]
 
     def name(self, document: int) -> str:
         """file:line of a document, for messages."""

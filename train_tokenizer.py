@@ -184,7 +184,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int, tags: tuple[str, ...] = TAG
 def token_byte_lengths(tokenizer) -> list[int]:
     """Bytes of text that each id of a byte-level BPE stands for: 0 for a control token, its own text's for a tag.
 
-    Takes a `tokenizers` or a transformers tokenizer. Over a text's ids they sum to its UTF-8 bytes.
+    Takes a tokenizer of `tokenizers`, of transformers, or what dataset.load_tokenizer gives. Over a text's ids they
+    sum to its UTF-8 bytes.
     """
     tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
     vocabulary = tokenizer.get_vocab()

@@ -47,13 +47,14 @@ from benchmarks.measure import (
 )
 from common import runtime
 from common.optim import make_optimizers
-from Config import LLMConfig, UserError, number
+from Config import PRESETS, LLMConfig, UserError, number
 from dataset import CONTEXT, MicroBatch, load_documents, load_tokenizer
 from model import WeakWater
 
 TARGET_SHARE = 0.57  # of an SFT conversation; measured in characters, like the lengths, on 6,000 real conversations
 MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS = 108, 1.05, 16  # a log-normal distribution, cut to what a row holds
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROWS_TO_TRY = {"cpu": (4, 8), "mps": (8, 16, 32), "cuda": (16, 32, 64, 128)}  # at once, by transformers' loops
 # how far losses and gradient norms may differ, as a share
 AGREEMENT = {"fp32": (1e-5, 1e-3), "bf16": (1e-3, 2e-2), "fp16": (1e-3, 2e-2)}
 
@@ -290,7 +291,7 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str) -> dict:
         print(f"\n{kind}: {len(documents)} documents, {sum(len(ids) for ids, _ in documents):,} tokens a step; loss "
               f"{found['ours'][0]:.5f} and gradient norm {found['ours'][1]:.4f} in fp32: the same in all loops")
         for name in names[1:]:
-            loops[name].choose_rows(documents, (4, 8) if device.type == "cpu" else (16, 32, 64, 128))
+            loops[name].choose_rows(documents, ROWS_TO_TRY[device.type])
         own = measure_alone(args, loops, documents) if kind == "chats" else {}
         work = {n: partial(loop.step, documents) for n, loop in loops.items()}
         seconds[kind] = take_turns(work | {"product": product}, args.repeats)
@@ -342,25 +343,40 @@ def measure_alone(args, loops: dict, documents: list[tuple]) -> dict[str, dict]:
     return runs
 
 
-def sweep(args, device: torch.device) -> list[dict]:
-    """Ours beside transformers in bf16 on full rows, with one of preset, row length and rows changed at a time."""
-    cases = [dict(preset=p) for p in ("nano", "demo", "weakwater-5m", "weakwater-30m")]
-    cases += [dict(max_seq_len=n) for n in (128, 256, 1024)] + [dict(rows=n) for n in (2, 4, 16)]
+def sweep(args, device: torch.device, dtype: str) -> list[dict]:
+    """Ours beside transformers on full rows, with one of preset (up to --preset), row length and rows changed at a
+    time."""
+    names = ["ours", "transformers bf16" if dtype == "bf16" else "transformers fp32"]
+    product, product_flops = large_product(device, DTYPES[dtype])
+    cases = [dict(preset=preset) for preset in list(PRESETS)[:list(PRESETS).index(args.preset) + 1]]
+    cases += [dict(max_seq_len=args.max_seq_len * n // 4) for n in (1, 2, 8)]
+    cases += [dict(rows=max(1, args.rows * n // 4)) for n in (1, 2, 8)]
     results, rows = [], []
     for case in cases:
         here = argparse.Namespace(**(vars(args) | case))
         config = LLMConfig.preset(here.preset)
-        loops = make_loops(here, config, device, ["ours", "transformers bf16"])
+        loops = make_loops(here, config, device, names)
         documents = make_rows(np.random.default_rng(args.seed), config.vocab_size, here.rows, here.max_seq_len)
-        seconds = take_turns({n: partial(loop.step, documents) for n, loop in loops.items()}, min(args.repeats, 3))
+        loops[names[1]].choose_rows(documents, ROWS_TO_TRY[device.type])
+        own = measure_alone(here, loops, documents)
+        seconds = take_turns({name: partial(loop.step, documents) for name, loop in loops.items()}
+                             | {"product": product}, args.repeats)
+        peak = product_flops / statistics.median(seconds["product"])
         tokens = here.rows * here.max_seq_len
-        middle = {name: statistics.median(times) for name, times in seconds.items()}
-        gain = ratio(seconds["transformers bf16"], seconds["ours"])
-        results.append(case | {"tokens_per_second": {n: tokens / s for n, s in middle.items()}, "ratio": gain})
-        rows.append([here.preset, str(here.max_seq_len), str(here.rows), f"{tokens / middle['ours']:,.0f}",
-                     f"{tokens / middle['transformers bf16']:,.0f}", f"{gain['median']:.2f}"])
-    print("\nfull rows")
-    print_table(["preset", "row length", "rows", "ours, tokens/s", "transformers bf16, tokens/s", "ratio"], rows)
+        flops = tokens * loops["ours"].model.flops_per_token(here.max_seq_len)
+        gain = ratio(seconds[names[1]], seconds["ours"])
+        row = [here.preset, str(here.max_seq_len), str(here.rows)]
+        result = {"preset": here.preset, "max_seq_len": here.max_seq_len, "rows": here.rows, "ratio": gain}
+        for name in names:
+            middle = statistics.median(seconds[name])
+            result[name] = own[name] | {"tokens_per_second": tokens / middle, "mfu": flops / middle / peak}
+            row += [f"{tokens / middle:,.0f}", f"{flops / middle / peak:.0%}",
+                    f"{own[name]['seconds_to_first_step']:.1f}", f"{own[name]['peak_mebibytes']:,.0f}"]
+        results.append(result)
+        rows.append([*row, f"{gain['median']:.2f}"])
+    print(f"\nfull rows, ours and then {names[1]}")
+    measured = ["tokens/s", "MFU", "s to first step", "peak MiB"]
+    print_table(["preset", "row length", "rows", *measured, *measured, "ratio"], rows)
     return results
 
 
@@ -393,7 +409,7 @@ def main() -> None:
     print(f"\npretrain.py, start to first step: {statistics.median(starts):.1f} s "
           f"({min(starts):.1f} to {max(starts):.1f})")
     if args.sweep:
-        result["sweep"] = sweep(args, device)
+        result["sweep"] = sweep(args, device, dtype)
     print_result(result | {"machine": runtime.describe_machine(device), "preset": args.preset})
 
 

@@ -255,7 +255,7 @@ def starting_model(args, resumed: dict | None, encoder) -> tuple[WeakWater, str 
     """(model on the CPU, SHA-256 of the weights it starts from, lines that say what was inherited).
 
     The architecture is that of the state being resumed, else of the weights in --init_from, else (--init_from
-    none) of --preset. `encoder` is the tokenizer's.
+    none) of --preset, with random weights and --output_init. `encoder` is the tokenizer's.
     Raises UserError when weights, tokenizer and flags do not fit together.
     """
     from_scratch = args.init_from == "none"
@@ -275,7 +275,8 @@ def starting_model(args, resumed: dict | None, encoder) -> tuple[WeakWater, str 
         weights = resumed["model"]
     elif from_scratch:
         config = LLMConfig.preset(args.preset or "weakwater-30m", vocab_size=encoder.vocab_size)
-        lines.append(f"from scratch: {args.preset or 'weakwater-30m'}: {_architecture(config)}")
+        lines.append(f"from scratch: {args.preset or 'weakwater-30m'}: {_architecture(config)}; output projections "
+                     f"begin at {'zero' if args.output_init == 'zero' else 'random'}")
     if config.vocab_size != encoder.vocab_size:
         raise UserError(f"--tokenizer_path {args.tokenizer_path} has {encoder.vocab_size:,} entries, the weights "
                         f"{config.vocab_size:,}: not the tokenizer they were trained with")
@@ -306,19 +307,17 @@ def steering_settings(args, dtype: str, device_type: str, world_size: int, data:
                        "the weights in --init_from": start_sha256}
 
 
-# settings of runs from before there was a flag for them
-ADDED_LATER = {"beta2": 0.95, "decayed": "matrices", "output_init": "normal"}
-
-
 def compare_settings(before: dict, now: dict) -> None:
     """Raises UserError, naming each setting, where a run about to be resumed would take another course.
 
     A larger `max_steps` (0: no limit) only goes further, and is allowed.
     """
-    differing, before = [], ADDED_LATER | before
+    differing, from_weights = [], "the weights in --init_from"
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)
         if name == "decay_ratio" and now.get("lr_schedule") != "trapezoid":  # which alone uses it
+            continue
+        if name == "output_init" and before.get(from_weights) and now.get(from_weights):  # nothing was drawn
             continue
         if old == new or (name == "max_steps" and (not new or (old and new > old))):
             continue

@@ -35,7 +35,6 @@ from dataset import (
     CONTEXT,
     REPLY,
     TAG,
-    TAGS,
     THINK,
     StepLoader,
     TextEncoder,
@@ -134,7 +133,8 @@ def show_tokenizer(args) -> None:
     n_special = len(CONTROL) + len(encoder.tag_ids)
     print(f"{encoder.vocab_size} entries = {n_special} control tokens and tags + 256 bytes + "
           f"{encoder.vocab_size - n_special - 256} merges")
-    print("  ".join(f"{token} {tokenizer.get_vocab()[token]}" for token in (*CONTROL, *TAGS)))
+    vocabulary = tokenizer.get_vocab()
+    print("  ".join(f"{token} {vocabulary[token]}" for token in (*CONTROL, *encoder.tag_ids)))
 
     title("text to ids and back")
     for text in ("小明有12个苹果。", "2024", "𠮷"):

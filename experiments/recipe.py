@@ -8,8 +8,9 @@
 
 A recipe is a stage script with other flags, but for `original`, what this project came from: Config.ORIGINAL with a
 document a row, cut at --max_seq_len and padded, 168 rows a step (`original_8`: 8). What it learns is computed from
-packed documents, which give the same gradients (law 4) in less time. `..._half` and `..._third` run their whole
-schedule on so much of the tokens.
+packed documents, which give the same gradients (law 4) in less time. `default` is pretrain.py's recipe at 8 rows a
+step; `muon_...` and `adamw_...` differ from it and from one another as their names say, and begin with random output
+projections. `..._half`, `..._third` and `..._quarter` run their whole schedule on so much of the tokens.
 
 --tokens are real ones, padding not counted. --jobs recipes run side by side and share the cores; how long a step takes
 alone is measured by --time on a quiet machine, in turns with the original's as it would run there: transformers' Llama,
@@ -52,7 +53,7 @@ RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
         "original": (None, 1),
         "original_8": (None, 1),
         **{f"adamw_{rate}": (f"{ADAMW} {rate} {NORMAL}", 1) for rate in ("5e-4", "1e-3", "2e-3", "4e-3")},
-        "adamw_1e-3_zero": (f"{ADAMW} 1e-3 --output_init zero", 1),
+        "default_adamw": (DEFAULT.replace("muon", "adamw").replace("4e-3", "2e-3"), 1),
         "default": (DEFAULT, 1),
         "default_half": (DEFAULT, 0.5),
         "default_third": (DEFAULT, 1 / 3),
@@ -297,8 +298,10 @@ def show(args) -> None:
             return None
         if name.startswith("original"):
             return steps * statistics.median(seconds["original_8"]) * rows_of(args, name) / 8 / 60
-        optimizer, rows = timed_as(args, name)
-        return steps * statistics.median(seconds[f"{optimizer}, {rows} rows"]) / 60
+        case = "{}, {} rows".format(*timed_as(args, name))
+        if case not in seconds:
+            raise UserError(f"{out / 'seconds.json'} lacks a step of {case}: measure again with --time")
+        return steps * statistics.median(seconds[case]) / 60
 
     rows = []
     for name in RECIPES[args.stage]:

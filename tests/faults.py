@@ -233,11 +233,8 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     # whatever a run would import on the way
-    for name in ("transformers", "tokenizers", "matplotlib.pyplot", "torch._dynamo", "common.checkpoint", *STAGES):
+    for name in ("tokenizers", "matplotlib.pyplot", "torch._dynamo", "common.checkpoint", *STAGES):
         importlib.import_module(name)
-    from transformers import AutoTokenizer
-
-    assert AutoTokenizer
     for request in sys.stdin:
         job = json.loads(request)
         if "wait" in job:

@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from conftest import ROOT
 
 from benchmarks import train_throughput as benchmark
 from benchmarks.measure import take_turns
-from Config import LLMConfig
+from Config import LLMConfig, parse_args
+from experiments.recipe import DEFAULT
 
 RATIOS = {
-    "train_throughput.py --device cpu --rows 2 --max_seq_len 64": {"useful_vs_padded_fp32", "positions_vs_fp32"},
+    "train_throughput.py --device cpu --rows 2 --max_seq_len 64 --sweep": {
+        "useful_vs_padded_fp32", "positions_vs_fp32"},
     "decode_throughput.py --device cpu --prompt_tokens 8 --new_tokens 4 --batch 2": {"batch1_vs_transformers"},
     "data_throughput.py --megabytes 0.5 --batches 3": {
         "first_batch_warm_cache_vs_getitem", "tokens_vs_getitem", "memory_as_text_grows"},
@@ -36,6 +39,7 @@ def test_a_benchmark_ends_with_its_ratios(command):
         assert 0 < value["min"] <= value["median"] <= value["max"]
     if script == "train_throughput.py":
         assert len(result["script_to_first_step"]) == 2
+        assert len(result["sweep"]) == 7 and all(case["ours"]["peak_mebibytes"] > 100 for case in result["sweep"])
 
 
 def test_work_that_differs_is_not_timed():
@@ -60,6 +64,13 @@ def test_turns_are_taken(warm_up):
     done = []
     seconds = take_turns({"a": lambda: done.append("a"), "b": lambda: done.append("b")}, 3, warm_up)
     assert done == ["a", "b"] * (3 + warm_up) and [len(times) for times in seconds.values()] == [3, 3]
+
+
+def test_the_default_recipe_is_that_of_the_script():
+    """But for its rows, which two cores would not train in reasonable time."""
+    parse = partial(parse_args, "pretrain", "", learning_rate=4e-3)  # pretrain.py's own default, which test_help holds
+    shipped, compared = (vars(parse(["--data_path", "x", *flags.split()])) for flags in ("", DEFAULT))
+    assert {name for name in shipped if shipped[name] != compared[name]} == {"command"}
 
 
 @pytest.mark.extra

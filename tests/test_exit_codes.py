@@ -214,12 +214,12 @@ CHANGED = {
     "decay_ratio": 0.3, "min_lr_ratio": 0.2, "optimizer": "adamw", "beta2": 0.9, "weight_decay": 0.2,
     "decayed": "all", "grad_clip": 2.0,
     "dropout": 0.2, "tag_weight": 4.0, "think_weight": 0.25, "compile": True, "deterministic": True, "seed": 43,
-    "order": "file", "dtype": "fp32", "output_init": "normal",
+    "order": "file", "dtype": "fp32",
 }
 
 
 def test_every_flag_that_steers_is_among_those_changed_below():
-    assert {name for name, flag in FLAGS.items() if flag.steers} <= set(CHANGED)
+    assert {name for name, flag in FLAGS.items() if flag.steers} <= {*CHANGED, "output_init"}
 
 
 @pytest.mark.parametrize("flag", CHANGED)
@@ -232,9 +232,14 @@ def test_a_steering_flag_changed_on_resume_is_refused_by_name(runs, half_way, fl
     assert contents(out / "checkpoints") == before
 
 
-def test_the_preset_changed_on_resume_is_refused_by_name(runs, half_way):
-    ended = runs.run("pretrain", half_way("pretrain"), flags=dict(preset="demo"))
-    assert ended.code == 2 and "--preset " in ended.one_line, ended
+@pytest.mark.parametrize("flag, value", [("preset", "demo"), ("output_init", "normal")])
+def test_another_model_on_resume_is_refused_by_name(runs, half_way, flag, value):
+    ended = runs.run("pretrain", half_way("pretrain"), flags={flag: value})
+    assert ended.code == 2 and f"--{flag} " in ended.one_line, ended
+
+
+def test_output_init_does_not_steer_a_run_that_starts_from_weights(runs, half_way):
+    assert runs.run("distill", half_way("distill"), flags=dict(output_init="normal")).code == 0
 
 
 def test_other_data_or_other_starting_weights_on_resume_are_refused(runs, half_way, tmp_path):

@@ -236,13 +236,17 @@ def test_it_is_for_bf16_on_a_cpu():
     assert not kernels.take(torch.zeros(2, 32, device="meta", dtype=torch.bfloat16), 32)
 
 
-def test_a_compiled_block_is_torchs(monkeypatch):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.extra)])
+def test_a_compiled_block_is_torchs(backend, monkeypatch):
     """torch's compiler cannot follow an address; the rest, here the last norm and the loss, goes on."""
     monkeypatch.setattr("model.attend_packed", torch.compiler.disable(network.attend_packed))  # as in compile_blocks
     model, buffer = make()
     expected = learn(model, buffer, "bf16", expected_calls=True)
-    for block in model.model.layers:
-        block.compile(backend="eager")
+    if backend == "inductor":
+        runtime.compile_blocks(model, CPU)
+    else:
+        for block in model.model.layers:
+            block.compile(backend=backend)
     seen, call = [], kernels.call
     monkeypatch.setattr(kernels, "call", lambda name, *arguments: (seen.append(name), call(name, *arguments)))
     with runtime.autocast(CPU, "bf16"):

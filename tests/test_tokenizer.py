@@ -88,8 +88,8 @@ def test_auto_tokenizer_loads_it(folder):
 
 
 def test_it_is_the_same_without_transformers(folder, tmp_path):
-    """What the project reads a folder of its own with gives what transformers' class gives; with another setting, that
-    class reads it."""
+    """OurTokenizer gives what transformers' class gives. A folder with another setting, or with a file that only
+    transformers reads, is left to transformers."""
     from transformers import AutoTokenizer
 
     ours, theirs = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -106,6 +106,12 @@ def test_it_is_the_same_without_transformers(folder, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"eos_token": "<unk>"}), encoding="utf-8")
     other = load_tokenizer(str(tmp_path / "other"))
     assert not isinstance(other, OurTokenizer) and other.eos_token_id == 0
+    shutil.copy(folder / "tokenizer_config.json", file)
+    assert isinstance(load_tokenizer(str(tmp_path / "other")), OurTokenizer)
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (tmp_path / "other" / name).write_text("{}", encoding="utf-8")
+        assert not OurTokenizer.is_in(str(tmp_path / "other"))
+        (tmp_path / "other" / name).unlink()
 
 
 def test_chat_template(folder):

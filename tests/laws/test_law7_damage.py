@@ -321,6 +321,33 @@ TOKENIZER_DAMAGES = {
     "no UTF-8": b"\xff\xfe\x00{"}
 
 
+def with_added_tokens(change):
+    """What makes of tokenizer.json's content that with each added token changed, or dropped where None."""
+    def damage(whole: bytes) -> bytes:
+        state = json.loads(whole)
+        state["added_tokens"] = [t for t in map(change, state["added_tokens"]) if t]
+        return json.dumps(state).encode()
+
+    return damage
+
+
+FOREIGN_TOKENIZERS = {  # sound JSON, and a tokenizer, but not with what ours all have
+    "no <s>": with_added_tokens(lambda token: token if token["content"] != "<s>" else None),
+    "no </s>": with_added_tokens(lambda token: token if token["content"] != "</s>" else None),
+    "no added tokens": with_added_tokens(lambda token: None),
+    "shown control tokens": with_added_tokens(lambda token: token | {"special": False})}
+
+
+@pytest.mark.parametrize("damage", FOREIGN_TOKENIZERS)
+def test_a_tokenizer_without_its_control_tokens_is_refused(tokenizer_dir, tmp_path, damage):
+    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_bytes(FOREIGN_TOKENIZERS[damage](file.read_bytes()))
+    with pytest.raises(UserError, match="tokenizer.json has no control token <") as refused:
+        dataset.load_tokenizer(str(tmp_path / "tokenizer"))
+    assert str(tmp_path / "tokenizer") in str(refused.value)
+
+
 @pytest.mark.parametrize("damage", [*TOKENIZER_DAMAGES, "truncated", "the folder is missing"])
 def test_a_damaged_tokenizer_is_refused_by_name(runs, tokenizer_dir, tmp_path, damage):
     folder = tmp_path / "tokenizer"
@@ -335,6 +362,7 @@ def test_a_damaged_tokenizer_is_refused_by_name(runs, tokenizer_dir, tmp_path, d
     ended = runs.run("pretrain", tmp_path / "out", resume=False, flags=dict(tokenizer_path=folder))
     assert ended.code == 2, ended
     assert str(folder) in ended.one_line
+    assert "tokenizer.json" in ended.one_line or damage == "the folder is missing"
 
 
 def test_a_flip_of_any_byte_of_the_tokenizer_is_refused_or_recognised_or_harmless(tokenizer_dir, tmp_path):
