@@ -10,7 +10,8 @@ A recipe is a stage script with other flags, but for `original`, what this proje
 document a row, cut at --max_seq_len and padded, 168 rows a step (`original_8`: 8). What it learns is computed from
 packed documents, which give the same gradients (law 4) in less time. `default` is pretrain.py's recipe at 8 rows a
 step; `muon_...` and `adamw_...` differ from it and from one another as their names say, and begin with random output
-projections. `..._half`, `..._third` and `..._quarter` run their whole schedule on so much of the tokens.
+projections. `..._half`, `..._35`, `..._third` and `..._quarter` run their whole schedule on a half, 35 %, a third and a
+quarter of the tokens.
 
 --tokens are real ones, padding not counted. --jobs recipes run side by side and share the cores; how long a step takes
 alone is measured by --time on a quiet machine, in turns with the original's as it would run there: transformers' Llama,
@@ -56,6 +57,7 @@ RECIPES = {  # of a stage: {name: (flags, share of the tokens)}
         "default_adamw": (DEFAULT.replace("muon", "adamw").replace("4e-3", "2e-3"), 1),
         "default": (DEFAULT, 1),
         "default_half": (DEFAULT, 0.5),
+        "default_35": (DEFAULT, 0.35),
         "default_third": (DEFAULT, 1 / 3),
         "default_quarter": (DEFAULT, 0.25),
         "default_32_rows": (f"{DEFAULT} --batch_size 32", 1),
