@@ -431,7 +431,7 @@ class WeakWater(nn.Module):
 
     def zero_outputs(self) -> None:
         """Let every layer begin as the identity: nothing comes out of its projections into the residual stream (after
-        Zhang et al. 2019, arXiv:1901.09321). Learns faster than `_init_weights` (docs/PERFORMANCE.md, "Recipe")."""
+        Zhang et al. 2019, arXiv:1901.09321). Learns more from real text so (docs/PERFORMANCE.md, "Recipe")."""
         for block in self.model.layers:
             for projection in block.outputs():
                 nn.init.zeros_(projection.weight)

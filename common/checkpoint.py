@@ -312,12 +312,12 @@ def compare_settings(before: dict, now: dict) -> None:
 
     A larger `max_steps` (0: no limit) only goes further, and is allowed.
     """
-    differing, from_weights = [], "the weights in --init_from"
+    differing, start = [], "the weights in --init_from"
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)
         if name == "decay_ratio" and now.get("lr_schedule") != "trapezoid":  # which alone uses it
             continue
-        if name == "output_init" and before.get(from_weights) and now.get(from_weights):  # nothing was drawn
+        if name == "output_init" and before.get(start) and now.get(start):  # nothing was drawn
             continue
         if old == new or (name == "max_steps" and (not new or (old and new > old))):
             continue

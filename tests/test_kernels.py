@@ -243,7 +243,9 @@ def test_a_compiled_block_is_torchs(backend, monkeypatch):
     model, buffer = make()
     expected = learn(model, buffer, "bf16", expected_calls=True)
     if backend == "inductor":
-        runtime.compile_blocks(model, CPU)
+        said = runtime.compile_blocks(model, CPU)
+        if said.startswith("off"):
+            pytest.skip(said)
     else:
         for block in model.model.layers:
             block.compile(backend=backend)

@@ -277,7 +277,7 @@ def test_optimizer_groups(name, tied):
 
 
 def test_the_first_step_waits_for_neither_torchs_compiler_nor_transformers(tokenizer_dir):
-    """Importing them takes longer than everything else before it; optimizers would import the one to keep it away."""
+    """Importing them takes two seconds; optimizers would import the one to keep it away."""
     code = f"""
 import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
