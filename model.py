@@ -384,8 +384,9 @@ class Decoder(nn.Module):
             raise UserError(f"a sequence of {longest} tokens is longer than the model's max_seq_len of {limit}")
         packing, positions = None, torch.arange(T, device=tokens.device).expand(B, T)
         if lengths is not None:
-            if B != 1 or sum(lengths) != T:
-                raise UserError(f"a packed buffer is (1, sum(lengths)) = (1, {sum(lengths)}), not ({B}, {T})")
+            if B != 1 or sum(lengths) != T or min(lengths) < 1:
+                raise UserError(f"a packed buffer is (1, T) with lengths of at least 1 that sum to T, not ({B}, {T}) "
+                                f"with lengths of at least {min(lengths)} that sum to {sum(lengths)}")
             packing = Packing(lengths, boundaries_of(lengths).to(tokens.device) if boundaries is None else boundaries)
             positions = packing.positions()
         x_BTC = self.dropout(self.embed_tokens(tokens))

@@ -1,19 +1,21 @@
-"""Decoding speed beside transformers and llama.cpp: the same weights, the same prompt, in turns.
+"""Decoding speed beside transformers and llama.cpp: the same weights, the same prompts, in turns.
 
     python benchmarks/decode_throughput.py --preset weakwater-30m --repeats 5
 
 ours            common/generation.py with its static key/value cache, as eval_model.py and evaluate.py call it
-transformers    LlamaForCausalLM.generate on the same weights, as its documentation says
+transformers    LlamaForCausalLM.generate (Qwen3 with qk_norm) on the same weights, as its documentation says
 llama.cpp       on a GGUF of the same weights, F32, BF16 and Q8_0 (pip install -r requirements-extra.txt); left out, and
-                said so, where the packages are not installed and on a GPU; batch 1 only
+                said so, where the packages are not installed and on a GPU; one prompt only
 
 A prompt of --prompt_tokens is continued by exactly --new_tokens, greedily and sampled (temperature 0.7, top_p 0.9), one
-prompt and --batch of them. "time to first token" is the same call for a single token. Before anything is timed, the
-greedy tokens in float32 are compared: ours and transformers' must all be equal, and the first 32 of llama.cpp's.
-"limit" is what memory bandwidth, measured in the same run, leaves: the bytes of weights and cache that each token has
-to read.
+prompt and --batch of them. "first token" is the same call for a single token. Weights are random, but large enough
+that replies do not repeat themselves. Before anything is timed the same calls are compared: in float32 the greedy
+tokens of one prompt and of all of them with transformers', and of one with llama.cpp's; in bf16, where each rounds in
+its own way, how many of float32's tokens each finds when it goes on from what float32 said before. "limit" is what
+memory bandwidth, measured in the same turns, leaves: the bytes of weights and cache that each token has to read.
 """
 
+import math
 import statistics
 import sys
 import tempfile
@@ -33,7 +35,9 @@ from model import WeakWater
 
 SAMPLED = Sampling(temperature=0.7, top_p=0.9)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ALIKE = 32  # so many first tokens of llama.cpp, whose products round otherwise, must be ours
+ALIKE = 32  # so many first tokens of each reply in float32 must be the same: later a near tie may be decided otherwise
+PREFIXES = 16  # of a greedy reply, from each of which every bf16 decoder goes on
+SPREAD = 1.6  # of the layers' weights, over the root of their width; less, and a model repeats its last token
 
 
 # ---------------------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ class LlamaCpp:
     def __call__(self, prompts: list[list[int]], new_tokens: int, sampled: bool) -> list[list[int]]:
         (prompt,) = prompts
         self.llama.reset()
-        how = dict(temp=0.7, top_p=0.9, top_k=0) if sampled else dict(temp=0.0)
+        how = dict(temp=0.7, top_p=0.9, top_k=0, min_p=0.0) if sampled else dict(temp=0.0)
         tokens = self.llama.generate(prompt, repeat_penalty=1.0, reset=True, **how)
         return [[next(tokens) for _ in range(new_tokens)]]
 
@@ -88,13 +92,13 @@ class LlamaCpp:
 def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
     """The weights as a GGUF file for llama.cpp, kind "F32", "BF16" or "Q8_0"; the vocabulary is made of numbers.
 
-    llama.cpp turns neighbouring dimensions (2i, 2i+1) by RoPE, we and transformers turn i and i + D/2: rows of q and k
-    are put in its order.
+    Its Llama turns neighbouring dimensions (2i, 2i+1) by RoPE, we and transformers turn i and i + D/2: rows of q and k
+    are put in its order. Its Qwen3 turns ours.
     """
     import gguf
 
     config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
@@ -103,7 +107,9 @@ def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
     writer.add_head_count_kv(config.n_kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.dim // config.n_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
@@ -113,7 +119,7 @@ def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
 
     def add(name: str, tensor: torch.Tensor, heads: int = 0) -> None:
         data = tensor.detach().float().cpu().numpy()
-        if heads:
+        if heads and not config.qk_norm:
             data = data.reshape(heads, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
         if data.ndim == 1:
             writer.add_tensor(name, data)
@@ -131,6 +137,9 @@ def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
                 ("self_attn.v_proj", "attn_v", 0), ("self_attn.o_proj", "attn_output", 0),
                 ("mlp.gate_proj", "ffn_gate", 0), ("mlp.up_proj", "ffn_up", 0), ("mlp.down_proj", "ffn_down", 0)):
             add(theirs + target + ".weight", state[ours + name + ".weight"], heads)
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                add(f"{theirs}attn_{name}.weight", state[f"{ours}self_attn.{name}.weight"])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -141,10 +150,13 @@ def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
 # measuring
 
 
-def read_rate(device: torch.device) -> float:
-    """Bytes per second at which all threads read memory that no cache holds: the sum of 512 MiB of float32."""
-    block = torch.ones(2**27, device=device)
-    return 2**29 / statistics.median(take_turns({"sum": block.sum}, 5)["sum"])
+def make_model(config: LLMConfig, device: torch.device) -> WeakWater:
+    """A model whose greedy reply goes on and on without repeating itself."""
+    model = WeakWater(config)
+    for parameter in model.model.layers.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=SPREAD / math.sqrt(parameter.shape[1]))
+    return model.to(device).eval()
 
 
 def bytes_per_token(model: WeakWater, n_bytes: float, positions: float) -> float:
@@ -175,19 +187,44 @@ def decoders_of(model: WeakWater, device: torch.device, dtype: str, folder: Path
     return decoders
 
 
-def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> None:
-    """Raises RuntimeError where greedy tokens in float32 differ."""
-    asked = {"ours": prompts[:2], "transformers": prompts[:2], "llama.cpp F32": prompts[:1]}
-    found = {name: decoders[name](asked[name], new_tokens, False) for name in asked if name in decoders}
-    if found["ours"] != found["transformers"]:
-        raise RuntimeError("ours and transformers do not decode the same tokens in float32")
-    print(f"greedy tokens in fp32: equal to transformers' ({2 * new_tokens} compared)")
-    if "llama.cpp F32" in found:
-        (ours, *_), (theirs,) = found["ours"], found["llama.cpp F32"]
-        alike = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1), new_tokens)
-        if alike < min(ALIKE, new_tokens):
-            raise RuntimeError(f"llama.cpp's tokens in float32 are ours only up to the {alike + 1}th")
-        print(f"and to llama.cpp's: the first {alike} of {new_tokens}")
+def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> list[int]:
+    """The greedy reply to the first prompt in float32. Raises RuntimeError where the decoders' replies differ early,
+    or say so little that equality would prove nothing."""
+    calls, compared, equal = [prompts[:1], prompts], 0, 0
+    replies = [decoders["ours"](call, new_tokens, False) for call in calls]
+    if len(set(replies[0][0])) < new_tokens / 2:
+        raise RuntimeError(f"the reply has only {len(set(replies[0][0]))} different tokens: nothing to compare")
+    for name, decoder in decoders.items():
+        if name == "ours":
+            continue
+        for call, ours in list(zip(calls, replies, strict=True))[:1 if name.startswith("llama.cpp") else 2]:
+            for mine, other in zip(ours, decoder(call, new_tokens, False), strict=True):
+                alike = next((i for i, pair in enumerate(zip(mine, other, strict=True)) if len(set(pair)) > 1),
+                             new_tokens)
+                if alike < min(ALIKE, new_tokens):
+                    raise RuntimeError(f"{name}, {len(call)} prompts in float32: the {alike + 1}th token is not ours")
+                compared, equal = compared + new_tokens, equal + alike
+        print(f"greedy tokens in float32, ours and those of {name}: {equal:,} of {compared:,} the same")
+        compared = equal = 0
+    return replies[0][0]
+
+
+def check_found(decoders: dict, prompt: list[int], reply: list[int]) -> dict[str, float]:
+    """Of each decoder in half precision: the share of float32's reply that it finds, two tokens from each of some
+    prefixes of it. Raises RuntimeError where ours finds clearly fewer than transformers."""
+    shares = {}
+    starts = sorted({len(reply) * i // PREFIXES // 2 * 2 for i in range(PREFIXES)})
+    for name, decoder in decoders.items():
+        right = []
+        for start in starts:
+            (found,) = decoder([prompt + reply[:start]], 2, False)
+            right += [found[0] == reply[start], found == reply[start:start + 2]]
+        shares[name] = sum(right) / len(right)
+    print("of float32's tokens found: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    if shares["ours"] < shares["transformers"] - 0.2:
+        raise RuntimeError(f"ours finds {shares['ours']:.0%} of float32's tokens, transformers "
+                           f"{shares['transformers']:.0%}")
+    return shares
 
 
 def main() -> None:
@@ -198,48 +235,54 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     args = parser.parse_args()
     device, _ = runtime.pick_device(args.device)
-    runtime.prepare(device, runtime.pick_dtype("auto", device)[0], 0, False)
-    model = WeakWater(LLMConfig.preset(args.preset)).to(device).eval()
+    own = runtime.pick_dtype("auto", device)[0]
+    runtime.prepare(device, own, 0, False)
+    model = make_model(LLMConfig.preset(args.preset).for_run(args.prompt_tokens + args.new_tokens, 0.0), device)
     config, rng = model.config, np.random.default_rng(0)
     prompts = rng.integers(0, config.vocab_size, (args.batch, args.prompt_tokens)).tolist()
-    bandwidth = read_rate(device)
-    print(f"{runtime.describe_machine(device)}; {args.preset}; memory is read at {bandwidth / 1e9:.1f} GB/s; "
-          f"{args.prompt_tokens} tokens continued by {args.new_tokens}, {args.repeats} turns")
-    result, ratios, rows = {}, {}, []
+    block = torch.ones(2**27, device=device)  # 512 MiB, which no cache holds
+    print(f"{runtime.describe_machine(device)}; {args.preset}; {args.prompt_tokens} tokens continued by "
+          f"{args.new_tokens}, {args.repeats} turns")
+    result, ratios, rows, shares = {}, {}, [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in dict.fromkeys(("fp32", runtime.pick_dtype("auto", device)[0])):
+        for dtype in dict.fromkeys(("fp32", own)):
             decoders = decoders_of(model, device, dtype, Path(folder), args.prompt_tokens + args.new_tokens + 8)
             if dtype == "fp32":
-                check_equal(decoders, prompts, args.new_tokens)
-            for batch, sampled in ((1, False), (1, True), (args.batch, False)):
+                reply = check_equal(decoders, prompts, args.new_tokens)
+            else:
+                shares = check_found(decoders, prompts[0], reply)
+            for batch, sampled in ((1, False), (1, True), (args.batch, False), (args.batch, True)):
                 taking = {n: d for n, d in decoders.items() if batch == 1 or not n.startswith("llama.cpp")}
                 asked = prompts[:batch]
                 first = take_turns({n: partial(d, asked, 1, sampled) for n, d in taking.items()}, args.repeats)
-                whole = take_turns({n: partial(d, asked, args.new_tokens, sampled) for n, d in taking.items()},
-                                   args.repeats)
-                case = f"{dtype}, batch {batch}, {'sampled' if sampled else 'greedy'}"
+                whole = take_turns({n: partial(d, asked, args.new_tokens, sampled) for n, d in taking.items()}
+                                   | {"memory": block.sum}, args.repeats)
+                bandwidth = 2**29 / statistics.median(whole["memory"])
+                case = f"{dtype}, {batch} row{'s' * (batch > 1)}, {'sampled' if sampled else 'greedy'}"
                 for name in taking:
                     n_bytes = 34 / 32 if name.endswith("Q8_0") else DTYPES[dtype].itemsize
                     limit = batch * bandwidth / bytes_per_token(
                         model, n_bytes, batch * (args.prompt_tokens + args.new_tokens / 2))
                     rates = [batch * args.new_tokens / seconds for seconds in whole[name]]
-                    result[f"{case}, {name}"] = dict(tokens_per_second=rates, limit=limit, first_token=first[name])
+                    result[f"{case}, {name}"] = dict(tokens_per_second=rates, limit=limit, bytes_per_second=bandwidth,
+                                                     first_token=first[name])
                     rows.append([case, name, f"{1000 * statistics.median(first[name]):.0f}",
                                  f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}",
                                  f"{statistics.median(rates) / limit:.0%}"])
                 if batch == 1 and not sampled:
-                    ratios[f"batch1_vs_transformers_{dtype}"] = ratio(whole["transformers"], whole["ours"])
                     for name in taking:
-                        if name.startswith("llama.cpp"):
-                            kind = name.split()[1].lower()
-                            ratios[f"batch1_vs_llama_cpp_{kind}"] = ratio(whole[name], whole["ours"])
+                        if name != "ours":
+                            kind = name.removeprefix("llama.cpp ").lower()
+                            key = "transformers_" + dtype if name == "transformers" else "llama_cpp_" + kind
+                            ratios[f"batch1_vs_{key}"] = ratio(whole[name], whole["ours"])
+                    print(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
     print_table(["", "", "first token, ms", "tokens/s", "range", "of the limit"], rows)
-    ratios["batch1_vs_transformers"] = ratios[f"batch1_vs_transformers_{dtype}"]  # of the last, the machine's best
-    same = "batch1_vs_llama_cpp_" + {"bf16": "bf16", "fp32": "f32"}.get(dtype, "")
+    ratios["batch1_vs_transformers"] = ratios[f"batch1_vs_transformers_{own}"]  # in the machine's best precision
+    same = "batch1_vs_llama_cpp_" + {"bf16": "bf16", "fp32": "f32"}.get(own, "")
     if same in ratios:
         ratios["batch1_vs_llama_cpp"] = ratios[same]
     print_result({"ratios": ratios, "machine": runtime.describe_machine(device), "preset": args.preset,
-                  "bytes_per_second": bandwidth, "cases": result})
+                  "found_of_float32": shares, "cases": result})
 
 
 if __name__ == "__main__":

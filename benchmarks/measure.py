@@ -15,7 +15,7 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from Config import PRESETS, OneLineParser, UserError, number
+from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,6 +123,39 @@ def middle(runs: list[dict], key: str) -> float:
     return statistics.median(run[key] for run in runs)
 
 
+def kind_of(source: str) -> str:
+    """What a JSONL file holds, going by its first readable line: "chat" or "text". Raises UserError where none is."""
+    from dataset import MalformedRecord, find_files, parse_object, read_lines
+
+    for file in find_files(source):
+        for _, line in read_lines(file):
+            try:
+                record = parse_object(line)
+            except MalformedRecord:
+                continue
+            return "chat" if "conversations" in record and record.get("text") is None else "text"
+    raise UserError(f"--data_path {source}: no line of it is a JSON object")
+
+
+def sample_lines(source: str, target: Path, count: int, seed: int) -> None:
+    """`count` lines of a JSONL file, drawn from all of it (Vitter 1985, algorithm R), as a plain file."""
+    import random
+
+    from dataset import find_files, read_lines
+
+    rng, kept, seen = random.Random(seed), [], 0
+    for file in find_files(source):
+        for _, line in read_lines(file):
+            seen += 1
+            if len(kept) < count:
+                kept.append(line)
+            elif (place := rng.randrange(seen)) < count:
+                kept[place] = line
+    with open(target, "wb") as stream:
+        stream.writelines(line.rstrip(b"\n") + b"\n" for line in kept)
+    print(f"{source}: {len(kept):,} of {seen:,} lines drawn")
+
+
 def make_corpus(path: Path, megabytes: float) -> None:
     """Generated text of about so many megabytes: the quickstart's world, of one seed after another, in random order."""
     import random
@@ -138,38 +171,49 @@ def make_corpus(path: Path, megabytes: float) -> None:
                     return
 
 
-def copy_texts(source: str, target: Path, megabytes: float = float("inf")) -> int:
-    """The texts of any JSONL file as plain {"text": ...} lines, for loops that know nothing else; returns how many.
+def copy_texts(source: str, target: Path, megabytes: float) -> None:
+    """The texts of a JSONL file, its first `megabytes` of them, as plain {"text": ...} lines, for loops that know
+    nothing else; of a conversation its messages, one below the other.
 
-    Lines that are malformed or empty are left out, and counted. Raises UserError when the file cannot be read.
+    Lines that are malformed or empty are left out, and counted. Raises UserError where no text is found.
     """
-    from dataset import MalformedRecord, find_files, parse_record, read_lines
+    from dataset import MalformedRecord, find_files, read_lines
+    from train_tokenizer import parse_texts
 
     left_out = written = size = 0
     with open(target, "w", encoding="utf-8") as stream:
-        for file in find_files(source):
-            for _, line in read_lines(file):
-                try:
-                    text = parse_record(line, "text")["text"]
-                except MalformedRecord:
-                    text = ""
-                if not text:
-                    left_out += 1
-                elif size < 1e6 * megabytes:
-                    stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                    written, size = written + 1, size + len(text.encode("utf-8"))
-    print(f"{source}: {written:,} texts, {left_out:,} malformed or empty lines left out")
-    return written
+        for line in (line for file in find_files(source) for _, line in read_lines(file)):
+            try:
+                text = "\n".join(parse_texts(line)[1])
+            except MalformedRecord:
+                text = ""
+            if not text.strip():
+                left_out += 1
+                continue
+            stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            written, size = written + 1, size + len(text.encode("utf-8"))
+            if size >= 1e6 * megabytes:
+                break
+    print(f"{source}: {written:,} texts, {size / 1e6:.1f} MB; {left_out:,} malformed or empty lines left out")
+    if not written:
+        raise UserError(f"--data_path {source}: no text in it")
+
+
+def train_a_tokenizer(data_path: str, folder: Path, preset: str) -> str:
+    """A tokenizer trained on the data, with the vocabulary of a preset; its path."""
+    path = str(folder / "tokenizer")
+    run_script("train_tokenizer.py", "--data_path", data_path, "--tokenizer_path", path,
+               "--vocab_size", str(LLMConfig.preset(preset).vocab_size))
+    return path
 
 
 def to_transformers(model):
-    """transformers' LlamaForCausalLM with the same weights, which have the same names. Raises UserError for qk_norm."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """transformers' model with the same weights, which have the same names: a Llama or, with qk_norm, a Qwen3."""
+    import transformers
 
     config = model.config
-    if config.qk_norm:
-        raise UserError("--preset: a model with qk_norm is a Qwen3 and no Llama: choose one without")
-    theirs = LlamaForCausalLM(LlamaConfig(
+    name = "Qwen3" if config.qk_norm else "Llama"
+    theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(
         vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
         num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim,
         intermediate_size=config.hidden_dim, max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps,

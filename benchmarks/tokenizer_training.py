@@ -10,7 +10,7 @@ plain    BpeTrainer behind ByteLevel pre-tokenisation with its usual regex, over
 
 Each runs in a process of its own, on one, two and four times the text, from start to saved file. Memory is the most
 that the operating system saw resident. "bytes a token" is measured on the same held-out texts: the more, the shorter
-the text. Without --data_path the text is generated.
+the text. Without --data_path the text is generated; of conversations it is the messages.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from benchmarks.measure import (
 from Config import LLMConfig, UserError, number
 
 TIMES = (1, 2, 4)
-HELD_OUT = 500  # documents
+LEAST_TEXTS, MOST_HELD_OUT = 40, 500  # a tenth of the texts is held out
 
 
 def plain(data_path: str, target: Path, vocab_size: int) -> None:
@@ -87,8 +87,8 @@ def bytes_per_token(path: Path, texts: list[str]) -> float:
 
 def compare(args, lines: list[str], folder: Path) -> dict:
     """Both tokenizers on one, two and four times the text; prints the table, returns the result."""
-    vocab_size, held_out = LLMConfig.preset(args.preset).vocab_size, lines[-HELD_OUT:]
-    lines, texts = lines[:-HELD_OUT], [json.loads(line)["text"] for line in held_out]
+    vocab_size, n_held_out = LLMConfig.preset(args.preset).vocab_size, min(len(lines) // 10, MOST_HELD_OUT)
+    lines, texts = lines[:-n_held_out], [json.loads(line)["text"] for line in lines[-n_held_out:]]
     result, rows, ratios = {}, [], {}
     for times in TIMES:
         data, size = folder / f"{times}.jsonl", len(lines) * times // max(TIMES)
@@ -115,7 +115,7 @@ def compare(args, lines: list[str], folder: Path) -> dict:
 
 def main() -> None:
     parser = make_parser(__doc__, "its vocabulary size (default: %(default)s)")
-    parser.add_argument("--data_path", help="JSONL of texts (default: generated)")
+    parser.add_argument("--data_path", help="JSONL of texts or conversations (default: generated)")
     parser.add_argument("--megabytes", type=number(float, 0.1), default=8,
                         help="of the largest text (default: %(default)s)")
     for hidden in ("alone", "out", "vocab_size"):
@@ -137,9 +137,9 @@ def main() -> None:
             make_corpus(source, args.megabytes)
         with open(source, encoding="utf-8") as stream:
             lines = list(stream)
-        if len(lines) < 2 * HELD_OUT:
+        if len(lines) < LEAST_TEXTS:
             raise UserError(f"{args.data_path or '--megabytes'}: {len(lines)} texts are too few: at least "
-                            f"{2 * HELD_OUT} are needed")
+                            f"{LEAST_TEXTS} are needed; more --megabytes?")
         print(f"{machine}; {source.stat().st_size / 1e6:.1f} MB of text, {args.repeats} turns")
         result = compare(args, lines, Path(name))
     print_result(result | {"machine": machine, "preset": args.preset})

@@ -3,16 +3,18 @@
     python benchmarks/train_throughput.py --preset weakwater-30m --repeats 5
     python benchmarks/train_throughput.py --data_path data/sft_512.jsonl --tokenizer_path weakwater_tokenizer
 
-ours                 documents packed, bf16 where the machine has it, as the stage scripts do it
-transformers fp32    LlamaForCausalLM (sdpa, no cache), one document a row padded to --max_seq_len, fused AdamW: the
-                     loop of small-model repositories on a CPU; micro-batches of the size that is fastest
+ours                 documents packed, bf16 where the machine has it: the step of the stage scripts, but with AdamW as
+                     in the other loops; "ours, Muon" with their own default
+transformers fp32    LlamaForCausalLM (Qwen3 with qk_norm; sdpa, no cache), one document a row padded to --max_seq_len,
+                     fused AdamW: the loop of small-model repositories on a CPU; micro-batches of the fastest size
 transformers bf16    the same under bf16 autocast
 
-"chats": conversations with the lengths of real SFT data, or those of --data_path, where padding hurts. "full rows":
-rows without padding, where only the arithmetic counts. First all take a step in fp32: losses and gradient norms must
-agree, else nothing is timed. "s to first step" and "peak MiB" are those of each loop alone in a process; "pretrain.py"
-is the stage script from its start to the line of its first step, with a warm token cache. With CUDA, transformers is
-also timed compiled (--compile also compiles ours). --sweep shows how both grow with model, row length and rows.
+"chats": conversations with the lengths of real SFT data, or the documents of --data_path, where padding hurts; each
+turn takes another step's documents. "full rows": rows without padding, where only the arithmetic counts. First all
+take a step in fp32 and in their own precision: losses and gradient norms must agree, else nothing is timed. "s to
+first step" and "peak MiB" are those of each loop alone in a process, run once; "pretrain.py" is the stage script from
+its start to the line of its first step, with a warm token cache. With CUDA transformers, and with --compile ours, are
+also timed compiled. --sweep shows how all of this grows with model, row length and rows.
 """
 
 import argparse
@@ -23,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,6 +37,7 @@ import torch
 from benchmarks.measure import (
     ROOT,
     alone,
+    kind_of,
     large_product,
     make_parser,
     peak_mebibytes,
@@ -41,9 +45,11 @@ from benchmarks.measure import (
     print_table,
     ratio,
     run_script,
+    sample_lines,
     seconds_since_start,
     take_turns,
     to_transformers,
+    train_a_tokenizer,
 )
 from common import runtime
 from common.optim import make_optimizers
@@ -51,10 +57,12 @@ from Config import PRESETS, LLMConfig, UserError, number
 from dataset import CONTEXT, MicroBatch, load_documents, load_tokenizer
 from model import WeakWater
 
-TARGET_SHARE = 0.57  # of an SFT conversation; measured in characters, like the lengths, on 6,000 real conversations
-MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS = 108, 1.05, 16  # a log-normal distribution, cut to what a row holds
+# of 5,265 real SFT conversations of up to 512 tokens (docs/REPORT.md says which): their median is 100 tokens and their
+# mean 134, so that rows padded to 512 are 26 % full. Log-normal, cut to what a row holds
+MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS, TARGET_SHARE = 103, 0.71, 16, 0.54
+LINES = 6000  # of --data_path, drawn from all of it
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ROWS_TO_TRY = {"cpu": (4, 8), "mps": (8, 16, 32), "cuda": (16, 32, 64, 128)}  # at once, by transformers' loops
+ROWS_TO_TRY = {"cpu": (2, 4, 8, 16), "mps": (8, 16, 32), "cuda": (16, 32, 64, 128)}  # at once, by transformers' loops
 # how far losses and gradient norms may differ, as a share
 AGREEMENT = {"fp32": (1e-5, 1e-3), "bf16": (1e-3, 2e-2), "fp16": (1e-3, 2e-2)}
 
@@ -68,29 +76,41 @@ def make_chats(rng: np.random.Generator, vocab_size: int, tokens: int, longest: 
     chats, total = [], 0
     while total < tokens:
         length = int(np.clip(MEDIAN_TOKENS * math.exp(LOG_DEVIATION * rng.standard_normal()), LEAST_TOKENS, longest))
-        is_target = np.arange(length) >= round(length * (1 - TARGET_SHARE))
+        is_target = np.arange(length) >= max(1, round(length * (1 - TARGET_SHARE)))
         chats.append((rng.integers(0, vocab_size, length), is_target))
         total += length
     return chats
 
 
-def read_chats(rng: np.random.Generator, args, vocab_size: int, tokens: int) -> list[tuple]:
-    """The same of --data_path: conversations drawn at random, cut to --max_seq_len as the stage scripts cut them."""
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"--tokenizer_path {args.tokenizer_path}: {len(tokenizer):,} entries are more than the "
-                        f"{vocab_size:,} of --preset {args.preset}")
-    with tempfile.TemporaryDirectory() as folder:
-        documents = load_documents(args.data_path, tokenizer, "chat", folder, args.max_seq_len)
-        chats, total = [], 0
-        for document in rng.permutation(len(documents)):
-            if total >= tokens:
-                break
-            chats.append((documents.tokens(document), documents.kinds(document) != CONTEXT))
-            total += int(documents.length[document])
-    if total < tokens:
-        raise UserError(f"--data_path {args.data_path}: {total:,} tokens are less than a step, {tokens:,}")
-    return chats
+def read_documents(rng: np.random.Generator, args, vocab_size: int, tokens: int, steps: int) -> list[list[tuple]]:
+    """The same of --data_path for each of `steps` steps: conversations, cut to --max_seq_len as the stage scripts cut
+    them, or texts, cut off there. What is too little for so many steps comes again."""
+    with tempfile.TemporaryDirectory() as name:
+        kind, path = kind_of(args.data_path), str(Path(name) / "sample.jsonl")
+        sample_lines(args.data_path, Path(path), LINES, args.seed)
+        tokenizer = load_tokenizer(args.tokenizer_path or train_a_tokenizer(path, Path(name), args.preset))
+        if len(tokenizer) > vocab_size:
+            raise UserError(f"--tokenizer_path {args.tokenizer_path}: {len(tokenizer):,} entries are more than the "
+                            f"{vocab_size:,} of --preset {args.preset}")
+        documents = load_documents(path, tokenizer, kind, name, args.max_seq_len)
+        # a step's documents need one target at least
+        usable = [d for d in range(len(documents)) if documents.targets[d] and documents.length[d] > 1]
+        if sum(int(documents.length[d]) for d in usable) < tokens:
+            raise UserError(f"--data_path {args.data_path}: holds less than a step of {tokens:,} tokens")
+        drawn = cycle(rng.permutation(usable).tolist())
+        return [next_documents(documents, drawn, kind, args.max_seq_len, tokens) for _ in range(steps)]
+
+
+def next_documents(documents, drawn: Iterator[int], kind: str, longest: int, tokens: int) -> list[tuple]:
+    """(ids, is_target) of the documents that come next, about `tokens` tokens in all."""
+    chosen, total = [], 0
+    while total < tokens:
+        document = next(drawn)
+        ids = documents.tokens(document)[:longest]
+        is_target = documents.kinds(document) != CONTEXT if kind == "chat" else np.arange(len(ids)) > 0
+        chosen.append((ids, is_target[:len(ids)]))
+        total += len(ids)
+    return chosen
 
 
 def make_rows(rng: np.random.Generator, vocab_size: int, rows: int, length: int) -> list[tuple]:
@@ -101,11 +121,12 @@ def make_rows(rng: np.random.Generator, vocab_size: int, rows: int, length: int)
 class Ours:
     """The step of the stage scripts: one packed buffer a micro-batch."""
 
-    def __init__(self, config: LLMConfig, device: torch.device, rows: int, max_seq_len: int, compiled: bool):
+    def __init__(self, config: LLMConfig, device: torch.device, rows: int, max_seq_len: int, optimizer: str,
+                 compiled: bool):
         torch.manual_seed(0)
         self.device, self.dtype = device, runtime.pick_dtype("auto", device)[0]
         self.model = WeakWater(config).to(device).train()
-        self.optimizers = make_optimizers(self.model, "adamw", 1e-4, 0.1)
+        self.optimizers = make_optimizers(self.model, optimizer, 1e-4, 0.1)
         self.rows, self.buffer_tokens = rows, rows * max_seq_len
         if compiled:
             print(f"ours, compile: {runtime.compile_blocks(self.model, device)}")
@@ -144,7 +165,7 @@ class Ours:
 
 
 class Transformers:
-    """The step with transformers' Llama, as its documentation says, one document a row."""
+    """The step with transformers' model, as its documentation says, one document a row."""
 
     def __init__(self, config: LLMConfig, device: torch.device, bf16: bool, padded_to: int, compiled: bool):
         torch.manual_seed(0)
@@ -157,10 +178,20 @@ class Transformers:
         self.rows = 8
 
     def choose_rows(self, documents: list[tuple], choices: tuple[int, ...]) -> None:
-        """Keep the micro-batch with which a step is fastest, once each after a step that does not count."""
+        """Keep the micro-batch with which a step is fastest, each twice in turns after a step that does not count."""
+        documents = documents[:max(choices)]
+        seconds = {}
         self.step(documents, choices[0])
-        seconds = take_turns({rows: partial(self.step, documents, rows) for rows in choices}, 1, warm_up=False)
-        self.rows = min(choices, key=lambda rows: seconds[rows])
+        for rows in choices * 2:
+            begin = time.perf_counter()
+            try:
+                self.step(documents, rows)
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                continue
+            seconds[rows] = min(seconds.get(rows, math.inf), time.perf_counter() - begin)
+        self.rows = min(seconds, key=lambda rows: seconds[rows])
         if self.forward is not self.model:  # else compiled for any number of rows, and slower
             torch.compiler.reset()
 
@@ -194,20 +225,28 @@ def make_loops(args, config: LLMConfig, device: torch.device, names: list[str]) 
     """The named loops, each with weights of its own."""
     loops = {}
     for name in names:
-        if name == "ours":
-            loops[name] = Ours(config, device, args.rows, args.max_seq_len, args.compile)
+        if name.startswith("ours"):
+            loops[name] = Ours(config, device, args.rows, args.max_seq_len, "muon" if "Muon" in name else "adamw",
+                               "compiled" in name)
         else:
             loops[name] = Transformers(config, device, "bf16" in name, args.max_seq_len, "compiled" in name)
     return loops
 
 
-def work_of(args, config: LLMConfig) -> dict[str, list[tuple]]:
-    """The documents of a step: of chats and of full rows."""
-    rng, tokens = np.random.default_rng(args.seed), args.rows * args.max_seq_len
-    chats = (read_chats(rng, args, config.vocab_size, tokens) if args.data_path
-             else make_chats(rng, config.vocab_size, tokens, args.max_seq_len))
-    return {"chats": chats,
-            "full rows": make_rows(rng, config.vocab_size, args.rows, args.max_seq_len)}
+def work_of(args, config: LLMConfig) -> dict[str, list[list[tuple]]]:
+    """The documents of a step, for one turn after another: of chats (texts, where --data_path holds them) and of full
+    rows. The first turn warms up."""
+    rng, tokens, steps = np.random.default_rng(args.seed), args.rows * args.max_seq_len, args.repeats + 1
+    chats = (read_documents(rng, args, config.vocab_size, tokens, steps) if args.data_path
+             else [make_chats(rng, config.vocab_size, tokens, args.max_seq_len) for _ in range(steps)])
+    rows = [make_rows(rng, config.vocab_size, args.rows, args.max_seq_len)] * steps
+    return {"chats": chats, "full rows": rows}
+
+
+def one_after_another(loop, draws: list[list[tuple]]) -> Callable[[], object]:
+    """A function that takes the step on the documents of the next turn."""
+    documents = cycle(draws)
+    return lambda: loop.step(next(documents))
 
 
 def save_documents(documents: list[tuple], path: Path) -> None:
@@ -278,47 +317,64 @@ def check_agreement(loops: dict, documents: list[tuple], start: dict[str, torch.
     return found
 
 
+def measure(loops: dict, draws: list[list[tuple]], padded_to: int, dtype: str, repeats: int) -> tuple[dict, dict]:
+    """Steps on `draws` in turns, a large product among them: the seconds of each, and what they come to."""
+    ours = loops["ours"]
+    product, product_flops = large_product(ours.device, DTYPES[dtype])
+    seconds = take_turns({n: one_after_another(loop, draws) for n, loop in loops.items()} | {"product": product},
+                         repeats)
+    peak = product_flops / statistics.median(seconds["product"])
+    useful = [sum(len(ids) for ids, _ in documents) for documents in draws[1:]]
+    flops = [tokens * ours.model.flops_per_token(sum(len(ids)**2 for ids, _ in documents) / tokens)
+             for tokens, documents in zip(useful, draws[1:], strict=True)]
+    found = {}
+    for name, loop in loops.items():
+        positions = useful if isinstance(loop, Ours) else [len(documents) * padded_to for documents in draws[1:]]
+        rates = [tokens / s for tokens, s in zip(useful, seconds[name], strict=True)]
+        found[name] = dict(
+            seconds=seconds[name], useful_tokens_per_second=rates, useful_share=sum(useful) / sum(positions),
+            positions_per_second=statistics.median(p / s for p, s in zip(positions, seconds[name], strict=True)),
+            mfu=statistics.median(f / s / peak for f, s in zip(flops, seconds[name], strict=True)),
+            rows=loop.rows, peak_flops=peak)
+    return seconds, found
+
+
 def compare(args, config: LLMConfig, device: torch.device, dtype: str) -> dict:
     """Time all loops on both kinds of work, print the tables, return everything."""
-    names = ["ours", "transformers fp32"] + ["transformers bf16"] * (dtype == "bf16")
+    theirs = ["transformers fp32"] + ["transformers bf16"] * (dtype == "bf16")
     if device.type == "cuda":
-        names += [f"{name} compiled" for name in names[1:]]
+        theirs += [f"{name} compiled" for name in theirs]
+    best = "ours compiled" if args.compile else "ours"  # of ours, to which the ratios are
+    names = list(dict.fromkeys(["ours", best, "ours, Muon", *theirs]))
+    work = work_of(args, config)
     loops, result, seconds = make_loops(args, config, device, names), {}, {}
-    product, product_flops = large_product(device, DTYPES[dtype])
     start = {name: tensor.clone() for name, tensor in loops["ours"].model.state_dict().items()}
-    for kind, documents in work_of(args, config).items():
-        found = check_agreement(loops, documents, start)
-        print(f"\n{kind}: {len(documents)} documents, {sum(len(ids) for ids, _ in documents):,} tokens a step; loss "
-              f"{found['ours'][0]:.5f} and gradient norm {found['ours'][1]:.4f} in fp32: the same in all loops")
-        for name in names[1:]:
-            loops[name].choose_rows(documents, ROWS_TO_TRY[device.type])
-        own = measure_alone(args, loops, documents) if kind == "chats" else {}
-        work = {n: partial(loop.step, documents) for n, loop in loops.items()}
-        seconds[kind] = take_turns(work | {"product": product}, args.repeats)
-        peak = product_flops / statistics.median(seconds[kind]["product"])
-        useful = sum(len(ids) for ids, _ in documents)
-        flops = useful * loops["ours"].model.flops_per_token(
-            sum(len(ids)**2 for ids, _ in documents) / useful)
+    for kind, draws in work.items():
+        found = check_agreement(loops, draws[0], start)
+        loss, norm = found["ours"]
+        print(f"\n{kind}: {len(draws[0])} documents, {sum(len(ids) for ids, _ in draws[0]):,} tokens in the first "
+              f"step, whose loss in fp32, {loss:.5f}, and gradient norm, {norm:.4f}, are those of all loops")
+        own = {}
+        if kind == "chats":  # padded, they are rows of the same length as the full ones
+            for name in theirs:
+                loops[name].choose_rows(draws[0], ROWS_TO_TRY[device.type])
+            own = measure_alone(args, loops, draws[0])
+        seconds[kind], measured = measure(loops, draws, args.max_seq_len, dtype, args.repeats)
         rows = []
-        for name in names:
-            positions = useful if name == "ours" else len(documents) * args.max_seq_len
-            middle = statistics.median(seconds[kind][name])
-            result[f"{kind}, {name}"] = dict(
-                seconds=seconds[kind][name], useful_tokens_per_second=useful / middle,
-                positions_per_second=positions / middle, useful_share=useful / positions, mfu=flops / middle / peak,
-                loss=found[name][0], rows=loops[name].rows, alone=own.get(name))
-            rows.append([name, f"{useful / middle:,.0f}", f"{useful / max(seconds[kind][name]):,.0f} to "
-                         f"{useful / min(seconds[kind][name]):,.0f}", f"{positions / middle:,.0f}",
-                         f"{useful / positions:.0%}", f"{flops / middle / peak:.1%}",
+        for name, m in measured.items():
+            result[f"{kind}, {name}"] = m | {"loss": found[name][0], "alone": own.get(name)}
+            rates = m["useful_tokens_per_second"]
+            rows.append([name, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}",
+                         f"{m['positions_per_second']:,.0f}", f"{m['useful_share']:.1%}", f"{m['mfu']:.0%}",
                          *(f"{own[name][key]:,.{digits}f}" for key, digits in (
                              ("seconds_to_first_step", 1), ("peak_mebibytes", 0)) if own)])
         head = ["", "useful tokens/s", "range", "positions/s", "useful", "MFU", "s to first step", "peak MiB"]
         print_table(head if own else head[:-2], rows)
-        print(f"large matrix products in the same turns: {peak / 1e12:.2f} TFLOP/s in {dtype}")
-        result[f"{kind}, matmul_flops"] = peak
+        print(f"large products in the same turns: {measured['ours']['peak_flops'] / 1e12:.2f} TFLOP/s in {dtype}; "
+              "rows at once: " + ", ".join(f"{name} {loops[name].rows}" for name in theirs))
 
     def times(kind: str, name: str) -> dict:
-        return ratio(seconds[kind][name], seconds[kind]["ours"])
+        return ratio(seconds[kind][name], seconds[kind][best])
 
     result["ratios"] = {"useful_vs_padded_fp32": times("chats", "transformers fp32"),
                         "positions_vs_fp32": times("full rows", "transformers fp32")}
@@ -327,7 +383,8 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str) -> dict:
                              "positions_vs_transformers_bf16": times("full rows", "transformers bf16")}
     for name in names:
         if name.endswith("compiled"):
-            result["ratios"][f"positions_vs_{name.replace(' ', '_')}"] = times("full rows", name)
+            other = "ours_uncompiled" if name == best else name.replace(" ", "_")
+            result["ratios"][f"positions_vs_{other}"] = times("full rows", "ours" if name == best else name)
     return result
 
 
@@ -339,56 +396,55 @@ def measure_alone(args, loops: dict, documents: list[tuple]) -> dict[str, dict]:
         save_documents(documents, path)
         for name, loop in loops.items():
             runs[name] = alone(__file__, name, micro_rows=loop.rows, documents=path, preset=args.preset, rows=args.rows,
-                               max_seq_len=args.max_seq_len, device=args.device, compile=args.compile)
+                               max_seq_len=args.max_seq_len, device=args.device)
     return runs
+
+
+def config_of(args) -> LLMConfig:
+    """The preset, with room for the rows."""
+    return LLMConfig.preset(args.preset).for_run(args.max_seq_len, dropout=0.0)
 
 
 def sweep(args, device: torch.device, dtype: str) -> list[dict]:
     """Ours beside transformers on full rows, with one of preset (up to --preset), row length and rows changed at a
     time."""
-    names = ["ours", "transformers bf16" if dtype == "bf16" else "transformers fp32"]
-    product, product_flops = large_product(device, DTYPES[dtype])
+    theirs = "transformers bf16" if dtype == "bf16" else "transformers fp32"
     cases = [dict(preset=preset) for preset in list(PRESETS)[:list(PRESETS).index(args.preset) + 1]]
-    cases += [dict(max_seq_len=args.max_seq_len * n // 4) for n in (1, 2, 8)]
+    cases += [dict(max_seq_len=max(2, args.max_seq_len * n // 4)) for n in (1, 2, 8)]
     cases += [dict(rows=max(1, args.rows * n // 4)) for n in (1, 2, 8)]
     results, rows = [], []
     for case in cases:
         here = argparse.Namespace(**(vars(args) | case))
-        config = LLMConfig.preset(here.preset)
-        loops = make_loops(here, config, device, names)
+        config = config_of(here)
+        loops = make_loops(here, config, device, ["ours", theirs])
         documents = make_rows(np.random.default_rng(args.seed), config.vocab_size, here.rows, here.max_seq_len)
-        loops[names[1]].choose_rows(documents, ROWS_TO_TRY[device.type])
+        loops[theirs].choose_rows(documents, ROWS_TO_TRY[device.type])
         own = measure_alone(here, loops, documents)
-        seconds = take_turns({name: partial(loop.step, documents) for name, loop in loops.items()}
-                             | {"product": product}, args.repeats)
-        peak = product_flops / statistics.median(seconds["product"])
-        tokens = here.rows * here.max_seq_len
-        flops = tokens * loops["ours"].model.flops_per_token(here.max_seq_len)
-        gain = ratio(seconds[names[1]], seconds["ours"])
+        seconds, measured = measure(loops, [documents] * (args.repeats + 1), here.max_seq_len, dtype, args.repeats)
+        gain = ratio(seconds[theirs], seconds["ours"])
         row = [here.preset, str(here.max_seq_len), str(here.rows)]
-        result = {"preset": here.preset, "max_seq_len": here.max_seq_len, "rows": here.rows, "ratio": gain}
-        for name in names:
-            middle = statistics.median(seconds[name])
-            result[name] = own[name] | {"tokens_per_second": tokens / middle, "mfu": flops / middle / peak}
-            row += [f"{tokens / middle:,.0f}", f"{flops / middle / peak:.0%}",
-                    f"{own[name]['seconds_to_first_step']:.1f}", f"{own[name]['peak_mebibytes']:,.0f}"]
-        results.append(result)
+        for name, m in measured.items():
+            m |= own[name]
+            row += [f"{m['positions_per_second']:,.0f}", f"{m['mfu']:.0%}", f"{m['seconds_to_first_step']:.1f}",
+                    f"{m['peak_mebibytes']:,.0f}"]
+        results.append({"preset": here.preset, "max_seq_len": here.max_seq_len, "rows": here.rows, "ratio": gain}
+                       | measured)
         rows.append([*row, f"{gain['median']:.2f}"])
-    print(f"\nfull rows, ours and then {names[1]}")
-    measured = ["tokens/s", "MFU", "s to first step", "peak MiB"]
-    print_table(["preset", "row length", "rows", *measured, *measured, "ratio"], rows)
+    print(f"\nfull rows, ours and then {theirs}")
+    head = ["tokens/s", "MFU", "s to first step", "peak MiB"]
+    print_table(["preset", "row length", "rows", *head, *head, "ratio"], rows)
     return results
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data_path", help="a JSONL file of conversations (default: made up)")
-    parser.add_argument("--tokenizer_path", default="weakwater_tokenizer", help="its tokenizer (default: %(default)s)")
+    parser.add_argument("--data_path", help="JSONL of conversations or texts (default: made up)")
+    parser.add_argument("--tokenizer_path", help="its tokenizer (default: trained on the data)")
     parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a step (default: %(default)s)")
     parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the documents (default: %(default)s)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the documents (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="compile ours as well")
+    parser.add_argument("--compile", action="store_true", help="time ours compiled as well; ratios are then to that")
     parser.add_argument("--sweep", action="store_true", help="also: other models, row lengths and rows")
     for hidden in ("alone", "documents"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
@@ -396,8 +452,8 @@ def main() -> None:
     args = parser.parse_args()
     device, _ = runtime.pick_device(args.device)
     dtype, _ = runtime.pick_dtype("auto", device)
-    config = LLMConfig.preset(args.preset)
-    if args.alone in (None, "ours"):  # our way with freed memory
+    config = config_of(args)
+    if not (args.alone or "").startswith("transformers"):  # our way with freed memory
         runtime.prepare(device, dtype, args.seed, False)
     if args.alone:
         print(json.dumps(first_steps(args, config, device)))

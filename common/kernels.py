@@ -184,12 +184,19 @@ def three_parts(q, k, v, heads_TWD, cos, sin, n_heads: int):
 
 
 def cross_entropy(logits_NV: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Losses (N,) in nats; with weights (N,) the logits become the gradient of the losses' weighted sum."""
+    """Losses (N,) in nats; with weights (N,) the logits become the gradient of the losses' weighted sum.
+
+    Raises ValueError where N differs or a target is none of the V: C would read and write whatever lies there.
+    """
     assert logits_NV.dtype == torch.bfloat16 and targets.dtype == torch.int64
     assert weights is None or weights.dtype == torch.float32
-    if len(targets):  # C would read and write whatever lies there
+    if not len(logits_NV) == len(targets) == (len(targets) if weights is None else len(weights)):
+        raise ValueError(f"{len(logits_NV)} positions predict, but there are {len(targets)} targets and "
+                         f"{len(targets) if weights is None else len(weights)} weights")
+    if len(targets):
         low, high = targets.aminmax()
-        assert 0 <= low and high < logits_NV.shape[1]
+        if low < 0 or high >= logits_NV.shape[1]:
+            raise ValueError(f"targets from {low} to {high} are not all among {logits_NV.shape[1]} ids")
     losses = empty(len(targets))
     call("cross_entropy", logits_NV, targets, weights, *logits_NV.shape, losses)
     return losses

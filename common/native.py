@@ -79,6 +79,4 @@ def compile_to(path: Path, command: list[str]) -> None:
             if done.returncode == 0:
                 break
         done.check_returncode()
-        for old in path.parent.glob("*.so"):  # of another source; whoever uses it keeps it
-            old.unlink(missing_ok=True)
         os.replace(made, path)

@@ -189,8 +189,18 @@ def test_the_exponential_is_exact():
 
 @pytest.mark.parametrize("targets, dtype", [([0, -100], torch.int64), ([32, 0], torch.int64), ([0, 1], torch.int32)])
 def test_no_memory_beyond_is_touched(targets, dtype):
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, ValueError)):
         kernels.cross_entropy(torch.zeros(2, 32, dtype=torch.bfloat16), torch.tensor(targets, dtype=dtype), None)
+
+
+@pytest.mark.parametrize("n_targets, n_weights", [(3, 3), (5, 3), (3, 5)])
+def test_as_many_targets_and_weights_as_positions(n_targets, n_weights):
+    """What the caller of the model gets wrong is said, where C would read on beyond the end."""
+    model, buffer = make()
+    wrong = dict(target_index=torch.arange(4), targets=torch.zeros(n_targets, dtype=torch.int64),
+                 weights=torch.ones(n_weights))
+    with pytest.raises(ValueError, match="4 positions predict"):
+        learn(model, buffer | wrong, "bf16")
 
 
 def test_no_target_at_all():

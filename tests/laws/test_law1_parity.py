@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import model as network
+from benchmarks.measure import to_transformers
 from Config import LLMConfig, UserError
 from model import WeakWater
 
@@ -23,20 +24,12 @@ def twins(variant: str, dtype: torch.dtype):
 
     Not its eager attention, whose softmax is float32 whatever the model is.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
     torch.manual_seed(1)
     c = LLMConfig.preset("nano", vocab_size=97, max_seq_len=64, **VARIANTS[variant])
     ours = WeakWater(c)
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    same = dict(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, head_dim=c.head_dim,
-                num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim,
-                max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
-                rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, attn_implementation="sdpa")
-    theirs = Qwen3ForCausalLM(Qwen3Config(**same)) if c.qk_norm else LlamaForCausalLM(LlamaConfig(**same))
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    return ours.to(dtype), theirs.to(dtype)
+    return ours.to(dtype), to_transformers(ours).to(dtype)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, float64: float = 1e-9) -> bool:
