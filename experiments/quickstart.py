@@ -34,8 +34,8 @@ THRESHOLDS = (  # what, at least, and how it is found in the scores of all stage
     ("distill above SFT_long on multi-step problems", 0.20, lambda s: gain(s, "SFT_long")[0]),
     ("distill above the control on multi-step problems", 0.15, lambda s: gain(s, "control")[0]),
 )
-SECONDS_HERE = 520  # of training and scoring, on the two AVX512-BF16 cores where PROBE_SECONDS was measured
-PROBE_SECONDS = 0.22
+SECONDS_HERE = 405  # of training and scoring, on the two AVX512-BF16 cores where PROBE_SECONDS was measured
+PROBE_SECONDS = 0.16
 
 
 # ---------------------------------------------------------------------------------------------
