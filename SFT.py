@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
     # ---- arguments ----------------------------------------------------------------------------
     args = parse_args(stage, description, argv, leave_out=DISTILL_ONLY, **(
         dict(original=dict(batch_size=84, accumulation_steps=2),
-             max_seq_len=512, min_tokens=0, max_tokens=512, batch_size=32, learning_rate=2e-3)
+             max_seq_len=512, min_tokens=0, max_tokens=512, batch_size=32, learning_rate=1e-3)
         | defaults))
     out = Path(args.out_dir)
     args.init_from = args.init_from or str(out / f"{previous}.pth")

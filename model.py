@@ -409,7 +409,7 @@ class WeakWater(nn.Module):
     targets, weights   predict, and the loss weight (N,) of each. Returns the weighted *sum* of the cross-entropies
                        in nats, a float32 scalar, and no logits.
 
-    Raises UserError when a sequence is longer than the config's max_seq_len.
+    Raises UserError when a sequence is longer than the config's max_seq_len, or lengths do not make up the buffer.
     """
 
     def __init__(self, config: LLMConfig):

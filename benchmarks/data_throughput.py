@@ -75,8 +75,9 @@ class TokenisedWhenAsked:
         import torch
 
         text = self.begin + self.texts[index] + self.end
-        ids = self.tokenizer(text, max_length=self.max_seq_len, padding="max_length", truncation=True).input_ids
-        return torch.tensor(ids)
+        encoded = self.tokenizer(text, max_length=self.max_seq_len, padding="max_length", truncation=True,
+                                 add_special_tokens=False)
+        return torch.tensor(encoded.input_ids), torch.tensor(encoded.attention_mask)
 
 
 def batches_of(args):
@@ -93,9 +94,8 @@ def batches_of(args):
         from torch.utils.data import DataLoader
 
         data = TokenisedWhenAsked(args.data_path, args.tokenizer_path, args.max_seq_len)
-        pad = data.tokenizer.pad_token_id
-        for batch in DataLoader(data, batch_size=args.rows, shuffle=True, num_workers=args.workers):
-            yield int((batch != pad).sum())
+        for _, mask in DataLoader(data, batch_size=args.rows, shuffle=True, num_workers=args.workers):
+            yield int(mask.sum())
 
 
 def go_through(args) -> dict:
@@ -136,7 +136,7 @@ def check_enough(args, data_path: str) -> None:
 
 
 def check_equal(args, data_path: str, folder: Path) -> None:
-    """Raises RuntimeError where both ways do not give the same ids."""
+    """Raises RuntimeError where both ways do not give the same ids, UserError where no text can be compared."""
     tokenizer = load_tokenizer(args.tokenizer_path)
     cache = open_cache(data_path, tokenizer, "text", str(folder))
     theirs = TokenisedWhenAsked(data_path, args.tokenizer_path, args.max_seq_len)
@@ -146,9 +146,11 @@ def check_equal(args, data_path: str, folder: Path) -> None:
         if any(token in theirs.texts[index] for token in control):
             continue
         ours = cache.tokens[bounds[index]:bounds[index + 1]][:args.max_seq_len].tolist()
-        if theirs[index].tolist()[:len(ours)] != ours:
+        if theirs[index][0].tolist()[:len(ours)] != ours:
             raise RuntimeError(f"{data_path}:{index + 1}: the two ways do not give the same ids")
         compared += 1
+    if not compared:
+        raise UserError(f"{args.data_path}: control tokens are written out in all of its texts; take plain text")
     print(f"ids of {compared:,} documents: equal both ways; {min(SAME, len(theirs)) - compared:,} with control tokens "
           "written out in them are not compared")
 

@@ -187,16 +187,17 @@ def decoders_of(model: WeakWater, device: torch.device, dtype: str, folder: Path
     return decoders
 
 
-def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> list[int]:
-    """The greedy reply to the first prompt in float32. Raises RuntimeError where the decoders' replies differ early,
-    or say so little that equality would prove nothing."""
-    calls, compared, equal = [prompts[:1], prompts], 0, 0
+def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """The greedy reply to each prompt in float32. Raises RuntimeError where the decoders' replies differ early, or say
+    so little that equality would prove nothing."""
+    calls = [prompts[:1], prompts]
     replies = [decoders["ours"](call, new_tokens, False) for call in calls]
     if len(set(replies[0][0])) < new_tokens / 2:
         raise RuntimeError(f"the reply has only {len(set(replies[0][0]))} different tokens: nothing to compare")
     for name, decoder in decoders.items():
         if name == "ours":
             continue
+        compared = equal = 0
         for call, ours in list(zip(calls, replies, strict=True))[:1 if name.startswith("llama.cpp") else 2]:
             for mine, other in zip(ours, decoder(call, new_tokens, False), strict=True):
                 alike = next((i for i, pair in enumerate(zip(mine, other, strict=True)) if len(set(pair)) > 1),
@@ -205,25 +206,30 @@ def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> li
                     raise RuntimeError(f"{name}, {len(call)} prompts in float32: the {alike + 1}th token is not ours")
                 compared, equal = compared + new_tokens, equal + alike
         print(f"greedy tokens in float32, ours and those of {name}: {equal:,} of {compared:,} the same")
-        compared = equal = 0
-    return replies[0][0]
+    return replies[1]
 
 
-def check_found(decoders: dict, prompt: list[int], reply: list[int]) -> dict[str, float]:
-    """Of each decoder in half precision: the share of float32's reply that it finds, two tokens from each of some
-    prefixes of it. Raises RuntimeError where ours finds clearly fewer than transformers."""
+def check_found(decoders: dict, prompts: list[list[int]], replies: list[list[int]]) -> dict[str, float]:
+    """Of each decoder in half precision: the share of float32's replies that it finds, two tokens at a time, from
+    prefixes of the first one alone, and from the same place in all of them at once. Raises RuntimeError where ours
+    finds clearly fewer than another one of the same precision."""
+    places = sorted({len(replies[0]) * i // PREFIXES // 2 * 2 for i in range(PREFIXES)})
     shares = {}
-    starts = sorted({len(reply) * i // PREFIXES // 2 * 2 for i in range(PREFIXES)})
     for name, decoder in decoders.items():
-        right = []
-        for start in starts:
-            (found,) = decoder([prompt + reply[:start]], 2, False)
-            right += [found[0] == reply[start], found == reply[start:start + 2]]
-        shares[name] = sum(right) / len(right)
-    print("of float32's tokens found: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
-    if shares["ours"] < shares["transformers"] - 0.2:
-        raise RuntimeError(f"ours finds {shares['ours']:.0%} of float32's tokens, transformers "
-                           f"{shares['transformers']:.0%}")
+        for rows, starts in ((1, places), (len(prompts), places[::4])):
+            if rows > 1 and name.startswith("llama.cpp"):
+                continue
+            right = []
+            for start in starts:
+                found = decoder([p + r[:start] for p, r in zip(prompts[:rows], replies, strict=False)], 2, False)
+                for two, reply in zip(found, replies, strict=False):
+                    right += [two[0] == reply[start], two == reply[start:start + 2]]
+            shares[f"{name}, {rows} at once"] = sum(right) / len(right)
+    print("of float32's tokens found: " + "; ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    for rows in (1, len(prompts)):
+        best = max(share for name, share in shares.items() if name.endswith(f", {rows} at once") and "Q8_0" not in name)
+        if (share := shares[f"ours, {rows} at once"]) < best - 0.2:
+            raise RuntimeError(f"ours, {rows} at once, finds {share:.0%} of float32's tokens, another {best:.0%}")
     return shares
 
 
@@ -248,9 +254,9 @@ def main() -> None:
         for dtype in dict.fromkeys(("fp32", own)):
             decoders = decoders_of(model, device, dtype, Path(folder), args.prompt_tokens + args.new_tokens + 8)
             if dtype == "fp32":
-                reply = check_equal(decoders, prompts, args.new_tokens)
+                replies = check_equal(decoders, prompts, args.new_tokens)
             else:
-                shares = check_found(decoders, prompts[0], reply)
+                shares = check_found(decoders, prompts, replies)
             for batch, sampled in ((1, False), (1, True), (args.batch, False), (args.batch, True)):
                 taking = {n: d for n, d in decoders.items() if batch == 1 or not n.startswith("llama.cpp")}
                 asked = prompts[:batch]

@@ -17,6 +17,7 @@ measure() {  # name, seconds at the most, script, flags: its table on the screen
     local name=$1 limit=$2 script=$3
     shift 3
     echo "== $script $*"
+    rm -f "$OUT/$name".{txt,err,json}
     timeout "$limit" "$PYTHON" "benchmarks/$script" --preset "$PRESET" --device "$DEVICE" --repeats "$REPEATS" "$@" \
         > "$OUT/$name.txt" 2> "$OUT/$name.err" || {
             echo "$name failed:" >&2

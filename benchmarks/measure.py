@@ -81,6 +81,8 @@ def wait_for_device() -> None:
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch and torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
@@ -137,11 +139,12 @@ def kind_of(source: str) -> str:
     raise UserError(f"--data_path {source}: no line of it is a JSON object")
 
 
-def sample_lines(source: str, target: Path, count: int, seed: int) -> None:
-    """`count` lines of a JSONL file, drawn from all of it (Vitter 1985, algorithm R), as a plain file."""
+def sample_records(source: str, target: Path, kind: str, count: int, seed: int) -> None:
+    """`count` lines of a JSONL file, drawn from all of it (Vitter 1985, algorithm R), as a plain file; those that are
+    no records of the kind are left out, and counted. Raises UserError where none is left."""
     import random
 
-    from dataset import find_files, read_lines
+    from dataset import MalformedRecord, find_files, parse_record, read_lines
 
     rng, kept, seen = random.Random(seed), [], 0
     for file in find_files(source):
@@ -151,9 +154,18 @@ def sample_lines(source: str, target: Path, count: int, seed: int) -> None:
                 kept.append(line)
             elif (place := rng.randrange(seen)) < count:
                 kept[place] = line
+    written = 0
     with open(target, "wb") as stream:
-        stream.writelines(line.rstrip(b"\n") + b"\n" for line in kept)
-    print(f"{source}: {len(kept):,} of {seen:,} lines drawn")
+        for line in kept:
+            try:
+                parse_record(line, kind)
+            except MalformedRecord:
+                continue
+            stream.write(line.rstrip(b"\n") + b"\n")
+            written += 1
+    print(f"{source}: {len(kept):,} of {seen:,} lines drawn; {len(kept) - written:,} malformed ones left out")
+    if not written:
+        raise UserError(f"--data_path {source}: no {kind} record in it")
 
 
 def make_corpus(path: Path, megabytes: float) -> None:
@@ -200,10 +212,13 @@ def copy_texts(source: str, target: Path, megabytes: float) -> None:
 
 
 def train_a_tokenizer(data_path: str, folder: Path, preset: str) -> str:
-    """A tokenizer trained on the data, with the vocabulary of a preset; its path."""
+    """A tokenizer trained on the data, with the vocabulary of a preset; its path. Raises UserError."""
     path = str(folder / "tokenizer")
-    run_script("train_tokenizer.py", "--data_path", data_path, "--tokenizer_path", path,
-               "--vocab_size", str(LLMConfig.preset(preset).vocab_size))
+    try:
+        run_script("train_tokenizer.py", "--data_path", data_path, "--tokenizer_path", path,
+                   "--vocab_size", str(LLMConfig.preset(preset).vocab_size))
+    except UserError as error:
+        raise UserError(f"no tokenizer can be trained on this, --tokenizer_path has to name one ({error})") from None
     return path
 
 

@@ -45,7 +45,7 @@ from benchmarks.measure import (
     print_table,
     ratio,
     run_script,
-    sample_lines,
+    sample_records,
     seconds_since_start,
     take_turns,
     to_transformers,
@@ -57,8 +57,8 @@ from Config import PRESETS, LLMConfig, UserError, number
 from dataset import CONTEXT, MicroBatch, load_documents, load_tokenizer
 from model import WeakWater
 
-# of 5,265 real SFT conversations of up to 512 tokens (docs/REPORT.md says which): their median is 100 tokens and their
-# mean 134, so that rows padded to 512 are 26 % full. Log-normal, cut to what a row holds
+# of 5,265 real SFT conversations of up to 512 tokens, drawn from those of docs/REPORT.md: their median is 100 tokens,
+# their mean 134, so that rows padded to 512 are 26 % full. Log-normal, cut to what a row holds
 MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS, TARGET_SHARE = 103, 0.71, 16, 0.54
 LINES = 6000  # of --data_path, drawn from all of it
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -87,7 +87,7 @@ def read_documents(rng: np.random.Generator, args, vocab_size: int, tokens: int,
     them, or texts, cut off there. What is too little for so many steps comes again."""
     with tempfile.TemporaryDirectory() as name:
         kind, path = kind_of(args.data_path), str(Path(name) / "sample.jsonl")
-        sample_lines(args.data_path, Path(path), LINES, args.seed)
+        sample_records(args.data_path, Path(path), kind, LINES, args.seed)
         tokenizer = load_tokenizer(args.tokenizer_path or train_a_tokenizer(path, Path(name), args.preset))
         if len(tokenizer) > vocab_size:
             raise UserError(f"--tokenizer_path {args.tokenizer_path}: {len(tokenizer):,} entries are more than the "
@@ -95,7 +95,7 @@ def read_documents(rng: np.random.Generator, args, vocab_size: int, tokens: int,
         documents = load_documents(path, tokenizer, kind, name, args.max_seq_len)
         # a step's documents need one target at least
         usable = [d for d in range(len(documents)) if documents.targets[d] and documents.length[d] > 1]
-        if sum(int(documents.length[d]) for d in usable) < tokens:
+        if sum(min(int(documents.length[d]), args.max_seq_len) for d in usable) < tokens:
             raise UserError(f"--data_path {args.data_path}: holds less than a step of {tokens:,} tokens")
         drawn = cycle(rng.permutation(usable).tolist())
         return [next_documents(documents, drawn, kind, args.max_seq_len, tokens) for _ in range(steps)]
@@ -296,11 +296,12 @@ def script_to_first_step(args) -> list[float]:
     return seconds[1:]  # the first made the cache
 
 
-def check_agreement(loops: dict, documents: list[tuple], start: dict[str, torch.Tensor]) -> dict[str, tuple]:
+def check_agreement(loops: dict, documents: list[tuple], start: dict[str, torch.Tensor],
+                    first: str = "transformers fp32") -> dict[str, tuple]:
     """Loss and gradient norm of a step of each loop in fp32 from the weights `start`. Raises RuntimeError where they
-    are not those of the same work, or where those in the loop's own precision are far from them."""
+    are not the `first` loop's, or where those in the loop's own precision are far from them."""
     found = {}
-    for name, loop in sorted(loops.items(), key=lambda item: item[0] != "transformers fp32"):
+    for name, loop in sorted(loops.items(), key=lambda item: item[0] != first):
         usual = loop.dtype
         for dtype in dict.fromkeys(("fp32", usual)):
             loop.model.load_state_dict(start)
@@ -308,7 +309,7 @@ def check_agreement(loops: dict, documents: list[tuple], start: dict[str, torch.
             step_loss, step_norm = loop.step(documents)
             if dtype == "fp32":
                 found[name] = step_loss, step_norm
-            loss, norm = found["transformers fp32"]
+            loss, norm = found[first]
             of_loss, of_norm = AGREEMENT[dtype]
             if not (abs(step_loss - loss) <= of_loss * loss and abs(step_norm - norm) <= of_norm * norm):
                 raise RuntimeError(f"{name} in {dtype}: loss {step_loss:.6f}, gradient norm {step_norm:.5f}; "
@@ -342,9 +343,12 @@ def measure(loops: dict, draws: list[list[tuple]], padded_to: int, dtype: str, r
 def compare(args, config: LLMConfig, device: torch.device, dtype: str) -> dict:
     """Time all loops on both kinds of work, print the tables, return everything."""
     theirs = ["transformers fp32"] + ["transformers bf16"] * (dtype == "bf16")
-    if device.type == "cuda":
+    trouble = runtime.compile_trouble(device) if args.compile or device.type == "cuda" else None
+    if trouble:
+        print(f"nothing is compiled: {trouble}")
+    elif device.type == "cuda":
         theirs += [f"{name} compiled" for name in theirs]
-    best = "ours compiled" if args.compile else "ours"  # of ours, to which the ratios are
+    best = "ours compiled" if args.compile and not trouble else "ours"  # of ours, to which the ratios are
     names = list(dict.fromkeys(["ours", best, "ours, Muon", *theirs]))
     work = work_of(args, config)
     loops, result, seconds = make_loops(args, config, device, names), {}, {}
@@ -377,6 +381,8 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str) -> dict:
         return ratio(seconds[kind][name], seconds[kind][best])
 
     result["ratios"] = {"useful_vs_padded_fp32": times("chats", "transformers fp32"),
+                        "muon_useful_vs_padded_fp32": ratio(seconds["chats"]["transformers fp32"],
+                                                            seconds["chats"]["ours, Muon"]),
                         "positions_vs_fp32": times("full rows", "transformers fp32")}
     if dtype == "bf16":
         result["ratios"] |= {"useful_vs_padded_bf16": times("chats", "transformers bf16"),
@@ -391,6 +397,7 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str) -> dict:
 def measure_alone(args, loops: dict, documents: list[tuple]) -> dict[str, dict]:
     """`first_steps` of every loop, each in a process of its own."""
     runs = {}
+    torch.cuda.empty_cache()  # they need the room
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "documents.npz"
         save_documents(documents, path)
@@ -418,6 +425,8 @@ def sweep(args, device: torch.device, dtype: str) -> list[dict]:
         config = config_of(here)
         loops = make_loops(here, config, device, ["ours", theirs])
         documents = make_rows(np.random.default_rng(args.seed), config.vocab_size, here.rows, here.max_seq_len)
+        start = {name: tensor.clone() for name, tensor in loops["ours"].model.state_dict().items()}
+        check_agreement(loops, documents, start, first=theirs)
         loops[theirs].choose_rows(documents, ROWS_TO_TRY[device.type])
         own = measure_alone(here, loops, documents)
         seconds, measured = measure(loops, [documents] * (args.repeats + 1), here.max_seq_len, dtype, args.repeats)

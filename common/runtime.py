@@ -171,13 +171,21 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank & 0x7FFF_FFFF_FFFF_FFFF)
 
 
-def compile_blocks(model, device: torch.device) -> str:
-    """torch.compile each block in place (names in the state dict stay), or say why that cannot be done."""
+def compile_trouble(device: torch.device) -> str | None:
+    """Why torch.compile does not work on this machine; None where it does."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton: it has many ways to show
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"off: torch.compile does not work on this machine ({reason[:120]}); going on without it"
+        return f"torch.compile does not work on this machine ({reason[:120]})"
+    return None
+
+
+def compile_blocks(model, device: torch.device) -> str:
+    """torch.compile each block in place (names in the state dict stay), or say why that cannot be done."""
+    trouble = compile_trouble(device)
+    if trouble:
+        return f"off: {trouble}; going on without it"
     # The documents' lengths differ in every buffer: compiled, each would be a new graph. Not a decorator in model.py,
     # which would import torch's compiler, a second, into every program.
     network.attend_packed = torch.compiler.disable(network.attend_packed)

@@ -166,7 +166,8 @@ class Original:
 
 def new_model(args) -> WeakWater:
     """The preset for the tokenizer, its random weights those of torch's seed now."""
-    return WeakWater(LLMConfig.preset(args.preset, vocab_size=len(load_tokenizer(args.tokenizer_path))))
+    config = LLMConfig.preset(args.preset, vocab_size=len(load_tokenizer(args.tokenizer_path)))
+    return WeakWater(config.for_run(args.max_seq_len, dropout=0.0))
 
 
 def backward(model: WeakWater, batches: list, total: float, dtype: str) -> None:
@@ -249,7 +250,7 @@ def learn_all(args) -> None:
         result = folder_of(args, name, seed) / "result.json"
         if result.exists():
             if json.loads(result.read_text(encoding="utf-8"))["settings"] != settings_of(args, name):
-                raise UserError(f"{result}: of a run with other settings: choose another --out_dir")
+                raise UserError(f"{result}: of a run with other flags: choose another --out_dir")
             return
         print(f"{name}, seed {seed}", flush=True)
         command = [sys.executable, __file__, "--alone", "--recipes", name, "--seeds", str(seed)]
@@ -322,17 +323,33 @@ def our_step(args, optimizer: str, rows: int, train, dtype: str):
 # comparing
 
 
-def show(args) -> None:
-    """The end of every run, beside the original's of the same seed."""
-    runs, seconds, settings, out = {}, {}, {}, Path(args.out_dir)
-    for file in sorted(out.glob(f"{args.stage}/*/result.json")):
-        run = json.loads(file.read_text(encoding="utf-8"))
-        runs[run["recipe"], run["seed"]], settings[file] = run["curve"][-1], run["settings"]
-    if args.stage == "pretrain" and (out / "seconds.json").exists():
-        timed = json.loads((out / "seconds.json").read_text(encoding="utf-8"))
-        seconds, settings[out / "seconds.json"] = timed["seconds"], timed["settings"]
+def read_results(args, settings_now: dict | None = None) -> tuple[dict, dict]:
+    """What lies in --out_dir: {(recipe, seed): end of its curve}, and the seconds of a step of each case.
+
+    Raises UserError where those are of other settings, or of others than `settings_now`.
+    """
+    out, runs, seconds, settings = Path(args.out_dir), {}, {}, {}
+    try:
+        for file in sorted(out.glob(f"{args.stage}/*/result.json")):
+            run = json.loads(file.read_text(encoding="utf-8"))
+            runs[run["recipe"], run["seed"]], settings[file] = run["curve"][-1], run["settings"]
+        file = out / "seconds.json"
+        if args.stage == "pretrain" and file.exists():
+            timed = json.loads(file.read_text(encoding="utf-8"))
+            seconds, settings[file] = timed["seconds"], timed["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: not a result of this script ({type(error).__name__}: {error}); choose another "
+                        "--out_dir") from None
+    if settings_now:
+        settings[Path("this command")] = settings_now
     if settings:
         check_comparable(settings)
+    return runs, seconds
+
+
+def show(args) -> None:
+    """The end of every run, beside the original's of the same seed."""
+    out, (runs, seconds) = Path(args.out_dir), read_results(args)
 
     def minutes(name: str, steps: int) -> float | None:
         if not seconds:
@@ -403,6 +420,8 @@ def main() -> None:
                   "curve": learn(args, name, seed, folder)}
         write_json(folder / "result.json", result)
         return
+    if args.recipes or args.time:  # what cannot be compared is not trained
+        read_results(args, shared_settings(args) if args.time else settings_of(args, args.recipes[0]))
     if args.time:
         seconds = time_steps(args)
         write_json(out / "seconds.json", {"settings": shared_settings(args), "seconds": seconds})

@@ -193,7 +193,7 @@ def test_no_memory_beyond_is_touched(targets, dtype):
         kernels.cross_entropy(torch.zeros(2, 32, dtype=torch.bfloat16), torch.tensor(targets, dtype=dtype), None)
 
 
-@pytest.mark.parametrize("n_targets, n_weights", [(3, 3), (5, 3), (3, 5)])
+@pytest.mark.parametrize("n_targets, n_weights", [(3, 3), (5, 5), (4, 3), (4, 5)])
 def test_as_many_targets_and_weights_as_positions(n_targets, n_weights):
     """What the caller of the model gets wrong is said, where C would read on beyond the end."""
     model, buffer = make()

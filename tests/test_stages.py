@@ -104,7 +104,7 @@ CONTRACT = """--data_path --val_path --tokenizer_path --out_dir --init_from --pr
 CHOICES = {"--lr_schedule": "{constant,cosine,trapezoid}", "--optimizer": "{adamw,muon}", "--order": "{shuffled,file}",
            "--output_init": "{zero,normal}", "--dtype": "{auto,bf16,fp16,fp32}", "--device": "{auto,cpu,cuda,mps}"}
 DEFAULTS = {"pretrain": dict(max_seq_len=512, batch_size=32, learning_rate=4e-3),
-            "SFT": dict(max_seq_len=512, batch_size=32, learning_rate=2e-3, max_tokens=512, min_tokens=0),
+            "SFT": dict(max_seq_len=512, batch_size=32, learning_rate=1e-3, max_tokens=512, min_tokens=0),
             "SFT_long": dict(max_seq_len=1024, batch_size=16, learning_rate=1e-3, min_tokens=513, max_tokens=1024),
             "distill": dict(max_seq_len=1024, batch_size=16, learning_rate=2e-3, tag_weight=1.0, think_weight=1.0)}
 

@@ -131,7 +131,7 @@ def test_too_long_a_sequence_is_refused():
     """A sequence beyond max_seq_len, packed or not, and lengths that do not add up are refused."""
     model = WeakWater(LLMConfig.preset("nano", vocab_size=97, max_seq_len=16))
     model(torch.zeros(1, 32, dtype=torch.long), lengths=[16, 16])
-    for tokens, lengths in ((17, None), (20, [3, 17]), (20, [10, 9])):
+    for tokens, lengths in ((17, None), (20, [3, 17]), (20, [10, 9]), (8, [10, -2]), (8, [0, 8])):
         with pytest.raises(UserError, match="longer than the model's max_seq_len|packed buffer"):
             model(torch.zeros(1, tokens, dtype=torch.long), lengths=lengths)
 
