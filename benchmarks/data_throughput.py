@@ -207,7 +207,7 @@ def main() -> None:
     parser = make_parser(__doc__, "its vocabulary size (default: %(default)s)")
     parser.add_argument("--data_path", help="JSONL of texts or conversations (default: generated)")
     parser.add_argument("--tokenizer_path", help="(default: trained on the text)")
-    parser.add_argument("--megabytes", type=number(float, 0.1), default=8, help="of text (default: %(default)s)")
+    parser.add_argument("--megabytes", type=number(float, 0.1), default=8, help="of text, about (default: %(default)s)")
     parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
     parser.add_argument("--batches", type=number(int, 0), default=200,

@@ -25,6 +25,10 @@ def make_parser(description: str, preset_help: str = "(default: %(default)s)") -
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS), help=preset_help)
     parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") and "--alone" not in sys.argv else 0
+    if load > 0.5:
+        print(f"the load of this machine was {load:.1f} in the last minute: what else runs on it slows each loop by "
+              "another factor", file=sys.stderr)
     return parser
 
 

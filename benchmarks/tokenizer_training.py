@@ -117,7 +117,7 @@ def main() -> None:
     parser = make_parser(__doc__, "its vocabulary size (default: %(default)s)")
     parser.add_argument("--data_path", help="JSONL of texts or conversations (default: generated)")
     parser.add_argument("--megabytes", type=number(float, 0.1), default=8,
-                        help="of the largest text (default: %(default)s)")
+                        help="of the largest text, about (default: %(default)s)")
     for hidden in ("alone", "out", "vocab_size"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -192,8 +192,6 @@ class Transformers:
                 continue
             seconds[rows] = min(seconds.get(rows, math.inf), time.perf_counter() - begin)
         self.rows = min(seconds, key=lambda rows: seconds[rows])
-        if self.forward is not self.model:  # else compiled for any number of rows, and slower
-            torch.compiler.reset()
 
     def step(self, documents: list[tuple], rows: int | None = None) -> tuple[float, float]:
         """One optimizer step; its loss and its gradient's norm."""
@@ -361,7 +359,10 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str) -> dict:
         own = {}
         if kind == "chats":  # padded, they are rows of the same length as the full ones
             for name in theirs:
-                loops[name].choose_rows(draws[0], ROWS_TO_TRY[device.type])
+                if name.endswith(" compiled"):  # each size would be compiled anew
+                    loops[name].rows = loops[name.removesuffix(" compiled")].rows
+                else:
+                    loops[name].choose_rows(draws[0], ROWS_TO_TRY[device.type])
             own = measure_alone(args, loops, draws[0])
         seconds[kind], measured = measure(loops, draws, args.max_seq_len, dtype, args.repeats)
         rows = []

@@ -47,6 +47,7 @@ from dataset import (
     TextEncoder,
     evaluated,
     evaluation_batches,
+    find_files,
     load_splits,
     load_tokenizer,
     make_micro_batch,
@@ -229,11 +230,11 @@ def shared_settings(args) -> dict:
 def check_comparable(found: dict[Path, dict]) -> None:
     """Raises UserError where files are of runs that say nothing about one another."""
     (first, expected), *others = found.items()
-    for file, settings in others:
-        for key in settings.keys() & expected.keys() - {"recipe"}:
+    for other, settings in others:
+        for key in sorted(settings.keys() & expected.keys() - {"recipe"}):
             if settings[key] != expected[key]:
-                raise UserError(f"{file} was made with another {key} than {first}: {settings[key]} and "
-                                f"{expected[key]}; choose another --out_dir")
+                raise UserError(f"{key} is {expected[key]} in {first} and {settings[key]} in {other}: not to be "
+                                "compared; take the same, or another --out_dir")
 
 
 def write_json(path: Path, value) -> None:
@@ -361,12 +362,12 @@ def show(args) -> None:
             raise UserError(f"{out / 'seconds.json'} lacks a step of {case}: measure again with --time")
         return steps * statistics.median(seconds[case]) / 60
 
-    rows = []
+    rows, firsts = [], [first for first in ("original", "original_8") if any(name == first for name, _ in runs)]
     for name in RECIPES[args.stage]:
         for seed in sorted(seed for other, seed in runs if other == name):
             end = runs[name, seed]
             time_alone, beside = minutes(name, end["step"]), []
-            for first in ("original", "original_8"):
+            for first in firsts:
                 if (first, seed) in runs:
                     theirs = runs[first, seed]
                     beside += [f"{end['tokens'] / theirs['tokens']:.0%}",
@@ -377,9 +378,11 @@ def show(args) -> None:
             rows.append([name, str(seed), f"{end['step']:,}", f"{end['tokens']:,}",
                          f"{time_alone:.1f}" if seconds else "", f"{end['bpb']:.4f}", *beside])
     head = ["recipe", "seed", "steps", "tokens", "minutes", "bits per byte"]
-    for first in ("original", "original_8"):
-        head += [f"of {first}: tokens", "time", "bits per byte"]
+    for first in firsts:
+        head += [f"share of {first}'s tokens", "of its time", "bits per byte beside its"]
     print_table(head, rows)
+    if args.stage == "pretrain" and not seconds:
+        print("minutes and time need the same command with --time, on a quiet machine")
 
 
 def main() -> None:
@@ -437,7 +440,9 @@ def main() -> None:
 def prepare_data(args, out: Path) -> None:
     """Generated text and a tokenizer where none is given."""
     out.mkdir(parents=True, exist_ok=True)
-    if not args.data_path:
+    if args.data_path:
+        find_files(args.data_path)
+    else:
         if not (out / "data").exists():
             run_script("make_demo_data.py", "--out_dir", str(out / "data"))
         args.data_path, args.val_path = str(out / "data" / "pretrain.jsonl"), None
