@@ -54,8 +54,8 @@ def test_a_changed_source_is_compiled_again(afresh):
     (before,) = (afresh.parent / "__pycache__").iterdir()
     afresh.write_text(afresh.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     native.library()
-    (after,) = (afresh.parent / "__pycache__").iterdir()
-    assert after.name != before.name
+    after = set((afresh.parent / "__pycache__").iterdir())  # the old one may be another machine's
+    assert before in after and len(after) == 2
 
 
 @needs_compiler
