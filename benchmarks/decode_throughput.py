@@ -10,9 +10,10 @@ llama.cpp       on a GGUF of the same weights, F32, BF16 and Q8_0 (pip install -
 A prompt of --prompt_tokens is continued by exactly --new_tokens, greedily and sampled (temperature 0.7, top_p 0.9), one
 prompt and --batch of them. "first token" is the same call for a single token. Weights are random, but large enough
 that replies do not repeat themselves. Before anything is timed the same calls are compared: in float32 the greedy
-tokens of one prompt and of all of them with transformers', and of one with llama.cpp's; in bf16, where each rounds in
-its own way, how many of float32's tokens each finds when it goes on from what float32 said before. "limit" is what
-memory bandwidth, measured in the same turns, leaves: the bytes of weights and cache that each token has to read.
+tokens of one prompt and of all of them with transformers', and of one with llama.cpp's (its cache, else float16, in
+float32 for this); in bf16, where each rounds in its own way, how many of float32's tokens each finds when it goes on
+from what float32 said before. "limit" is what memory bandwidth, measured in the same turns, leaves: the bytes of
+weights and cache that each token has to read.
 """
 
 import math
@@ -73,13 +74,14 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama-cpp-python on a GGUF file."""
+    """llama-cpp-python on a GGUF file; its cache in float16, as it is by default, or `exact`, in float32."""
 
-    def __init__(self, path: Path, context: int):
-        from llama_cpp import Llama
+    def __init__(self, path: Path, context: int, exact: bool = False):
+        from llama_cpp import GGML_TYPE_F32, Llama
 
+        cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32} if exact else {}
         self.llama = Llama(str(path), n_ctx=context, n_threads=torch.get_num_threads(), logits_all=False, verbose=False,
-                           n_threads_batch=torch.get_num_threads())
+                           n_threads_batch=torch.get_num_threads(), **cache)
 
     def __call__(self, prompts: list[list[int]], new_tokens: int, sampled: bool) -> list[list[int]]:
         (prompt,) = prompts
@@ -254,7 +256,9 @@ def main() -> None:
         for dtype in dict.fromkeys(("fp32", own)):
             decoders = decoders_of(model, device, dtype, Path(folder), args.prompt_tokens + args.new_tokens + 8)
             if dtype == "fp32":
-                replies = check_equal(decoders, prompts, args.new_tokens)
+                exact = {"llama.cpp F32": LlamaCpp(Path(folder) / "F32.gguf", args.prompt_tokens + args.new_tokens + 8,
+                                                   exact=True)} if "llama.cpp F32" in decoders else {}
+                replies = check_equal(decoders | exact, prompts, args.new_tokens)
             else:
                 shares = check_found(decoders, prompts, replies)
             for batch, sampled in ((1, False), (1, True), (args.batch, False), (args.batch, True)):
