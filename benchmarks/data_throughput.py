@@ -41,6 +41,7 @@ from benchmarks.measure import (
     results_in_turns,
     seconds_since_start,
     train_a_tokenizer,
+    warn_of_load,
 )
 from common import runtime
 from Config import UserError, number
@@ -223,6 +224,7 @@ def main() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false" if args.alone == "getitem" else "true"
         print(json.dumps((build if args.alone == "build" else go_through)(args)))
         return
+    warn_of_load()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data_path = str(folder / "text.jsonl")

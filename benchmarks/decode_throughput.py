@@ -28,7 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from benchmarks.measure import make_parser, print_result, print_table, ratio, take_turns, to_transformers
+from benchmarks.measure import (
+    make_parser,
+    print_result,
+    print_table,
+    ratio,
+    take_turns,
+    to_transformers,
+    warn_of_load,
+)
 from common import runtime
 from common.generation import FusedModel, Sampling, generate
 from Config import LLMConfig, number
@@ -242,6 +250,7 @@ def main() -> None:
     parser.add_argument("--batch", type=number(int, 2), default=16, help="prompts of the large batch (default: 16)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     args = parser.parse_args()
+    warn_of_load()
     device, _ = runtime.pick_device(args.device)
     own = runtime.pick_dtype("auto", device)[0]
     runtime.prepare(device, own, 0, False)
@@ -251,14 +260,15 @@ def main() -> None:
     block = torch.ones(2**27, device=device)  # 512 MiB, which no cache holds
     print(f"{runtime.describe_machine(device)}; {args.preset}; {args.prompt_tokens} tokens continued by "
           f"{args.new_tokens}, {args.repeats} turns")
-    result, ratios, rows, shares = {}, {}, [], {}
+    result, ratios, rows, shares, context = {}, {}, [], {}, args.prompt_tokens + args.new_tokens + 8
     with tempfile.TemporaryDirectory() as folder:
         for dtype in dict.fromkeys(("fp32", own)):
-            decoders = decoders_of(model, device, dtype, Path(folder), args.prompt_tokens + args.new_tokens + 8)
+            decoders = decoders_of(model, device, dtype, Path(folder), context)
             if dtype == "fp32":
-                exact = {"llama.cpp F32": LlamaCpp(Path(folder) / "F32.gguf", args.prompt_tokens + args.new_tokens + 8,
-                                                   exact=True)} if "llama.cpp F32" in decoders else {}
-                replies = check_equal(decoders | exact, prompts, args.new_tokens)
+                comparing = dict(decoders)
+                if "llama.cpp F32" in decoders:
+                    comparing["llama.cpp F32"] = LlamaCpp(Path(folder) / "F32.gguf", context, exact=True)
+                replies = check_equal(comparing, prompts, args.new_tokens)
             else:
                 shares = check_found(decoders, prompts, replies)
             for batch, sampled in ((1, False), (1, True), (args.batch, False), (args.batch, True)):

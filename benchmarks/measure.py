@@ -25,11 +25,15 @@ def make_parser(description: str, preset_help: str = "(default: %(default)s)") -
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS), help=preset_help)
     parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") and "--alone" not in sys.argv else 0
+    return parser
+
+
+def warn_of_load() -> None:
+    """Say so where other work ran on this machine a moment ago."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if load > 0.5:
         print(f"the load of this machine was {load:.1f} in the last minute: what else runs on it slows each loop by "
               "another factor", file=sys.stderr)
-    return parser
 
 
 def take_turns(work: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
@@ -129,20 +133,6 @@ def middle(runs: list[dict], key: str) -> float:
     return statistics.median(run[key] for run in runs)
 
 
-def kind_of(source: str) -> str:
-    """What a JSONL file holds, going by its first readable line: "chat" or "text". Raises UserError where none is."""
-    from dataset import MalformedRecord, find_files, parse_object, read_lines
-
-    for file in find_files(source):
-        for _, line in read_lines(file):
-            try:
-                record = parse_object(line)
-            except MalformedRecord:
-                continue
-            return "chat" if "conversations" in record and record.get("text") is None else "text"
-    raise UserError(f"--data_path {source}: no line of it is a JSON object")
-
-
 def sample_records(source: str, target: Path, kind: str, count: int, seed: int) -> None:
     """`count` lines of a JSONL file, drawn from all of it (Vitter 1985, algorithm R), as a plain file; those that are
     no records of the kind are left out, and counted. Raises UserError where none is left."""
@@ -189,7 +179,7 @@ def make_corpus(path: Path, megabytes: float) -> None:
 
 def copy_texts(source: str, target: Path, megabytes: float) -> None:
     """The texts of a JSONL file, its first `megabytes` of them, as plain {"text": ...} lines, for loops that know
-    nothing else; of a conversation its messages, one below the other.
+    nothing else; of a conversation its messages, of a question its answer, one below the other.
 
     Lines that are malformed or empty are left out, and counted. Raises UserError where no text is found.
     """

@@ -34,6 +34,7 @@ from benchmarks.measure import (
     ratio,
     results_in_turns,
     seconds_since_start,
+    warn_of_load,
 )
 from Config import LLMConfig, UserError, number
 
@@ -124,6 +125,7 @@ def main() -> None:
     if args.alone:
         print(json.dumps(train(args)))
         return
+    warn_of_load()
     import torch
 
     from common import runtime

@@ -37,7 +37,6 @@ import torch
 from benchmarks.measure import (
     ROOT,
     alone,
-    kind_of,
     large_product,
     make_parser,
     peak_mebibytes,
@@ -50,11 +49,12 @@ from benchmarks.measure import (
     take_turns,
     to_transformers,
     train_a_tokenizer,
+    warn_of_load,
 )
 from common import runtime
 from common.optim import make_optimizers
 from Config import PRESETS, LLMConfig, UserError, number
-from dataset import CONTEXT, MicroBatch, load_documents, load_tokenizer
+from dataset import CONTEXT, MicroBatch, find_files, load_documents, load_tokenizer
 from model import WeakWater
 
 # of 5,265 real SFT conversations of up to 512 tokens, drawn from those of docs/REPORT.md: their median is 100 tokens,
@@ -85,8 +85,10 @@ def make_chats(rng: np.random.Generator, vocab_size: int, tokens: int, longest: 
 def read_documents(rng: np.random.Generator, args, vocab_size: int, tokens: int, steps: int) -> list[list[tuple]]:
     """The same of --data_path for each of `steps` steps: conversations, cut to --max_seq_len as the stage scripts cut
     them, or texts, cut off there. What is too little for so many steps comes again."""
+    from evaluate import kind_of  # not at every start, which is timed
+
     with tempfile.TemporaryDirectory() as name:
-        kind, path = kind_of(args.data_path), str(Path(name) / "sample.jsonl")
+        kind, path = kind_of(find_files(args.data_path)[0]), str(Path(name) / "sample.jsonl")
         sample_records(args.data_path, Path(path), kind, LINES, args.seed)
         tokenizer = load_tokenizer(args.tokenizer_path or train_a_tokenizer(path, Path(name), args.preset))
         if len(tokenizer) > vocab_size:
@@ -468,6 +470,7 @@ def main() -> None:
     if args.alone:
         print(json.dumps(first_steps(args, config, device)))
         return
+    warn_of_load()
     print(f"{runtime.describe_machine(device)}; {args.preset}, "
           f"{args.rows} x {args.max_seq_len} tokens a step, {args.repeats} turns")
     result = compare(args, config, device, dtype)

@@ -51,6 +51,7 @@ from dataset import (
     load_splits,
     load_tokenizer,
     make_micro_batch,
+    write_jsonl,
 )
 from model import WeakWater
 
@@ -237,14 +238,6 @@ def check_comparable(found: dict[Path, dict]) -> None:
                                 "compared; take the same, or another --out_dir")
 
 
-def write_json(path: Path, value) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(partial, path)
-
-
 def learn_all(args) -> None:
     """Every recipe with every seed that has not been run yet, each in a process of its own, --jobs at a time."""
     def one(name: str, seed: int) -> None:
@@ -421,13 +414,14 @@ def main() -> None:
         folder = folder_of(args, name, seed)
         result = {"recipe": name, "seed": seed, "settings": settings_of(args, name),
                   "curve": learn(args, name, seed, folder)}
-        write_json(folder / "result.json", result)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_jsonl([result], folder / "result.json")
         return
     if args.recipes or args.time:  # what cannot be compared is not trained
         read_results(args, shared_settings(args) if args.time else settings_of(args, args.recipes[0]))
     if args.time:
         seconds = time_steps(args)
-        write_json(out / "seconds.json", {"settings": shared_settings(args), "seconds": seconds})
+        write_jsonl([{"settings": shared_settings(args), "seconds": seconds}], out / "seconds.json")
         print(runtime.describe_machine(CPU))
         print_table(["a step of", "seconds, median", "range"],
                     [[name, f"{statistics.median(each):.3f}", f"{min(each):.3f} to {max(each):.3f}"]

@@ -12,8 +12,9 @@ from conftest import ROOT
 
 from benchmarks import decode_throughput as decoding
 from benchmarks import train_throughput as benchmark
-from benchmarks.measure import copy_texts, kind_of, sample_records, take_turns
+from benchmarks.measure import copy_texts, sample_records, take_turns
 from Config import LLMConfig, UserError, parse_args
+from evaluate import kind_of
 from experiments import recipe
 
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def test_texts_of_any_file(data_dir, tmp_path):
         texts = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
         assert all(set(text) == {"text"} for text in texts)
         assert 10_000 <= sum(len(text["text"].encode()) for text in texts) < 20_000
-    assert kind_of(str(data_dir / "pretrain.jsonl")) == "text" and kind_of(str(data_dir / "sft.jsonl")) == "chat"
+    assert kind_of(data_dir / "pretrain.jsonl") == "text" and kind_of(data_dir / "sft.jsonl") == "chat"
     (tmp_path / "none.jsonl").write_text('{"other": 1}\nno JSON\n', encoding="utf-8")
     with pytest.raises(UserError, match="no text"):
         copy_texts(str(tmp_path / "none.jsonl"), tmp_path / "texts.jsonl", 1)
