@@ -1,0 +1,226 @@
+#!/usr/bin/env bash
+# Everything the documentation says about one GPU (H100, H200, RTX 4090), in two commands of at most ten minutes each.
+#
+#   bash runs/gpu.sh measure     checks, a sweep of rows and learning rates, speed of training and decoding
+#   bash runs/gpu.sh train       weakwater-30m through all four stages, 500 problems, sample answers, the weights
+#   DEVICE=cpu PRESET=nano bash runs/gpu.sh measure      tries the script without a GPU
+#
+# No network is needed. The data is in $CARRY (default: .carry):
+#
+#   pretrain/*.jsonl.xz  val.jsonl.xz    text                sft.jsonl.xz  r1.jsonl.xz    conversations
+#   held_out.jsonl                       problems in no conversation (experiments/hold_out.py)
+#   tokenizer/                           train_tokenizer.py
+#
+# Each part has a time limit of its own (LIMIT_<part>=SECONDS changes it). At the limit Python gets Ctrl-C, so a training
+# stage saves its weights and the next part goes on from there. A part's output goes to stdout and to $OUT/<part>.txt;
+# at the end all of it, the training logs, charts and replies are packed in $OUT/logs.tgz. Beside it stand only the
+# pieces of the weights (experiments/split_weights.py). The exit code is 1 if a part failed, 2 if nothing could start.
+#
+# Environment (defaults in brackets):
+#   DEVICE [cuda]  PRESET [weakwater-30m]  PYTHON [.venv/bin/python, python3 or python]  CARRY [.carry]
+#   OUT [out/gpu/results/<command>] results    RUN [out/gpu] token caches, runs and their checkpoints
+#   BUDGET [600] seconds of the whole command: no part runs beyond it
+#   ROWS [32] rows of 512 tokens in a step
+#   measure: BIG_ROWS [128], SWEEP ["32:2e-3 32:4e-3 32:8e-3 128:4e-3 128:8e-3"] rows:learning rate,
+#            SWEEP_TOKENS [16000000] tokens of each case, PILOT [100] steps of a speed run, REPEATS [5]
+#   train:   RATE [500000] tokens/s, as measured; PRETRAIN_S [170] SFT_S [25] SFT_LONG_S [12] DISTILL_S [35] seconds of
+#            the stages at that rate; SFT_ROWS SFT_LONG_ROWS DISTILL_ROWS [as many tokens as ROWS]; COMPILE=1 adds
+#            --compile; PRETRAIN_FLAGS SFT_FLAGS SFT_LONG_FLAGS DISTILL_FLAGS more flags; QUESTIONS [500];
+#            NEW_TOKENS [400]; WEIGHTS ["distill"] stages whose weights are packed; MIB [15] of a piece
+# train goes on where an earlier train in the same $RUN stopped.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+case ${1:-} in measure | train) ;; *) echo "usage: bash runs/gpu.sh measure | train" >&2; exit 2 ;; esac
+DEVICE=${DEVICE:-cuda} PRESET=${PRESET:-weakwater-30m} CARRY=${CARRY:-.carry} RUN=${RUN:-out/gpu} BUDGET=${BUDGET:-600}
+OUT=${OUT:-out/gpu/results/$1} ROWS=${ROWS:-32}
+if [ -z "${PYTHON:-}" ]; then
+    for PYTHON in .venv/bin/python python3 python; do
+        command -v "$PYTHON" > /dev/null && break
+    done
+fi
+for file in pretrain val.jsonl.xz sft.jsonl.xz r1.jsonl.xz held_out.jsonl tokenizer; do
+    [ -e "$CARRY/$file" ] || { echo "gpu.sh: $CARRY/$file is missing (the data this script needs is listed at its head)" >&2; exit 2; }
+done
+export PYTHONUNBUFFERED=1 PYTHONIOENCODING=utf-8
+mkdir -p "$OUT" "$RUN" || exit 2
+rm -f "$OUT"/{failed.txt,logs.tgz}
+"$PYTHON" - "$DEVICE" > "$OUT/machine.txt" <<'EOP' || {
+import importlib.metadata, os, pathlib, sys
+import torch
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit(2)
+for package in ("torch", "transformers", "tokenizers", "pytest"):
+    try:
+        print(package, importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        print(package, "is not installed")
+cpuinfo = pathlib.Path("/proc/cpuinfo")
+models = [l.split(":")[1].strip() for l in cpuinfo.read_text().splitlines() if l.startswith("model name")] if cpuinfo.exists() else []
+print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs: {models[0] if models else 'unknown'}")
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_name(), "capability", torch.cuda.get_device_capability(), "CUDA", torch.version.cuda)
+EOP
+    echo "gpu.sh: torch of $PYTHON finds no CUDA GPU (DEVICE=cpu PRESET=nano tries the script without one)" >&2
+    exit 2
+}
+[ "$DEVICE" != cuda ] || nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit,utilization.gpu \
+    --format=csv,noheader >> "$OUT/machine.txt" 2>&1
+cat "$OUT/machine.txt"
+
+part() {  # NAME LIMIT COMMAND…: its output on stdout and in NAME.txt
+    local name=$1 limit=$2 begin=$SECONDS left=$((BUDGET - SECONDS - 10)) override="LIMIT_$1" code
+    shift 2
+    limit=${!override:-$limit}
+    [ "$limit" -le "$left" ] || limit=$left
+    echo "=== $name (at most $limit s)"
+    if [ "$limit" -lt 1 ]; then
+        echo "not started: the $BUDGET s of BUDGET are used up" | tee "$OUT/$name.txt"
+        code=124
+    else  # a background job of a script ignores SIGINT, and Python then does too, unless env restores it
+        timeout -s INT -k 10 "$limit" env --default-signal=INT "$@" 2>&1 | tee "$OUT/$name.txt"
+        code=${PIPESTATUS[0]}
+    fi
+    echo "=== $name: exit $code, $((SECONDS - begin)) s, $SECONDS s in all"
+    [ "$code" = 0 ] || echo "$name (exit $code)" >> "$OUT/failed.txt"
+}
+beside() {  # part in the background: printed as a whole when it ends, NAME.txt grows meanwhile
+    { local text; text=$(part "$@"); printf '%s\n' "$text"; } &
+}
+caches() {  # NAME LIMIT FILE:KIND…: token caches, made once for all that reads them
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$PYTHON" -c '
+import sys
+from dataset import load_tokenizer, open_cache
+carry, cache, *files = sys.argv[1:]
+tokenizer = load_tokenizer(f"{carry}/tokenizer")
+for name, kind in (file.split(":") for file in files):
+    meta = open_cache(f"{carry}/{name}", tokenizer, kind, cache).meta
+    print(name, meta["lines"], "lines", flush=True)' "$CARRY" "$RUN/cache" "$@"
+}
+same=(--tokenizer_path "$CARRY/tokenizer" --cache_dir "$RUN/cache" --device "$DEVICE")
+text=(--data_path "$CARRY/pretrain" --val_path "$CARRY/val.jsonl.xz" --preset "$PRESET" --epochs 100)
+
+# ---- measure: 60 + 150 (checks, sweep) + 3 × 40 (pretrain.py) + 50 + 100 (training) + 90 (decoding) = 570 s at the most ----
+sweep() {  # all cases at once: they share the GPU, so only their quality counts
+    local case rows rate
+    for case in ${SWEEP:-32:2e-3 32:4e-3 32:8e-3 128:4e-3 128:8e-3}; do
+        rows=${case%:*} rate=${case#*:}
+        beside "sweep_${rows}_$rate" 150 "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" --compile --batch_size "$rows" \
+            --learning_rate "$rate" --max_steps $((${SWEEP_TOKENS:-16000000} / (rows * 512))) --out_dir "$RUN/sweep/${rows}_$rate" \
+            --eval_interval 0 --eval_tokens 100000 --save_interval 1000000 --log_interval 50
+    done
+}
+speed() {  # NAME FLAGS…: pretrain.py itself, with the time of day at each line to show how long the start takes
+    local name=$1
+    shift
+    part "speed_$name" 40 bash -c 'stamp() { trap "" INT; while IFS= read -r line; do printf "%(%T)T %s\n" -1 "$line"; done; }
+        printf "%(%T)T start\n" -1; "$@" 2>&1 | stamp; exit "${PIPESTATUS[0]}"' - "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" --max_steps "${PILOT:-100}" \
+        --out_dir "$RUN/speed/$name" --log_interval 25 --eval_interval 0 --eval_tokens 20000 --save_interval 1000000 "$@"
+}
+measure() {
+    local benchmark=(--preset "$PRESET" --device "$DEVICE" --quick)
+    rm -rf "$RUN"/{sweep,speed}
+    WEAKWATER_GPU_REPORT="$OUT/checks.jsonl" beside checks 150 "$PYTHON" -m pytest tests/gpu -m gpu
+    caches caches_text 60 pretrain:text val.jsonl.xz:text
+    caches caches_chat 90 sft.jsonl.xz:chat r1.jsonl.xz:chat &  # for `train` on the same machine
+    sweep
+    wait
+    part sweep 10 "$PYTHON" - "$RUN/sweep" <<'EOP'
+import json, pathlib, sys
+print("rows_rate         steps      tokens    loss  val_loss  val_bpb")
+for folder in sorted(pathlib.Path(sys.argv[1]).glob("*")):
+    path = folder / "log" / "pretrain.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    shown = [last.get(key) for key in ("step", "tokens", "loss", "val_loss", "val_bpb")]
+    print(f"{folder.name:<12}", *(f"{'-' if v is None else v if isinstance(v, int) else f'{v:.4f}':>10}" for v in shown))
+EOP
+    speed eager --batch_size "$ROWS"
+    speed compiled --batch_size "$ROWS" --compile
+    speed compiled_big --batch_size "${BIG_ROWS:-128}" --compile
+    part train_eager 50 "$PYTHON" benchmarks/train_throughput.py "${benchmark[@]}" --repeats "${REPEATS:-5}" --rows "$ROWS"
+    part train_compiled 100 "$PYTHON" benchmarks/train_throughput.py "${benchmark[@]}" --repeats "${REPEATS:-5}" \
+        --rows "${BIG_ROWS:-128}" --compile
+    part decode 90 "$PYTHON" benchmarks/decode_throughput.py "${benchmark[@]}" --repeats 3
+}
+
+# ---- train: 257 + 76 + 60 + 88 (the stages) + 80 (answers, scores, weights) = 561 s at the most ----
+stage() {  # SCRIPT SECONDS ROWS TOKENS_OF_A_ROW FLAGS…: as many steps as fit in SECONDS at RATE
+    local script=$1 seconds=$2 rows=$3 length=$4 steps
+    shift 4
+    steps=$((${RATE:-500000} * seconds / (rows * length)))
+    [ "$steps" -ge 8 ] || steps=8
+    part "$script" $((seconds * 5 / 4 + 45)) "$PYTHON" "$script.py" "${same[@]}" --out_dir "$RUN/train" --batch_size "$rows" \
+        --epochs 100 --max_steps "$steps" --eval_interval $((steps / 8)) --eval_tokens 100000 --save_interval 1000000 \
+        --log_interval $((steps / 80 + 1)) ${COMPILE:+--compile} --resume "$@"
+}
+answers() {  # STAGE: ten prompts, each alone, greedy and sampled
+    local stage=$1 prompts temperature
+    case $stage in
+        pretrain) prompts=("春天来了，" "中华人民共和国" "Linux 是一种" "从前有一个人，" "人工智能的发展" "水的沸点是" "北京是"
+                           "学习一门外语" "这家餐厅的" "在数学中，") ;;
+        distill) prompts=("小明有12个苹果，又买了5个，吃掉了3个，还剩几个？" "一支铅笔2元，买7支要多少元？"
+                          "一辆汽车每小时行60千米，3小时行多少千米？" "书架上有48本书，平均放在6层，每层放几本？"
+                          "一个长方形长8厘米，宽5厘米，面积是多少？" "小红今年9岁，妈妈比她大26岁，妈妈今年几岁？"
+                          "你好，你是谁？" "中国的首都是哪里？" "怎样才能睡得更好？" "为什么天空是蓝色的？") ;;
+        *) prompts=("你好，你是谁？" "中国的首都是哪里？" "请写一句关于春天的话。" "怎样才能睡得更好？" "为什么天空是蓝色的？"
+                    "请推荐三种健康的早餐。" "把“我喜欢读书”翻译成英文。" "如何学好数学？" "什么是人工智能？" "给朋友写一句生日祝福。") ;;
+    esac
+    printf '%s\n' "${prompts[@]}" > "$RUN/prompts_$stage"
+    for temperature in 0 0.7; do
+        beside "answers_${stage}_$temperature" 70 bash -c 'exec "$@" < "$0"' "$RUN/prompts_$stage" "$PYTHON" eval_model.py \
+            --checkpoint "$RUN/train/$stage.pth" --tokenizer_path "$CARRY/tokenizer" --device "$DEVICE" --history_turns 0 \
+            --temperature $temperature --top_p 0.9 --max_new_tokens "$NEW_TOKENS"
+    done
+}
+train() {
+    local stage temperature score=(--tokenizer_path "$CARRY/tokenizer" --device "$DEVICE" --out_dir "$RUN/train")
+    NEW_TOKENS=${NEW_TOKENS:-400}
+    caches caches_chat 90 sft.jsonl.xz:chat r1.jsonl.xz:chat > /dev/null &  # while pretrain.py is at work
+    stage pretrain "${PRETRAIN_S:-170}" "$ROWS" 512 "${text[@]}" ${PRETRAIN_FLAGS:-}
+    wait
+    cat "$OUT/caches_chat.txt"
+    stage SFT "${SFT_S:-25}" "${SFT_ROWS:-$ROWS}" 512 --data_path "$CARRY/sft.jsonl.xz" ${SFT_FLAGS:-}
+    stage SFT_long "${SFT_LONG_S:-12}" "${SFT_LONG_ROWS:-$(((ROWS + 1) / 2))}" 1024 --data_path "$CARRY/sft.jsonl.xz" \
+        ${SFT_LONG_FLAGS:-}
+    stage distill "${DISTILL_S:-35}" "${DISTILL_ROWS:-$(((ROWS + 1) / 2))}" 1024 --data_path "$CARRY/r1.jsonl.xz" \
+        ${DISTILL_FLAGS:-}
+    for stage in ${WEIGHTS:-distill}; do
+        beside "weights_$stage" 60 "$PYTHON" experiments/split_weights.py pack "$RUN/train/$stage.pth" "$OUT/$stage" \
+            --mib "${MIB:-15}"
+    done
+    for stage in SFT_long distill; do
+        beside "problems_$stage" 80 "$PYTHON" evaluate.py "${score[@]}" --checkpoint "$RUN/train/$stage.pth" \
+            --data_path "$CARRY/held_out.jsonl" --max_questions "${QUESTIONS:-500}" --max_new_tokens "$NEW_TOKENS" --batch_size 256
+    done
+    beside metrics_pretrain 60 "$PYTHON" evaluate.py "${score[@]}" --checkpoint "$RUN/train/pretrain.pth" \
+        --data_path "$CARRY/val.jsonl.xz"
+    for stage in pretrain SFT SFT_long distill; do answers $stage; done
+    wait
+    for stage in pretrain SFT SFT_long distill; do
+        for temperature in 0 0.7; do
+            printf '\n######## %s, temperature %s\n' "$stage" "$temperature"
+            cat "$OUT/answers_${stage}_$temperature.txt"
+            rm "$OUT/answers_${stage}_$temperature.txt"
+        done
+    done > "$OUT/answers.txt"
+}
+
+"$1"
+echo "=== $1: $SECONDS s in all"
+status=0
+if [ -e "$OUT/failed.txt" ]; then
+    status=1
+    echo "failed: $(paste -sd ',' "$OUT/failed.txt" | sed 's/,/, /g')"
+fi
+small=()
+for path in "$OUT"/*.txt "$OUT"/*.jsonl; do [ ! -e "$path" ] || small+=("${path##*/}"); done
+logs=()
+for path in "$RUN"/train/{log,eval} "$RUN"/train/charts_* "$RUN"/{sweep,speed}/*/log; do
+    [ ! -e "$path" ] || logs+=("${path#"$RUN"/}")
+done
+tar czf "$OUT/logs.tgz.partial" -C "$OUT" "${small[@]}" -C "$(cd "$RUN" && pwd)" ${logs[@]+"${logs[@]}"} \
+    && mv "$OUT/logs.tgz.partial" "$OUT/logs.tgz" && (cd "$OUT" && rm -f "${small[@]}") || status=1
+ls -l "$OUT"
+exit $status
