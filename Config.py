@@ -179,7 +179,7 @@ FLAGS = {
     "log_interval": Flag(int, 10, "steps between log lines", low=1),
     "eval_interval": Flag(int, 500, "steps between validations (0: only at the end)", low=0),
     "eval_tokens": Flag(int, 200_000, "validation tokens scored each time (0: all)", low=0),
-    "save_interval": Flag(int, 500, "steps between checkpoints", low=1),
+    "save_interval": Flag(int, None, "steps between checkpoints (default: 500, but at most one a minute)", low=1),
     "keep_checkpoints": Flag(int, 2, "how many of the newest checkpoints to keep", low=1),
     "wandb_project": Flag(str, "weakwater", "Weights & Biases project"),
 }

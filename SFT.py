@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
     net.to(device).train()
     net.model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
-        log.print(f"compile: {runtime.compile_blocks(net, device)}")
+        log.print(f"compile: {runtime.compile_blocks(net, device, log.print)}")
     model = ranks.wrap(net)
     for line in inherited + describe_run(net, loader, val, args, ranks.world_size, total_steps):
         log.print(line)
@@ -86,6 +86,11 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
         best_loss = math.inf
     log.cut_back(done)
 
+    def place(step: int) -> tuple[int, int]:
+        """(epoch, number in it) of an optimizer step."""
+        epoch = bisect_right(epoch_ends, step)
+        return epoch, step - (epoch_ends[epoch - 1] if epoch else 0)
+
     def save_weights(path: Path) -> None:
         if ranks.is_main:
             meta = {"stage": args.stage, "step": done, "tokens": tokens, "val": val_scores, "command": args.command,
@@ -100,6 +105,7 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
                      "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                      "scaler": scaler.state_dict(), "start_sha256": start_sha256}
             checkpoint.save_state(state, args.out_dir, args.stage, args.keep_checkpoints)
+            saving.done()
             save_weights(out / f"{args.stage}.pth")
         ranks.barrier()  # a rank that ends early would take the others, saving, with it
 
@@ -112,19 +118,21 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
     # ---- the loop -----------------------------------------------------------------------------
     if args.use_wandb:
         log.start_wandb(args.wandb_project, settings)
-    meter = Meter()
+    meter, saving = Meter(), checkpoint.Saving(args.save_interval)
     peak = runtime.peak_flops(device, dtype)
     flops_per_token = net.flops_per_token(min(args.max_seq_len, loader.tokens_per_epoch / len(train)))
-    with runtime.StopSignal() as signal:
+    if peak:
+        log.print(f"mfu: share of the data sheet's {peak / 1e12:,.0f} TFLOP/s in {dtype}")
+    coming = loader.step(*place(done))
+    with runtime.StopSignal() as signal, runtime.BatchSizeAdvice(args, net, device, dtype):
         for step in range(done, total_steps):
             begin = time.perf_counter()
-            epoch = bisect_right(epoch_ends, step)
-            number = step - (epoch_ends[epoch - 1] if epoch else 0)
+            epoch, number = place(step)
             lr = learning_rate(step, total_steps, args.learning_rate, args.lr_schedule, args.warmup_ratio,
                                args.decay_ratio, args.min_lr_ratio)
             set_learning_rate(optimizers, lr)
             runtime.seed_step(args.seed, step, ranks.rank)
-            batch = loader.step(epoch, number)
+            batch = coming
 
             # forward, scaled backward, clip, step: these lines are the same in every stage
             loss_sum = torch.zeros((), device=device)
@@ -137,8 +145,10 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
-            seen = ranks.sum(torch.stack([loss_sum, torch.full_like(loss_sum, signal.number)]))
-            loss, stop, norm = torch.cat([seen, grad_norm.unsqueeze(0)]).tolist()  # the step's one synchronisation
+            coming = loader.step(*place(step + 1)) if step + 1 < total_steps else None  # while a GPU is at work
+            flags = signal.number, ranks.is_main and saving.due(step + 1)
+            seen = ranks.sum(torch.stack([loss_sum, *(torch.full_like(loss_sum, flag) for flag in flags)]))
+            loss, stop, save, norm = torch.cat([seen, grad_norm.unsqueeze(0)]).tolist()  # the one synchronisation
             overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > checkpoint.LEAST_SCALE
             if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
                 save_all()
@@ -168,7 +178,7 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
                 fresh = {}
             if last or fresh or done % args.log_interval == 0:
                 rate, left = meter.rate(), meter.minutes(epoch_ends[epoch] - done)
-                line = (f"Epoch:[{epoch + 1}/{args.epochs}]({number + 1}/{loader.steps_in_epoch(epoch)}) "
+                line = (f"Epoch:[{epoch + 1}/{args.epochs}]({number + 1}/{epoch_ends[epoch] - step + number}) "
                         f"loss:{loss:.3f} lr:{lr:.12f} epoch_Time:{left:.1f}min tokens/s:{rate:,.0f} "
                         f"grad_norm:{norm:.3f}")
                 line += f" mfu:{rate * flops_per_token / peak / ranks.world_size:.1%}" if peak else ""
@@ -176,7 +186,7 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
                 log.print(line)
                 log.metrics(step=done, epoch=epoch + 1, loss=loss, lr=lr, tokens=tokens, tokens_per_second=rate,
                             grad_norm=norm, minutes_left=left, **fresh)
-            if last or stop or done % args.save_interval == 0:
+            if last or stop or save:
                 save_all()
                 log.charts()
             if stop and not last:

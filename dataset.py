@@ -889,9 +889,11 @@ class MicroBatch:
         arrays = dict(tokens=self.tokens[None], target_index=self.target_index, targets=self.targets,
                       weights=self.weights, boundaries=np.cumsum([0, *self.lengths], dtype=np.int32))
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if torch.device(device).type == "cuda":
+        on_cuda = torch.device(device).type == "cuda"
+        if on_cuda:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return {"lengths": self.lengths} | {n: t.to(device, non_blocking=True) for n, t in tensors.items()}
+        # from memory that is not pinned a copy must be waited for: it would read on after the memory is freed
+        return {"lengths": self.lengths} | {n: t.to(device, non_blocking=on_cuda) for n, t in tensors.items()}
 
 
 @dataclass
@@ -988,7 +990,7 @@ class StepLoader:
         return ends[1:]
 
     def step(self, epoch: int, number: int) -> Step:
-        """Step `number`, from 0, of an epoch."""
+        """Step `number`, from 0, of an epoch. One epoch's order is kept: ask for the steps of an epoch in a row."""
         self._prepare(epoch)
         per_micro_batch = self._cut_rows(number) if self._plan is None else self._share_out(self._plan[number])
         all_pieces = [piece for pieces in per_micro_batch for piece in pieces]

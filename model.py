@@ -51,6 +51,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # the compiler fuses the plain form, forward and backward
+            return normalise(x, self.weight, self.eps)[0]
+        if x.is_cuda and x.dtype == self.weight.dtype == torch.float32:  # one kernel each way
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return (kernels.Normalise if fast(x, x.shape[-1]) else Normalise).apply(x, self.weight, self.eps)
 
 
@@ -184,13 +188,15 @@ def attend_in_blocks(q_BTHD, k_BTKD, v_BTKD, block: int = 128) -> torch.Tensor:
 
 class Packing:
     """Where the documents of a packed buffer (1, T) lie: `lengths`, on the host, and `boundaries`, int32
-    (documents + 1,) on the device, from 0 to T.
+    (documents + 1,) on the device, from 0 to T. `varlen` is the kernel that attends to all of them at once, or None,
+    and `longest` the length of a document that it must expect.
 
-    One object and not its parts is handed down, since torch.compile would compile anew for each list of lengths.
+    One object and not its parts is handed down, since torch.compile would compile anew for each list of lengths. For
+    the same reason `longest` is the model's limit and not the length of the longest document here.
     """
 
-    def __init__(self, lengths: list[int], boundaries: torch.Tensor):
-        self.lengths, self.boundaries = lengths, boundaries
+    def __init__(self, lengths: list[int], boundaries: torch.Tensor, varlen: Callable | None = None, longest: int = 0):
+        self.lengths, self.boundaries, self.varlen, self.longest = lengths, boundaries, varlen, longest
         self._alike = self._groups = None
 
     def positions(self) -> torch.Tensor:
@@ -267,37 +273,41 @@ class Collect(torch.autograd.Function):
 
 
 def attend_packed(q_BTHD, k_BTKD, v_BTKD, packing: Packing) -> torch.Tensor:
-    """Causal attention inside each document of a packed buffer, (1, T, H, D).
+    """Causal attention inside each document of a packed buffer, (1, T, H, D): one variable-length flash kernel where
+    the packing has it, else documents of about the same length together."""
+    if packing.varlen is None:
+        return attend_in_groups(q_BTHD, k_BTKD, v_BTKD, packing)
+    bounds, longest = packing.boundaries, packing.longest
+    q, k, v = (x.squeeze(0) for x in (q_BTHD, k_BTKD, v_BTKD))  # x[0] would have a costly gradient
+    return packing.varlen(q, k, v, bounds, bounds, longest, longest).unsqueeze(0)
 
-    On CUDA in half precision one variable-length flash kernel does it all. Elsewhere documents of about the same
-    length are attended to together, as rows: what a shorter one is filled up with stands behind it, where causal
-    attention does not look. `split` and not slices: its gradient is one concatenation, theirs a full-size zero
-    tensor for each group.
+
+def attend_in_groups(q_BTHD, k_BTKD, v_BTKD, packing: Packing) -> torch.Tensor:
+    """`attend_packed` where no variable-length kernel is: documents of about the same length are attended to together,
+    as rows; what a shorter one is filled up with stands behind it, where causal attention does not look.
+
+    `split` and not slices: its gradient is one concatenation, theirs a full-size zero tensor for each group.
     """
-    if use_varlen(q_BTHD):
-        grouped = {"enable_gqa": True} if q_BTHD.shape[2] != k_BTKD.shape[2] else {}
-        bounds, longest = packing.boundaries, max(packing.lengths)
-        return varlen_kernel()(q_BTHD[0], k_BTKD[0], v_BTKD[0], bounds, bounds, longest, longest,
-                               **grouped).unsqueeze(0)
     shapes, source, place = packing.groups()
     sizes = [documents * length for documents, length in shapes]
-    parts = (Spread.apply(x[0], source, place).split(sizes) for x in (q_BTHD, k_BTKD, v_BTKD))
+    parts = (Spread.apply(x.squeeze(0), source, place).split(sizes) for x in (q_BTHD, k_BTKD, v_BTKD))
     outs = [attend(*(x.unflatten(0, shape) for x in qkv), causal=True).flatten(0, 1)
             for shape, *qkv in zip(shapes, *parts, strict=True)]
     return Collect.apply(torch.cat(outs), place).unsqueeze(0)
 
 
-def use_varlen(q: torch.Tensor) -> bool:
-    """Whether the variable-length flash kernel applies: it needs an Ampere GPU, and its backward pass is not
-    deterministic."""
-    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-            and not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.is_flash_attention_available()
-            and torch.cuda.get_device_capability(q.device) >= (8, 0) and varlen_kernel() is not None)
+def use_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """True if the variable-length flash kernel can run: half precision on an Ampere GPU or later, heads of a multiple
+    of 8 and at most 256 dimensions. Its backward pass is deterministic where torch is told to be."""
+    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
+            and head_dim <= 256 and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_capability(device) >= (8, 0) and varlen_kernel() is not None)
 
 
 @functools.cache
 def varlen_kernel() -> Callable | None:
-    """torch's variable-length flash attention, causal; None where this torch has none.
+    """torch's variable-length flash attention, causal, with fewer key/value heads than query heads where they are so;
+    None where this torch has none.
 
     Asked for only where it can run: importing it takes a second.
     """
@@ -305,10 +315,12 @@ def varlen_kernel() -> Callable | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
+    known = inspect.signature(varlen_attn).parameters
     # earlier versions say is_causal=True, later ones window_size=(-1, 0): look back without limit, never ahead
-    causal = ({"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters
-              else {"is_causal": True})
-    return functools.partial(varlen_attn, **causal)
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:  # earlier versions group without being asked
+        options["enable_gqa"] = True
+    return functools.partial(varlen_attn, **options)
 
 
 class SwiGLU(nn.Module):
@@ -322,6 +334,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = project(x, self.gate_proj, self.up_proj)
+        if torch.compiler.is_compiling():  # the compiler fuses the plain form, forward and backward
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.down_proj(F.silu(gate) * up)
         gated = (kernels.GatedSiLU if fast(gate_up, gate_up.shape[-1] // 2) else GatedSiLU).apply(gate_up)
         return self.down_proj(gated)
 
@@ -387,14 +402,19 @@ class Decoder(nn.Module):
             if B != 1 or sum(lengths) != T or min(lengths) < 1:
                 raise UserError(f"a packed buffer is (1, T) with lengths of at least 1 that sum to T, not ({B}, {T}) "
                                 f"with lengths of at least {min(lengths)} that sum to {sum(lengths)}")
-            packing = Packing(lengths, boundaries_of(lengths).to(tokens.device) if boundaries is None else boundaries)
+            if boundaries is None:
+                boundaries = boundaries_of(lengths).to(tokens.device)
+            dtype = product_dtype(self.embed_tokens.weight)
+            varlen = varlen_kernel() if use_varlen(tokens.device, dtype, self.rotary.cos_SD.shape[1]) else None
+            packing = Packing(lengths, boundaries, varlen, limit)
             positions = packing.positions()
         x_BTC = self.dropout(self.embed_tokens(tokens))
         cos, sin = self.rotary(positions, product_dtype(x_BTC))
         for block in self.layers:
             only = wanted if block is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
-                x_BTC = checkpoint(block, x_BTC, cos, sin, packing, only, use_reentrant=False)
+                x_BTC = checkpoint(block, x_BTC, cos, sin, packing, only, use_reentrant=False,
+                                   preserve_rng_state=self.dropout.p > 0)
             else:
                 x_BTC = block(x_BTC, cos, sin, packing, only)
         return self.norm(x_BTC)
@@ -442,7 +462,8 @@ class WeakWater(nn.Module):
         hidden_BTC = self.model(tokens, lengths, boundaries, wanted=target_index if targets is not None else None)
         if targets is None:
             return self.lm_head(hidden_BTC)
-        return LinearCrossEntropy.apply(hidden_BTC[0], self.lm_head.weight, targets, weights, torch.is_grad_enabled())
+        return LinearCrossEntropy.apply(hidden_BTC.squeeze(0), self.lm_head.weight, targets, weights,
+                                        torch.is_grad_enabled())
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters by part; tied weights count once, with the embedding."""

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -176,6 +177,23 @@ def save_state(state: dict, out_dir: str, stage: str, keep: int) -> Path:
     for _, old in numbered(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
+
+
+class Saving:
+    """When the full state is due: every `interval` steps; with None every 500, at most once a minute, since a fast GPU
+    takes 500 steps in seconds."""
+
+    def __init__(self, interval: int | None):
+        self.interval, self.least_seconds = (500, 60.0) if interval is None else (interval, 0.0)
+        self.last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether the state after so many steps is to be saved. The clocks of ranks differ: ask on the first."""
+        return step % self.interval == 0 and time.monotonic() - self.last >= self.least_seconds
+
+    def done(self) -> None:
+        """It was saved now."""
+        self.last = time.monotonic()
 
 
 def newest_state(out_dir: str, stage: str, needed: tuple[str, ...]) -> tuple[dict, Path] | None:

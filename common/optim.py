@@ -1,10 +1,11 @@
 """Optimizers and learning-rate schedules."""
 
+import functools
 import math
 
 import torch
 
-from common.runtime import has_bf16
+from common.runtime import pick_dtype
 from Config import UserError
 from model import WeakWater
 
@@ -81,15 +82,21 @@ class Muon(torch.optim.Muon):
                     p.add_(update if len(p) == short else update.T, alpha=-0.2 * math.sqrt(long) * group["lr"])
 
 
+@functools.cache
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """The precision in which the device multiplies fastest: bfloat16, float16 on GPUs without it, else float32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[pick_dtype("auto", device)[0]]
+
+
 def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int,
                    eps: float) -> torch.Tensor:
-    """(N, short, long) → about U V' of each matrix U S V', by Newton–Schulz iteration in bfloat16, or in float32
-    where that is faster.
+    """(N, short, long) → about U V' of each matrix U S V', by Newton–Schulz iteration in the device's fastest
+    precision.
 
     Singular values that are not tiny beside the largest become 0.7 to 1.2; tiny ones grow, but stay below.
     """
     a, b, c = coefficients
-    x = matrices.to(torch.bfloat16 if has_bf16(matrices.device) else torch.float32)
+    x = matrices.to(matmul_dtype(matrices.device))
     x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
     for _ in range(steps):
         gram = x @ x.mT

@@ -3,10 +3,11 @@
 import contextlib
 import ctypes
 import errno
-import functools
+import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -21,6 +22,9 @@ import model as network
 from common import kernels
 from common.native import cpu_flags
 from Config import UserError
+
+# read once, at the process's first matrix product on a GPU, and needed there for --deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class TrainingStopped(Exception):
@@ -49,9 +53,9 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
-    except (RuntimeError, MemoryError) as error:  # the CPU's lack of memory is a plain RuntimeError
-        reason = (str(error).splitlines() or [""])[0]
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in reason:
+    except (RuntimeError, MemoryError) as error:
+        reason = out_of_memory(error)
+        if reason is None:
             traceback.print_exc()
             return 1
         print(f"error: out of memory ({reason}): a smaller --batch_size needs less (in training with as much more "
@@ -78,6 +82,13 @@ def run(main: Callable[[], int | None]) -> int:
             dist.destroy_process_group()
 
 
+def out_of_memory(error: BaseException | None) -> str | None:
+    """What an error says of a lack of memory, None where it is another one. On a CPU it is a plain RuntimeError."""
+    reason = (str(error).splitlines() or [""])[0]
+    return reason if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in reason) else None
+
+
 # ---------------------------------------------------------------------------------------------
 # device and precision
 
@@ -87,10 +98,11 @@ def pick_device(name: str) -> tuple[torch.device, str]:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-        reason = "the first of cuda, mps, cpu that is here"
+        reason = "the first of cuda, mps, cpu that is here" + (f"; {idle}" if (idle := idle_gpu()) else "")
     else:
         if not available[name]:
-            raise UserError(f"--device {name}: not available on this machine")
+            idle = idle_gpu() if name == "cuda" else None
+            raise UserError(f"--device {name}: {idle or 'not available on this machine'}")
         reason = "as asked"
     if name == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0))
@@ -99,6 +111,18 @@ def pick_device(name: str) -> tuple[torch.device, str]:
         torch.cuda.set_device(index)
         return torch.device("cuda", index), f"{torch.cuda.get_device_name(index)}, {reason}"
     return torch.device(name), reason
+
+
+def idle_gpu() -> str | None:
+    """What to do where the machine has an NVIDIA GPU that this torch cannot use, else None."""
+    if torch.cuda.is_available() or not (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
+        return None
+    if torch.version.cuda:
+        return (f"an NVIDIA GPU is here, but its driver does not start CUDA {torch.version.cuda} of torch "
+                f"{torch.__version__}: install a newer driver, or a torch for an older CUDA (pytorch.org/get-started)")
+    version = torch.__version__.partition("+")[0]
+    return (f"an NVIDIA GPU is here, but torch {torch.__version__} was built without CUDA: pip install "
+            f"--force-reinstall torch=={version} (Windows: the command on pytorch.org/get-started)")
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
@@ -115,12 +139,6 @@ def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
             return "bf16", f"the CPU has {' and '.join(sorted(fast)).upper()}"
         return "fp32", "the CPU has neither AVX512_BF16 nor AMX"
     return "fp32", "the safe choice on this device"
-
-
-@functools.cache
-def has_bf16(device: torch.device) -> bool:
-    """Whether products in bf16 are fast there."""
-    return pick_dtype("auto", device)[0] == "bf16"
 
 
 def keep_freed_memory() -> None:
@@ -158,11 +176,9 @@ def prepare(device: torch.device, dtype: str, seed: int, deterministic: bool) ->
         keep_freed_memory()
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_flash_sdp(False)  # their backward passes add in no fixed order
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds in no fixed order
+        torch.backends.cuda.enable_cudnn_sdp(False)  # nor does this one
     return kernels.start(device, dtype)
 
 
@@ -181,23 +197,89 @@ def compile_trouble(device: torch.device) -> str | None:
     return None
 
 
-def compile_blocks(model, device: torch.device) -> str:
-    """torch.compile each block in place (names in the state dict stay), or say why that cannot be done."""
+def compile_blocks(model, device: torch.device, say: Callable[[str], None] = print) -> str:
+    """torch.compile each block in place (names in the state dict stay), or say why that cannot be done. `say` gets a
+    line, later, where torch gives up compiling a block."""
     trouble = compile_trouble(device)
     if trouble:
         return f"off: {trouble}; going on without it"
-    # The documents' lengths differ in every buffer: compiled, each would be a new graph. Not a decorator in model.py,
-    # which would import torch's compiler, a second, into every program.
-    network.attend_packed = torch.compiler.disable(network.attend_packed)
+    # Without a variable-length kernel each list of lengths would be a new graph. Not a decorator in model.py, which
+    # would import torch's compiler, a second, into every program.
+    network.attend_in_groups = torch.compiler.disable(network.attend_in_groups)
+    logging.getLogger("torch._dynamo.convert_frame").addHandler(FellBack(say))
     for block in model.model.layers:
-        block.compile()
+        block.compile(dynamic=True)  # lengths differ in every buffer
     return f"each of {len(model.model.layers)} blocks, on first use"
+
+
+class FellBack(logging.Handler):
+    """Puts into the run's log that torch's compiler gave up, which it says only on the console."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__(logging.WARNING)
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """torch's first line."""
+        if "recompile_limit" in record.getMessage() or "cache_size_limit" in record.getMessage():
+            self.say("compile: torch compiles no more and goes on without, slower: "
+                     + record.getMessage().splitlines()[0])
 
 
 def describe_machine(device: torch.device) -> str:
     """One line for the log: torch, Python, processor, threads."""
     return (f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} "
             f"{platform.machine()}, device {device}, {torch.get_num_threads()} threads")
+
+
+class BatchSizeAdvice:
+    """Context of a training loop: out of memory in it becomes a UserError that names a --batch_size that fits, with as
+    many rows in a step."""
+
+    def __init__(self, args, net, device: torch.device, dtype: str):
+        self.args, self.net, self.device, self.dtype = args, net, device, dtype
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if (reason := out_of_memory(error)) is None:
+            return
+        traceback.clear_frames(trace)  # they hold what did not fit
+        args, on_cuda = self.args, self.device.type == "cuda"
+        room = min(args.batch_size - 1, self.rows_that_fit() if on_cuda else args.batch_size // 2)
+        rows = args.batch_size * args.accumulation_steps
+        fits = next((n for n in range(room, 0, -1) if rows % n == 0), None)
+        advice = (f"--batch_size {fits} --accumulation_steps {rows // fits} {'fits' if on_cuda else 'needs less'}, for "
+                  "the same result; or" if fits else "a shorter --max_seq_len needs less, and so does")
+        raise UserError(f"out of memory at --batch_size {args.batch_size} ({reason}): {advice} "
+                        "--gradient_checkpointing") from None
+
+    def rows_that_fit(self) -> int:
+        """Rows of a micro-batch for which the GPU has room: what a few need, measured, goes up with their number."""
+        try:
+            self.net.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            few = (1, 3)
+            needs = [self.peak_bytes(rows) for rows in few]
+            free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+            # weights, gradients, at most two numbers of optimizer state for each weight
+            fixed = 4 * sum(p.numel() * p.element_size() for p in self.net.parameters())
+            return int((0.9 * free - fixed) / max(1, (needs[1] - needs[0]) / (few[1] - few[0])))
+        except torch.OutOfMemoryError:
+            return self.args.batch_size // 2
+
+    def peak_bytes(self, rows: int) -> int:
+        """The most memory that forward and backward of so many full rows take."""
+        length = self.args.max_seq_len
+        tokens = torch.zeros(1, rows * length, dtype=torch.int64, device=self.device)
+        index = torch.arange(rows * length, device=self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with autocast(self.device, self.dtype):
+            loss = self.net(tokens, [length] * rows, target_index=index, targets=tokens[0], weights=index.float())
+        loss.backward()
+        self.net.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_allocated(self.device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -224,7 +306,8 @@ class Ranks:
         if self.world_size == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=False)  # the rotary tables are the same everywhere
 
     def gradient_sync(self, model, now: bool):
         """Context of one micro-batch: gradients are exchanged only with the step's last one."""

@@ -250,7 +250,8 @@ def test_it_is_for_bf16_on_a_cpu():
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.extra)])
 def test_a_compiled_block_is_torchs(backend, monkeypatch):
     """torch's compiler cannot follow an address; the rest, here the last norm and the loss, goes on."""
-    monkeypatch.setattr("model.attend_packed", torch.compiler.disable(network.attend_packed))  # as in compile_blocks
+    disabled = torch.compiler.disable(network.attend_in_groups)  # as in compile_blocks
+    monkeypatch.setattr("model.attend_in_groups", disabled)
     model, buffer = make()
     expected = learn(model, buffer, "bf16", expected_calls=True)
     if backend == "inductor":

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import logging
 import math
 
 import numpy as np
@@ -136,10 +137,16 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
         assert_same(packed, loss_and_gradients(model, alone), 1e-7)
 
 
+def documents_alone(q, k, v, bounds):
+    """Causal attention to each document of a buffer, (T, H, D): what the variable-length kernel computes."""
+    return torch.cat([network.attend(*(x[None, a:b] for x in (q, k, v)), causal=True)[0]
+                      for a, b in zip(bounds.tolist(), bounds.tolist()[1:], strict=False)])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_call_of_the_varlen_kernel(monkeypatch, variant):
     """On CUDA one kernel attends to all documents. A stand-in with its signature shows on any machine that it is told
-    where they lie: boundaries from 0 to T in int32, the longest, causal, grouped heads named."""
+    where they lie: boundaries from 0 to T in int32, the longest there may be, causal, grouped heads where it asks."""
     kernel = network.varlen_kernel()
     if kernel is None:
         pytest.skip("this torch has no varlen_attn")
@@ -155,16 +162,31 @@ def test_the_call_of_the_varlen_kernel(monkeypatch, variant):
         assert "window_size" in options or options["is_causal"]
         assert options.get("enable_gqa", True) or q.shape[1] == k.shape[1]
         assert bounds_q.dtype == bounds_k.dtype == torch.int32 and torch.equal(bounds_q, bounds_k)
-        assert max_q == max_k == max(LENGTHS) and q.ndim == k.ndim == v.ndim == 3
-        return torch.cat([network.attend(*(x[None, a:b] for x in (q, k, v)), causal=True)[0]
-                          for a, b in zip(bounds_q.tolist(), bounds_q.tolist()[1:], strict=False)])
+        assert max_q == max_k == 64 and q.ndim == k.ndim == v.ndim == 3
+        return documents_alone(q, k, v, bounds_q)
 
     model, buffer = make_model(**VARIANTS[variant]), make_buffer()
     expected = loss_and_gradients(model, one_by_one(*buffer))
     monkeypatch.setattr(network, "varlen_kernel", lambda: functools.partial(stand_in, **kernel.keywords))
-    monkeypatch.setattr(network, "use_varlen", lambda q: True)
+    monkeypatch.setattr(network, "use_varlen", lambda device, dtype, head_dim: True)
     assert_same(loss_and_gradients(model, [(buffer[0], LENGTHS, *buffer[1:])]), expected, 1e-7)
     assert len(calls) == 2
+
+
+def test_where_the_varlen_kernel_can_run(monkeypatch):
+    """Half precision, Ampere or later, heads of a multiple of 8 dimensions, at most 256; also where torch is told to be
+    deterministic."""
+    capability = [(8, 9)]
+    monkeypatch.setattr(network, "varlen_kernel", lambda: functools.partial(print))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    gpu = torch.device("cuda", 0)
+    assert network.use_varlen(gpu, torch.bfloat16, 64) and network.use_varlen(gpu, torch.float16, 8)
+    assert network.use_varlen(gpu, torch.bfloat16, 256) and not network.use_varlen(gpu, torch.bfloat16, 264)
+    assert not network.use_varlen(gpu, torch.bfloat16, 60) and not network.use_varlen(gpu, torch.float32, 64)
+    assert not network.use_varlen(torch.device("cpu"), torch.bfloat16, 64)
+    capability[0] = (7, 5)
+    assert not network.use_varlen(gpu, torch.bfloat16, 64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs CUDA")
@@ -269,10 +291,98 @@ def test_compiled_blocks():
             graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
         # the second may, where sizes of the first were equal by chance: torch then takes them for the same
         assert 0 < graphs[1] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
-        breaks = [reason for reason in dynamo.utils.counters["graph_break"] if "attend_packed" not in reason]
+        breaks = [reason for reason in dynamo.utils.counters["graph_break"] if "attend_in_groups" not in reason]
         assert not breaks, breaks  # all but attention is one graph
         model.model.gradient_checkpointing = True
         assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
+
+
+@torch.library.custom_op("weakwater_test::varlen", mutates_args=())
+def varlen_stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, bounds_k: torch.Tensor,
+                    longest: int, longest_k: int) -> torch.Tensor:
+    """An operator like torch's variable-length kernel, for any machine."""
+    return documents_alone(q, k, v, bounds)
+
+
+@torch.library.custom_op("weakwater_test::varlen_gradient", mutates_args=())
+def varlen_stand_in_gradient(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                             bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Its gradient, by hand: autograd does not reach into an operator."""
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+    group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    for a, b in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+        of_q, of_out = q[a:b].transpose(0, 1), grad[a:b].transpose(0, 1)  # (H, T, D)
+        of_k, of_v = (x[a:b].transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+        ahead = torch.full((b - a, b - a), -math.inf).triu(1)
+        p = torch.softmax(of_q @ of_k.mT * scale + ahead, -1)
+        of_p = of_out @ of_v.mT
+        of_scores = p * (of_p - (of_p * p).sum(-1, keepdim=True)) * scale
+        grad_q[a:b] = (of_scores @ of_k).transpose(0, 1)
+        for target, each in ((grad_k, of_scores.mT @ of_q), (grad_v, p.mT @ of_out)):
+            target[a:b] = each.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+    return grad_q, grad_k, grad_v
+
+
+varlen_stand_in.register_fake(lambda q, *others: torch.empty_like(q))
+varlen_stand_in_gradient.register_fake(lambda grad, q, k, v, bounds: tuple(map(torch.empty_like, (q, k, v))))
+varlen_stand_in.register_autograd(
+    lambda ctx, grad: (*varlen_stand_in_gradient(grad.contiguous(), *ctx.saved_tensors), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4]))
+
+
+@pytest.mark.parametrize("variant", ["tied", "tied, GQA, qk_norm"])
+def test_a_block_is_one_graph(monkeypatch, variant):
+    """With a variable-length kernel a whole block is one graph, for 20 buffers of other lengths: at most two graphs to
+    train (the last block computes only what predicts) and two more to validate, without a break."""
+    import torch._dynamo as dynamo
+
+    monkeypatch.setattr(network, "varlen_kernel", lambda: varlen_stand_in)
+    monkeypatch.setattr(network, "use_varlen", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(network, "attend_in_groups", network.attend_in_groups)  # put back what compile_blocks changes
+    monkeypatch.setattr(runtime, "compile_trouble", lambda device: None)
+    python_only = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")  # no C++ compiler
+    monkeypatch.setattr(torch.nn.Module, "compile", python_only)
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    changes = dict(n_layers=3) | VARIANTS[variant]
+    model, plain = make_model(torch.float32, **changes), make_model(torch.float32, **changes)
+    assert runtime.compile_blocks(model, torch.device("cpu")) == "each of 3 blocks, on first use"
+    rng = np.random.default_rng(7)
+    for turn in range(20):
+        lengths = rng.integers(1, 65, rng.integers(1, 12)).tolist()
+        tokens, *loss_on = make_buffer(torch.float32, lengths)
+        if len(loss_on[0]) > 1:
+            got, expected = (loss_and_gradients(m, [(tokens, lengths, *loss_on)]) for m in (model, plain))
+            assert_same(got, expected, 1e-4)
+        if turn == 9:
+            assert dynamo.utils.counters["stats"]["unique_graphs"] <= 2, dynamo.utils.counters
+        if turn >= 9 and turn % 2:
+            with torch.no_grad():
+                index, targets, weights = loss_on
+                got, expected = (m.eval()(tokens, lengths, target_index=index, targets=targets, weights=weights)
+                                 for m in (model, plain))
+            assert abs(got - expected) <= 1e-5 * expected
+            model.train(), plain.train()
+    assert 2 <= dynamo.utils.counters["stats"]["unique_graphs"] <= 4, dynamo.utils.counters
+    assert not dynamo.utils.counters["graph_break"]
+
+
+def test_it_is_said_that_torch_compiles_no_more(monkeypatch):
+    """Where a block would need too many graphs torch goes on without, in silence but for the console."""
+    import torch._dynamo as dynamo
+
+    said = []
+    monkeypatch.setattr(network, "attend_in_groups", network.attend_in_groups)
+    monkeypatch.setattr(runtime, "compile_trouble", lambda device: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    monkeypatch.setattr(logger, "handlers", list(logger.handlers))
+    runtime.compile_blocks(make_model(torch.float32), torch.device("cpu"), said.append)
+    dynamo.reset()
+    compiled = torch.compile(lambda x, n: x * n, backend="eager", dynamic=False)
+    for n in range(dynamo.config.recompile_limit + 2):
+        compiled(torch.ones(3), n)
+    assert len(said) == 1 and "goes on without" in said[0], said
 
 
 # ---------------------------------------------------------------------------------------------
