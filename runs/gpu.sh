@@ -32,7 +32,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in measure | train) ;; *) echo "usage: bash runs/gpu.sh measure | train" >&2; exit 2 ;; esac
 DEVICE=${DEVICE:-cuda} PRESET=${PRESET:-weakwater-30m} CARRY=${CARRY:-.carry} RUN=${RUN:-out/gpu} BUDGET=${BUDGET:-600}
-OUT=${OUT:-out/gpu/results/$1} ROWS=${ROWS:-32}
+OUT=${OUT:-out/gpu/results/$1} ROWS=${ROWS:-32} CORES=$(nproc)
+few_threads=(env OMP_NUM_THREADS=$(((CORES + 7) / 8)))  # of parts that run beside others: more would wait for each other
 if [ -z "${PYTHON:-}" ]; then
     for PYTHON in .venv/bin/python python3 python; do
         command -v "$PYTHON" > /dev/null && break
@@ -68,7 +69,7 @@ EOP
 cat "$OUT/machine.txt"
 
 part() {  # NAME LIMIT COMMAND…: its output on stdout and in NAME.txt
-    local name=$1 limit=$2 begin=$SECONDS left=$((BUDGET - SECONDS - 10)) override="LIMIT_$1" code
+    local name=$1 limit=$2 begin=$SECONDS left=$((BUDGET - SECONDS - 10)) override="LIMIT_${1//[^A-Za-z0-9]/_}" code
     shift 2
     limit=${!override:-$limit}
     [ "$limit" -le "$left" ] || limit=$left
@@ -83,9 +84,12 @@ part() {  # NAME LIMIT COMMAND…: its output on stdout and in NAME.txt
     echo "=== $name: exit $code, $((SECONDS - begin)) s, $SECONDS s in all"
     [ "$code" = 0 ] || echo "$name (exit $code)" >> "$OUT/failed.txt"
 }
-beside() {  # part in the background: printed as a whole when it ends, NAME.txt grows meanwhile
+beside() {  # part in the background, one per core: printed as a whole when it ends, NAME.txt grows meanwhile
+    while [ "$(jobs -rp | wc -l)" -ge "$CORES" ]; do wait -n; done
     { local text; text=$(part "$@"); printf '%s\n' "$text"; } &
 }
+caches_text() { caches caches_text 60 pretrain:text val.jsonl.xz:text; }
+caches_chat() { caches caches_chat 120 sft.jsonl.xz:chat r1.jsonl.xz:chat; }
 caches() {  # NAME LIMIT FILE:KIND…: token caches, made once for all that reads them
     local name=$1 limit=$2
     shift 2
@@ -106,7 +110,7 @@ sweep() {  # all cases at once: they share the GPU, so only their quality counts
     local case rows rate
     for case in ${SWEEP:-32:2e-3 32:4e-3 32:8e-3 128:4e-3 128:8e-3}; do
         rows=${case%:*} rate=${case#*:}
-        beside "sweep_${rows}_$rate" 150 "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" --compile --batch_size "$rows" \
+        beside "sweep_${rows}_$rate" 150 "${few_threads[@]}" "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" --compile --batch_size "$rows" \
             --learning_rate "$rate" --max_steps $((${SWEEP_TOKENS:-16000000} / (rows * 512))) --out_dir "$RUN/sweep/${rows}_$rate" \
             --eval_interval 0 --eval_tokens 100000 --save_interval 1000000 --log_interval 50
     done
@@ -122,8 +126,8 @@ measure() {
     local benchmark=(--preset "$PRESET" --device "$DEVICE" --quick)
     rm -rf "$RUN"/{sweep,speed}
     WEAKWATER_GPU_REPORT="$OUT/checks.jsonl" beside checks 150 "$PYTHON" -m pytest tests/gpu -m gpu
-    caches caches_text 60 pretrain:text val.jsonl.xz:text
-    caches caches_chat 90 sft.jsonl.xz:chat r1.jsonl.xz:chat &  # for `train` on the same machine
+    caches_text
+    caches_chat &  # for `train` on the same machine
     sweep
     wait
     part sweep 10 "$PYTHON" - "$RUN/sweep" <<'EOP'
@@ -145,13 +149,13 @@ EOP
     part decode 90 "$PYTHON" benchmarks/decode_throughput.py "${benchmark[@]}" --repeats 3
 }
 
-# ---- train: 257 + 76 + 60 + 88 (the stages) + 80 (answers, scores, weights) = 561 s at the most ----
+# ---- train: 60 + 247 + 66 + 50 + 78 (the stages) + 80 (answers, scores, weights) = 581 s at the most ----
 stage() {  # SCRIPT SECONDS ROWS TOKENS_OF_A_ROW FLAGS…: as many steps as fit in SECONDS at RATE
     local script=$1 seconds=$2 rows=$3 length=$4 steps
     shift 4
     steps=$((${RATE:-500000} * seconds / (rows * length)))
     [ "$steps" -ge 8 ] || steps=8
-    part "$script" $((seconds * 5 / 4 + 45)) "$PYTHON" "$script.py" "${same[@]}" --out_dir "$RUN/train" --batch_size "$rows" \
+    part "$script" $((seconds * 5 / 4 + 35)) "$PYTHON" "$script.py" "${same[@]}" --out_dir "$RUN/train" --batch_size "$rows" \
         --epochs 100 --max_steps "$steps" --eval_interval $((steps / 8)) --eval_tokens 100000 --save_interval 1000000 \
         --log_interval $((steps / 80 + 1)) ${COMPILE:+--compile} --resume "$@"
 }
@@ -169,15 +173,16 @@ answers() {  # STAGE: ten prompts, each alone, greedy and sampled
     esac
     printf '%s\n' "${prompts[@]}" > "$RUN/prompts_$stage"
     for temperature in 0 0.7; do
-        beside "answers_${stage}_$temperature" 70 bash -c 'exec "$@" < "$0"' "$RUN/prompts_$stage" "$PYTHON" eval_model.py \
-            --checkpoint "$RUN/train/$stage.pth" --tokenizer_path "$CARRY/tokenizer" --device "$DEVICE" --history_turns 0 \
+        beside "answers_${stage}_t$temperature" 70 bash -c 'exec "$@" < "$0"' "$RUN/prompts_$stage" \
+            "${few_threads[@]}" "$PYTHON" eval_model.py --checkpoint "$RUN/train/$stage.pth" --tokenizer_path "$CARRY/tokenizer" --device "$DEVICE" --history_turns 0 \
             --temperature $temperature --top_p 0.9 --max_new_tokens "$NEW_TOKENS"
     done
 }
 train() {
     local stage temperature score=(--tokenizer_path "$CARRY/tokenizer" --device "$DEVICE" --out_dir "$RUN/train")
     NEW_TOKENS=${NEW_TOKENS:-400}
-    caches caches_chat 90 sft.jsonl.xz:chat r1.jsonl.xz:chat > /dev/null &  # while pretrain.py is at work
+    caches_text
+    caches_chat > /dev/null &  # while pretrain.py is at work
     stage pretrain "${PRETRAIN_S:-170}" "$ROWS" 512 "${text[@]}" ${PRETRAIN_FLAGS:-}
     wait
     cat "$OUT/caches_chat.txt"
@@ -187,22 +192,22 @@ train() {
     stage distill "${DISTILL_S:-35}" "${DISTILL_ROWS:-$(((ROWS + 1) / 2))}" 1024 --data_path "$CARRY/r1.jsonl.xz" \
         ${DISTILL_FLAGS:-}
     for stage in ${WEIGHTS:-distill}; do
-        beside "weights_$stage" 60 "$PYTHON" experiments/split_weights.py pack "$RUN/train/$stage.pth" "$OUT/$stage" \
+        beside "weights_$stage" 60 "${few_threads[@]}" "$PYTHON" experiments/split_weights.py pack "$RUN/train/$stage.pth" "$OUT/$stage" \
             --mib "${MIB:-15}"
     done
     for stage in SFT_long distill; do
-        beside "problems_$stage" 80 "$PYTHON" evaluate.py "${score[@]}" --checkpoint "$RUN/train/$stage.pth" \
-            --data_path "$CARRY/held_out.jsonl" --max_questions "${QUESTIONS:-500}" --max_new_tokens "$NEW_TOKENS" --batch_size 256
+        beside "problems_$stage" 80 "${few_threads[@]}" "$PYTHON" evaluate.py "${score[@]}" \
+            --checkpoint "$RUN/train/$stage.pth" --data_path "$CARRY/held_out.jsonl" --max_questions "${QUESTIONS:-500}" --max_new_tokens "$NEW_TOKENS" --batch_size 256
     done
-    beside metrics_pretrain 60 "$PYTHON" evaluate.py "${score[@]}" --checkpoint "$RUN/train/pretrain.pth" \
+    beside metrics_pretrain 60 "${few_threads[@]}" "$PYTHON" evaluate.py "${score[@]}" --checkpoint "$RUN/train/pretrain.pth" \
         --data_path "$CARRY/val.jsonl.xz"
     for stage in pretrain SFT SFT_long distill; do answers $stage; done
     wait
     for stage in pretrain SFT SFT_long distill; do
         for temperature in 0 0.7; do
             printf '\n######## %s, temperature %s\n' "$stage" "$temperature"
-            cat "$OUT/answers_${stage}_$temperature.txt"
-            rm "$OUT/answers_${stage}_$temperature.txt"
+            cat "$OUT/answers_${stage}_t$temperature.txt"
+            rm "$OUT/answers_${stage}_t$temperature.txt"
         done
     done > "$OUT/answers.txt"
 }

@@ -2,6 +2,7 @@
 
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from experiments import split_weights
 
 SMALL = {"DEVICE": "cpu", "PRESET": "nano", "ROWS": "2", "BIG_ROWS": "4", "PILOT": "4", "REPEATS": "1",
          "SWEEP": "2:4e-3 4:8e-3", "SWEEP_TOKENS": "8192", "RATE": "1024", "PRETRAIN_S": "20", "SFT_S": "8",
-         "SFT_LONG_S": "8", "DISTILL_S": "8", "QUESTIONS": "4", "NEW_TOKENS": "8", "MIB": "1", "PYTHON": sys.executable}
+         "SFT_LONG_S": "8", "DISTILL_S": "8", "QUESTIONS": "4", "NEW_TOKENS": "8", "MIB": "1", "PYTHON": sys.executable,
+         "OMP_NUM_THREADS": "1"}  # threads that wait for each other are slow where other tests run too
 
 
 @pytest.fixture(scope="module")
@@ -39,35 +41,36 @@ def carry(tmp_path_factory):
 
 def gpu_sh(command: str, carry, out, **settings) -> tuple[subprocess.CompletedProcess, dict[str, str]]:
     """(how runs/gpu.sh ended, what logs.tgz holds by name)."""
-    done = subprocess.run(["bash", str(ROOT / "runs/gpu.sh"), command], capture_output=True, text=True, timeout=580,
-                          env=os.environ | SMALL | {"CARRY": str(carry), "OUT": str(out), "RUN": str(out) + "_run"} | settings)
+    places = {"CARRY": str(carry), "OUT": str(out), "RUN": f"{out}_run"}
+    done = subprocess.run(["bash", str(ROOT / "runs/gpu.sh"), command], capture_output=True, text=True,
+                          env=os.environ | SMALL | settings | places)
     with tarfile.open(out / "logs.tgz") as tar:
         return done, {member.name: tar.extractfile(member).read().decode("utf-8", "replace") for member in tar
                       if member.isfile() and not member.name.endswith(".png")}
 
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs/gpu.sh needs GNU timeout and env")
+
+
 @pytest.mark.extra
-@pytest.mark.skipif(os.name != "posix", reason="a bash script")
 def test_measure_keeps_every_output(carry, tmp_path):
-    done, logs = gpu_sh("measure", carry, tmp_path / "out", LIMIT_train_eager="3")
+    done, logs = gpu_sh("measure", carry, tmp_path / "out", LIMIT_train_eager="3", LIMIT_speed_compiled="100",
+                        LIMIT_speed_compiled_big="100")
     parts = ["checks", "caches_text", "caches_chat", "sweep_2_4e-3", "sweep_4_8e-3", "sweep", "speed_eager",
              "speed_compiled", "speed_compiled_big", "train_eager", "train_compiled", "decode"]
     assert {f"{name}.txt" for name in [*parts, "machine"]} <= set(logs), done.stdout
-    assert done.returncode == 1 and logs["failed.txt"] == "train_eager (exit 124)\n", done.stdout
-    for name in parts:
-        assert f"=== {name}: exit {124 if name == 'train_eager' else 0}, " in done.stdout
-        assert logs[f"{name}.txt"].strip() in done.stdout
+    assert done.returncode == 1 and re.fullmatch(r"train_eager \(exit (124|137)\)\n", logs["failed.txt"]), done.stdout
+    assert all(logs[f"{name}.txt"].strip() in done.stdout for name in parts)
     assert all("bits per byte" in logs[f"sweep_{case}.txt"] for case in ("2_4e-3", "4_8e-3"))
     assert "2_4e-3" in logs["sweep.txt"] and "Epoch:" in logs["speed_compiled.txt"]
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["logs.tgz"]
 
 
 @pytest.mark.extra
-@pytest.mark.skipif(os.name != "posix", reason="a bash script")
 def test_train_keeps_every_output_and_the_weights(carry, tmp_path):
     # pretraining has far more steps than its limit allows: it is interrupted, and the other stages go on from there
-    done, logs = gpu_sh("train", carry, tmp_path / "out", PRETRAIN_S="100000", LIMIT_pretrain="30")
-    assert done.returncode == 1 and logs["failed.txt"] == "pretrain (exit 124)\n", done.stdout
+    done, logs = gpu_sh("train", carry, tmp_path / "out", PRETRAIN_S="100000", LIMIT_pretrain="20")
+    assert done.returncode == 1 and re.fullmatch(r"pretrain \(exit (124|137)\)\n", logs["failed.txt"]), done.stdout
     stages = ("pretrain", "SFT", "SFT_long", "distill")
     assert "stopping after this step" in logs["pretrain.txt"]
     assert {f"train/log/{stage}.jsonl" for stage in stages} <= set(logs)
@@ -81,7 +84,6 @@ def test_train_keeps_every_output_and_the_weights(carry, tmp_path):
     assert load_model(tmp_path / "distill.pth")[1]["stage"] == "distill"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a bash script")
 def test_what_is_missing_is_said_in_one_line(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "runs/gpu.sh"), "measure"], capture_output=True, text=True,
                           env=os.environ | {"CARRY": str(tmp_path), "OUT": str(tmp_path / "out")})
