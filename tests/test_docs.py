@@ -42,7 +42,14 @@ def copy(tmp_path_factory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("docs") / "repo"
     ignored = shutil.ignore_patterns(".git", ".venv", "out", "data", "weakwater_tokenizer", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, path, ignore=ignored)
-    (path / ".venv").symlink_to(sys.prefix)
+    venv = path / ".venv"
+    venv.mkdir()
+    for part in Path(sys.prefix).iterdir():
+        if part.name != "installed":
+            (venv / part.name).symlink_to(part)
+    # runs/venv.sh must not install the pinned torch into an environment that has another one on purpose
+    mark = 'echo "$(cksum < requirements.txt) requirements.txt" > .venv/installed'
+    subprocess.run(["bash", "-c", mark], cwd=path, check=True)
     done = run("bash quickstart.sh --smoke --seed 7", path)
     return path, done.stdout + done.stderr
 
