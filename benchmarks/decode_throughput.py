@@ -4,19 +4,23 @@
 
 ours            common/generation.py with its static key/value cache, as eval_model.py and evaluate.py call it
 transformers    LlamaForCausalLM.generate (Qwen3 with qk_norm) on the same weights, as its documentation says
-llama.cpp       on a GGUF of the same weights, F32, BF16 and Q8_0 (pip install -r requirements-extra.txt); left out, and
-                said so, where the packages are not installed and on a GPU; one prompt only
+llama.cpp       on a GGUF of the same weights, F32, BF16 and Q8_0 (pip install -r requirements-extra.txt); left out with
+                a message where the packages are missing and on a GPU; one prompt only
+
+Each decoder runs in a process of its own. A decoder that crashes becomes a cell of the table.
 
 A prompt of --prompt_tokens is continued by exactly --new_tokens, greedily and sampled (temperature 0.7, top_p 0.9), one
 prompt and --batch of them. "first token" is the same call for a single token. Weights are random, but large enough
 that replies do not repeat themselves. Before anything is timed the same calls are compared: in float32 the greedy
-tokens of one prompt and of all of them with transformers', and of one with llama.cpp's (its cache, else float16, in
-float32 for this); in bf16, where each rounds in its own way, how many of float32's tokens each finds when it goes on
-from what float32 said before. "limit" is what memory bandwidth, measured in the same turns, leaves: the bytes of
-weights and cache that each token has to read.
+tokens of one prompt and of all of them with transformers', and of one with llama.cpp's (its cache, float16 by default,
+in float32 for this); in bf16, where each rounds in its own way, how many of float32's tokens each finds when it
+continues what float32 said before. "limit" is what memory bandwidth, measured in the same turns, allows: each token
+reads all bytes of weights and cache. --quick times the machine's best precision and greedy decoding only.
 """
 
+import importlib.util
 import math
+import re
 import statistics
 import sys
 import tempfile
@@ -29,9 +33,15 @@ import numpy as np
 import torch
 
 from benchmarks.measure import (
+    Worker,
+    WorkerFailed,
+    close_all,
+    describe_machine,
+    end,
+    failures,
     make_parser,
-    print_result,
-    print_table,
+    print_head,
+    print_row,
     ratio,
     take_turns,
     to_transformers,
@@ -46,6 +56,7 @@ SAMPLED = Sampling(temperature=0.7, top_p=0.9)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALIKE = 32  # so many first tokens of each reply in float32 must be the same: later a near tie may be decided otherwise
 PREFIXES = 16  # of a greedy reply, from each of which every bf16 decoder goes on
+END_ID = 2  # of `</s>`
 SPREAD = 1.6  # of the layers' weights, over the root of their width; less, and a model repeats its last token
 
 
@@ -82,25 +93,32 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama-cpp-python on a GGUF file; its cache in float16, as it is by default, or `exact`, in float32."""
+    """llama.cpp's server, called in this process; its cache in float16, as it is by default, or `exact`, in float32."""
 
-    def __init__(self, path: Path, context: int, exact: bool = False):
-        from llama_cpp import GGML_TYPE_F32, Llama
+    def __init__(self, path: Path, context: int, exact: bool):
+        import xllamacpp
 
-        cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32} if exact else {}
-        self.llama = Llama(str(path), n_ctx=context, n_threads=torch.get_num_threads(), logits_all=False, verbose=False,
-                           n_threads_batch=torch.get_num_threads(), **cache)
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(path), context, 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        params.fit_params, params.warmup, params.verbosity = False, False, 0
+        if exact:
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self.server = xllamacpp.Server(params)
 
     def __call__(self, prompts: list[list[int]], new_tokens: int, sampled: bool) -> list[list[int]]:
         (prompt,) = prompts
-        self.llama.reset()
-        how = dict(temp=0.7, top_p=0.9, top_k=0, min_p=0.0) if sampled else dict(temp=0.0)
-        tokens = self.llama.generate(prompt, repeat_penalty=1.0, reset=True, **how)
-        return [[next(tokens) for _ in range(new_tokens)]]
+        how = dict(temperature=0.7, top_p=0.9, top_k=0, min_p=0.0) if sampled else dict(temperature=0.0)
+        reply = self.server.handle_completions(dict(
+            prompt=prompt, max_tokens=new_tokens, ignore_eos=True, cache_prompt=False, repeat_penalty=1.0, **how))
+        ids = [int(token) for token in re.findall(r"<(\d+)>", reply["choices"][0]["text"])]
+        if len(ids) != new_tokens:
+            raise RuntimeError(f"{len(ids)} new tokens instead of {new_tokens}")
+        return [ids]
 
 
 def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
-    """The weights as a GGUF file for llama.cpp, kind "F32", "BF16" or "Q8_0"; the vocabulary is made of numbers.
+    """The weights as a GGUF file for llama.cpp, kind "F32", "BF16" or "Q8_0"; token i reads "<i>".
 
     Its Llama turns neighbouring dimensions (2i, 2i+1) by RoPE, we and transformers turn i and i + D/2: rows of q and k
     are put in its order. Its Qwen3 turns ours.
@@ -161,12 +179,29 @@ def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
 
 
 def make_model(config: LLMConfig, device: torch.device) -> WeakWater:
-    """A model whose greedy reply goes on and on without repeating itself."""
+    """A model whose greedy reply goes on and on without repeating itself, and never says `</s>`."""
     model = WeakWater(config)
     for parameter in model.model.layers.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=SPREAD / math.sqrt(parameter.shape[1]))
+    with torch.no_grad():
+        model.lm_head.weight[END_ID] = 0  # llama.cpp must go on after `</s>`, for which it bans the token
     return model.to(device).eval()
+
+
+def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str, context: int, exact: bool = False):
+    """A decoder, in its own process: the seed gives all of them the same weights."""
+    if name == "ours":
+        runtime.prepare(device, dtype, 0, False)
+    torch.manual_seed(0)
+    model = make_model(config, device)
+    if not name.startswith("llama.cpp"):
+        return (Ours if name == "ours" else Transformers)(model, device, dtype)
+    kind = name.removeprefix("llama.cpp ")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{kind}.gguf"
+        write_gguf(model, path, kind)
+        return LlamaCpp(path, context, exact)
 
 
 def bytes_per_token(model: WeakWater, n_bytes: float, positions: float) -> float:
@@ -178,23 +213,12 @@ def bytes_per_token(model: WeakWater, n_bytes: float, positions: float) -> float
     return weights * n_bytes + cached * max(2, n_bytes)
 
 
-def decoders_of(model: WeakWater, device: torch.device, dtype: str, folder: Path, context: int) -> dict:
-    """All decoders of one dtype that can be had here, by name."""
-    decoders = {"ours": Ours(model, device, dtype), "transformers": Transformers(model, device, dtype)}
+def llama_cpp_trouble(device: torch.device) -> str | None:
+    """Why llama.cpp cannot be measured here; None if it can."""
     if device.type != "cpu":
-        print("llama.cpp is left out: pip builds it for the CPU only")
-        return decoders
-    try:
-        import gguf  # noqa: F401
-        import llama_cpp  # noqa: F401
-    except ImportError as error:
-        print(f"llama.cpp is left out: {error} (pip install -r requirements-extra.txt)")
-        return decoders
-    for kind in ("F32",) if dtype == "fp32" else ("BF16", "Q8_0"):
-        path = folder / f"{kind}.gguf"
-        write_gguf(model, path, kind)
-        decoders[f"llama.cpp {kind}"] = LlamaCpp(path, context)
-    return decoders
+        return "its prebuilt wheels are for the CPU"
+    missing = [name for name in ("gguf", "xllamacpp") if importlib.util.find_spec(name) is None]
+    return f"no {' and '.join(missing)} (pip install -r requirements-extra.txt)" if missing else None
 
 
 def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
@@ -209,13 +233,19 @@ def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> li
             continue
         compared = equal = 0
         for call, ours in list(zip(calls, replies, strict=True))[:1 if name.startswith("llama.cpp") else 2]:
-            for mine, other in zip(ours, decoder(call, new_tokens, False), strict=True):
+            try:
+                theirs = decoder(call, new_tokens, False)
+            except WorkerFailed as failure:
+                print(f"{name} in float32 {failure}", flush=True)
+                break
+            for mine, other in zip(ours, theirs, strict=True):
                 alike = next((i for i, pair in enumerate(zip(mine, other, strict=True)) if len(set(pair)) > 1),
                              new_tokens)
                 if alike < min(ALIKE, new_tokens):
                     raise RuntimeError(f"{name}, {len(call)} prompts in float32: the {alike + 1}th token is not ours")
                 compared, equal = compared + new_tokens, equal + alike
-        print(f"greedy tokens in float32, ours and those of {name}: {equal:,} of {compared:,} the same")
+        if compared:
+            print(f"greedy tokens in float32, ours and those of {name}: {equal:,} of {compared:,} the same", flush=True)
     return replies[1]
 
 
@@ -230,12 +260,19 @@ def check_found(decoders: dict, prompts: list[list[int]], replies: list[list[int
             if rows > 1 and name.startswith("llama.cpp"):
                 continue
             right = []
-            for start in starts:
-                found = decoder([p + r[:start] for p, r in zip(prompts[:rows], replies, strict=False)], 2, False)
-                for two, reply in zip(found, replies, strict=False):
-                    right += [two[0] == reply[start], two == reply[start:start + 2]]
+            try:
+                for start in starts:
+                    found = decoder([p + r[:start] for p, r in zip(prompts[:rows], replies, strict=False)], 2, False)
+                    for two, reply in zip(found, replies, strict=False):
+                        right += [two[0] == reply[start], two == reply[start:start + 2]]
+            except WorkerFailed as failure:
+                if name == "ours":
+                    raise
+                print(f"{name} {failure}", flush=True)
+                break
             shares[f"{name}, {rows} at once"] = sum(right) / len(right)
-    print("of float32's tokens found: " + "; ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    print("of float32's tokens found: " + "; ".join(f"{name} {share:.0%}" for name, share in shares.items()),
+          flush=True)
     for rows in (1, len(prompts)):
         best = max(share for name, share in shares.items() if name.endswith(f", {rows} at once") and "Q8_0" not in name)
         if (share := shares[f"ours, {rows} at once"]) < best - 0.2:
@@ -243,66 +280,106 @@ def check_found(decoders: dict, prompts: list[list[int]], replies: list[list[int
     return shares
 
 
-def main() -> None:
+def time_case(case: str, decoders: dict[str, Worker], prompts: list[list[int]], new_tokens: int, sampled: bool,
+              repeats: int, block: torch.Tensor) -> tuple[dict, dict, float]:
+    """Seconds to the first token and of whole replies by decoder, without those that failed; and the bandwidth of
+    memory, in bytes per second, from reading `block` in the same turns."""
+    first = take_turns({n: partial(d.time, "__call__", prompts, 1, sampled) for n, d in decoders.items()}, repeats)
+    whole = take_turns({n: partial(decoders[n].time, "__call__", prompts, new_tokens, sampled) for n in first}
+                       | {"memory": block.sum}, repeats)
+    return first, whole, block.nbytes / statistics.median(whole.pop("memory"))
+
+
+def compare(args, config: LLMConfig, device: torch.device, own: str, result: dict) -> None:
+    """Check and time all decoders in float32 and in the machine's best precision; fill `result`, print the tables."""
+    rng, context = np.random.default_rng(0), args.prompt_tokens + args.new_tokens + 8
+    prompts = rng.integers(0, config.vocab_size, (args.batch, args.prompt_tokens)).tolist()
+    block = torch.ones(2**27, device=device)  # 512 MiB, which no cache holds
+    with torch.device("meta"):
+        model = WeakWater(config)  # for its sizes
+    if trouble := llama_cpp_trouble(device):
+        print(f"llama.cpp is left out: {trouble}", flush=True)
+    head = ["", "", "first token, ms", "tokens/s", "range", "of the limit"]
+    widths = [len(f"fp32, {args.batch} rows, sampled"), len("llama.cpp BF16"), 16, 8, 16, 12]
+    for dtype in dict.fromkeys(("fp32", own)):
+        timed = not args.quick or dtype == own
+        kinds = [] if trouble or not timed else ["F32"] if dtype == "fp32" else ["BF16", "Q8_0"]
+        decoders = {name: Worker(make_decoder, name, config, device, dtype, context)
+                    for name in ["ours", "transformers", *(f"llama.cpp {kind}" for kind in kinds)]}
+        exact = {"llama.cpp F32": Worker(make_decoder, "llama.cpp F32", config, device, dtype, context, True)
+                 } if dtype == "fp32" and not trouble else {}
+        try:
+            if dtype == "fp32":
+                replies = check_equal(decoders | exact, prompts, args.new_tokens)
+                close_all(exact)
+            else:
+                result["found_of_float32"] = check_found(decoders, prompts, replies)
+            if timed:
+                print(flush=True)
+                print_head(head, widths)
+            for batch, sampled in ((1, False), (1, True), (args.batch, False), (args.batch, True)):
+                if not timed or (args.quick and sampled):
+                    continue
+                taking = {n: d for n, d in decoders.items() if batch == 1 or not n.startswith("llama.cpp")}
+                case = f"{dtype}, {batch} row{'s' * (batch > 1)}, {'sampled' if sampled else 'greedy'}"
+                first, whole, bandwidth = time_case(case, taking, prompts[:batch], args.new_tokens, sampled,
+                                                    args.repeats, block)
+                for name, decoder in taking.items():
+                    if name not in whole:
+                        result["cases"][f"{case}, {name}"] = {"failed": decoder.failure}
+                        print_row([case, name, decoder.failure, "", "", ""], widths)
+                        continue
+                    n_bytes = 34 / 32 if name.endswith("Q8_0") else DTYPES[dtype].itemsize
+                    limit = batch * bandwidth / bytes_per_token(
+                        model, n_bytes, batch * (args.prompt_tokens + args.new_tokens / 2))
+                    rates = [batch * args.new_tokens / seconds for seconds in whole[name]]
+                    result["cases"][f"{case}, {name}"] = dict(
+                        tokens_per_second=rates, limit=limit, bytes_per_second=bandwidth, first_token=first[name])
+                    print_row([case, name, f"{1000 * statistics.median(first[name]):.1f}",
+                               f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}",
+                               f"{statistics.median(rates) / limit:.0%}"], widths)
+                if batch == 1 and not sampled:
+                    add_ratios(result["ratios"], whole, dtype, own)
+        finally:
+            result["failures"] |= {f"{name}, {dtype}": why for name, why in failures(decoders | exact).items()}
+            close_all(decoders | exact)
+        if timed:
+            print(f"memory is read at {bandwidth / 1e9:.1f} GB/s", flush=True)
+
+
+def add_ratios(ratios: dict, whole: dict[str, list[float]], dtype: str, own: str) -> None:
+    """Ours to each other decoder, one prompt, greedy. The names without a precision are those of the machine's best."""
+    if "ours" not in whole:
+        return
+    for name in whole:
+        kind = name.removeprefix("llama.cpp ").lower()
+        if name == "transformers":
+            ratios[f"batch1_vs_transformers_{dtype}"] = ratio(whole[name], whole["ours"])
+            if dtype == own:
+                ratios["batch1_vs_transformers"] = ratios[f"batch1_vs_transformers_{dtype}"]
+        elif name != "ours":
+            ratios[f"batch1_vs_llama_cpp_{kind}"] = ratio(whole[name], whole["ours"])
+            if kind == {"bf16": "bf16", "fp32": "f32"}.get(own):
+                ratios["batch1_vs_llama_cpp"] = ratios[f"batch1_vs_llama_cpp_{kind}"]
+
+
+def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--prompt_tokens", type=number(int, 1), default=128, help="(default: %(default)s)")
     parser.add_argument("--new_tokens", type=number(int, 2), default=256, help="(default: %(default)s)")
     parser.add_argument("--batch", type=number(int, 2), default=16, help="prompts of the large batch (default: 16)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="time the best precision and greedy decoding only")
     args = parser.parse_args()
     warn_of_load()
     device, _ = runtime.pick_device(args.device)
     own = runtime.pick_dtype("auto", device)[0]
-    runtime.prepare(device, own, 0, False)
-    model = make_model(LLMConfig.preset(args.preset).for_run(args.prompt_tokens + args.new_tokens, 0.0), device)
-    config, rng = model.config, np.random.default_rng(0)
-    prompts = rng.integers(0, config.vocab_size, (args.batch, args.prompt_tokens)).tolist()
-    block = torch.ones(2**27, device=device)  # 512 MiB, which no cache holds
-    print(f"{runtime.describe_machine(device)}; {args.preset}; {args.prompt_tokens} tokens continued by "
-          f"{args.new_tokens}, {args.repeats} turns")
-    result, ratios, rows, shares, context = {}, {}, [], {}, args.prompt_tokens + args.new_tokens + 8
-    with tempfile.TemporaryDirectory() as folder:
-        for dtype in dict.fromkeys(("fp32", own)):
-            decoders = decoders_of(model, device, dtype, Path(folder), context)
-            if dtype == "fp32":
-                comparing = dict(decoders)
-                if "llama.cpp F32" in decoders:
-                    comparing["llama.cpp F32"] = LlamaCpp(Path(folder) / "F32.gguf", context, exact=True)
-                replies = check_equal(comparing, prompts, args.new_tokens)
-            else:
-                shares = check_found(decoders, prompts, replies)
-            for batch, sampled in ((1, False), (1, True), (args.batch, False), (args.batch, True)):
-                taking = {n: d for n, d in decoders.items() if batch == 1 or not n.startswith("llama.cpp")}
-                asked = prompts[:batch]
-                first = take_turns({n: partial(d, asked, 1, sampled) for n, d in taking.items()}, args.repeats)
-                whole = take_turns({n: partial(d, asked, args.new_tokens, sampled) for n, d in taking.items()}
-                                   | {"memory": block.sum}, args.repeats)
-                bandwidth = 2**29 / statistics.median(whole["memory"])
-                case = f"{dtype}, {batch} row{'s' * (batch > 1)}, {'sampled' if sampled else 'greedy'}"
-                for name in taking:
-                    n_bytes = 34 / 32 if name.endswith("Q8_0") else DTYPES[dtype].itemsize
-                    limit = batch * bandwidth / bytes_per_token(
-                        model, n_bytes, batch * (args.prompt_tokens + args.new_tokens / 2))
-                    rates = [batch * args.new_tokens / seconds for seconds in whole[name]]
-                    result[f"{case}, {name}"] = dict(tokens_per_second=rates, limit=limit, bytes_per_second=bandwidth,
-                                                     first_token=first[name])
-                    rows.append([case, name, f"{1000 * statistics.median(first[name]):.0f}",
-                                 f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}",
-                                 f"{statistics.median(rates) / limit:.0%}"])
-                if batch == 1 and not sampled:
-                    for name in taking:
-                        if name != "ours":
-                            kind = name.removeprefix("llama.cpp ").lower()
-                            key = "transformers_" + dtype if name == "transformers" else "llama_cpp_" + kind
-                            ratios[f"batch1_vs_{key}"] = ratio(whole[name], whole["ours"])
-                    print(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
-    print_table(["", "", "first token, ms", "tokens/s", "range", "of the limit"], rows)
-    ratios["batch1_vs_transformers"] = ratios[f"batch1_vs_transformers_{own}"]  # in the machine's best precision
-    same = "batch1_vs_llama_cpp_" + {"bf16": "bf16", "fp32": "f32"}.get(own, "")
-    if same in ratios:
-        ratios["batch1_vs_llama_cpp"] = ratios[same]
-    print_result({"ratios": ratios, "machine": runtime.describe_machine(device), "preset": args.preset,
-                  "found_of_float32": shares, "cases": result})
+    config = LLMConfig.preset(args.preset).for_run(args.prompt_tokens + args.new_tokens, 0.0)
+    result = {"ratios": {}, "machine": describe_machine(device), "preset": args.preset, "found_of_float32": {},
+              "failures": {}, "cases": {}}
+    print(f"{result['machine']}; {args.preset}; {args.prompt_tokens} tokens continued by {args.new_tokens}, "
+          f"{args.repeats} turns", flush=True)
+    return end(result, partial(compare, args, config, device, own))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""What the benchmarks share: turns taken (A B A B …), medians with their spread, the machine's own limits, tables.
+"""What the benchmarks share: programs in processes of their own, turns (A B, B A, …), medians with their spread, the
+machine's own limits, tables.
 
 torch is imported where it is needed: to measure the memory of a tokenizer's training, it must not be there.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
+import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -18,6 +23,7 @@ from pathlib import Path
 from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKER_TIMEOUT = 600  # seconds for one call: longer than any step or compilation, so only a hang reaches it
 
 
 def make_parser(description: str, preset_help: str = "(default: %(default)s)") -> OneLineParser:
@@ -36,19 +42,138 @@ def warn_of_load() -> None:
               "another factor", file=sys.stderr)
 
 
-def take_turns(work: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
-    """Seconds of each piece of work, `repeats` times in turn after a round to warm up, which does not count.
+class WorkerFailed(RuntimeError):
+    """A worker's program raised, died or did not answer. The message is short: it becomes a cell of the table."""
 
-    On a shared machine the speed drifts; taken in turns, all drift together, and their ratios stay.
+
+class Worker:
+    """A program in a process of its own, e.g. one decoder. If it crashes, the benchmark goes on without it.
+
+    `make(*args)` builds the program in the new process. Calls are sent over a pipe, one at a time; `seconds` is how
+    long the last one took there, without the pipe. After a failure every call raises WorkerFailed again.
     """
-    seconds = {name: [] for name in work}
-    for turn in range(-warm_up, repeats):
-        for name, do in work.items():
+
+    def __init__(self, make: Callable, *args):
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, time.time(), make, args), daemon=True)
+        self.process.start()
+        theirs.close()  # else a crash would not close the pipe
+        self.failure: str | None = None
+        self.seconds = 0.0
+        self.ready = False
+
+    def __call__(self, *args):
+        return self.call("__call__", *args)
+
+    def call(self, method: str, *args, timeout: float = WORKER_TIMEOUT):
+        """The result of a method of the program. Raises WorkerFailed."""
+        self.wait_until_ready(timeout)
+        try:
+            self.pipe.send((method, args))
+        except OSError:  # it died between two calls: _receive reads why
+            pass
+        result, self.seconds = self._receive(timeout)
+        return result
+
+    def time(self, method: str, *args) -> float:
+        """Seconds that a method of the program takes. Raises WorkerFailed."""
+        self.call(method, *args)
+        return self.seconds
+
+    def wait_until_ready(self, timeout: float = WORKER_TIMEOUT) -> None:
+        """Wait until the program is built. Workers made before build theirs meanwhile. Raises WorkerFailed."""
+        if not self.ready:
+            self._receive(timeout)
+            self.ready = True
+
+    def _receive(self, timeout: float) -> tuple:
+        if self.failure is None:
+            try:
+                if self.pipe.poll(timeout):
+                    result, seconds, self.failure = self.pipe.recv()
+                else:
+                    self.failure = f"failed: no answer in {timeout:.0f} s"
+            except (EOFError, OSError):
+                self.process.join(10)
+                code = self.process.exitcode
+                self.failure = f"crashed: {signal.Signals(-code).name if code and code < 0 else f'exit code {code}'}"
+        if self.failure is not None:
+            self.close()
+            raise WorkerFailed(self.failure)
+        return result, seconds
+
+    def close(self) -> None:
+        """End the process and free its memory."""
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(pipe, started: float, make: Callable, args: tuple) -> None:
+    """The worker's process: build the program, then answer calls until one fails or the benchmark closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the benchmark ends its workers
+    os.dup2(2, 1)  # the benchmark's stdout ends with its JSON object: no program may write there
+    os.environ["BENCHMARK_START"] = str(started)
+    method, program = None, None
+    while True:
+        try:
             begin = time.perf_counter()
-            do()
+            if method is None:
+                result, program = None, make(*args)
+            else:
+                result = getattr(program, method)(*args)
+            wait_for_device()  # an idle worker must leave the GPU to the others
+            answer = result, time.perf_counter() - begin, None
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0][:100]
+            answer = None, 0.0, f"failed: {type(error).__name__}: {reason}".rstrip(": ")
+            traceback.print_exc()
+        try:
+            pipe.send(answer)
+            if answer[2]:  # what state is the program in now? Nobody knows
+                return
+            method, args = pipe.recv()
+        except (EOFError, OSError):
+            return
+
+
+def close_all(workers: dict[str, Worker]) -> None:
+    """End the processes of all these workers."""
+    for worker in workers.values():
+        worker.close()
+
+
+def failures(workers: dict) -> dict[str, str]:
+    """Why each failed worker failed, by name."""
+    return {name: worker.failure for name, worker in workers.items() if getattr(worker, "failure", None)}
+
+
+def take_turns(work: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
+    """Seconds of each piece of work, `repeats` times in turns, after one turn to warm up that does not count.
+
+    Work that measures itself returns its seconds as a float. Work that raises WorkerFailed is left out of the rest,
+    and of the result.
+
+    On a shared machine the speed drifts; in turns all drift together, and their ratios stay. The first one in a turn
+    rotates: it may pay what the others then find ready, e.g. memory for a new shape.
+    """
+    seconds, names = {name: [] for name in work}, list(work)
+    for turn in range(repeats + warm_up):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            if name not in seconds:
+                continue
+            begin = time.perf_counter()
+            try:
+                measured = work[name]()
+            except WorkerFailed as failure:
+                print(f"{name} {failure}", file=sys.stderr, flush=True)
+                del seconds[name]
+                continue
             wait_for_device()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+            if turn >= warm_up:
+                seconds[name].append(measured if isinstance(measured, float) else time.perf_counter() - begin)
     return seconds
 
 
@@ -80,7 +205,7 @@ def alone(benchmark: str, name: str, **flags) -> dict:
 
 
 def seconds_since_start() -> float:
-    """In a process that `alone` started: since then."""
+    """In a process that `alone` or Worker started: since then."""
     return time.time() - float(os.environ["BENCHMARK_START"])
 
 
@@ -91,6 +216,24 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
     elif torch and torch.backends.mps.is_available():
         torch.mps.synchronize()
+
+
+def describe_machine(device) -> str:
+    """One line above every table: software, device, model of the CPU and of the GPU."""
+    import torch
+
+    from common import runtime
+    from common.native import cpu_flags
+
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.M) if info.exists() else None
+    # a virtual machine often hides the model: these flags, on which speed in bf16 depends, tell more
+    flags = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
+    parts = [runtime.describe_machine(device), " ".join(
+        [found[1] if found else platform.processor() or "unknown CPU", *([f"({' '.join(flags)})"] if flags else [])])]
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    return ", ".join(parts)
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
@@ -232,15 +375,45 @@ def to_transformers(model):
     return theirs
 
 
+def print_row(cells: list[str], widths: list[int]) -> None:
+    """One row of a Markdown table, shown at once: an interrupted benchmark loses no finished row."""
+    print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |", flush=True)
+
+
+def print_head(head: list[str], widths: list[int]) -> None:
+    """The first two rows of a Markdown table."""
+    print_row(head, widths)
+    print_row(["-" * width for width in widths], widths)
+
+
 def print_table(head: list[str], rows: list[list[str]]) -> None:
     """A Markdown table, its columns aligned."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, ["-" * width for width in widths], *rows]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    print_head(head, widths)
+    for row in rows:
+        print_row(row, widths)
 
 
 def print_result(result: dict) -> None:
     """The end of a benchmark: its ratios, and one JSON object on the last line."""
     for name, value in result["ratios"].items():
         print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
-    print(json.dumps(result, ensure_ascii=False))
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def end(result: dict, work: Callable[[dict], None]) -> int:
+    """Run `work`, which fills `result`, and print it, even if interrupted. Returns the exit code.
+
+    Only a failure of ours is one of the benchmark."""
+    code = 0
+    try:
+        work(result)
+    except KeyboardInterrupt:
+        result["interrupted"], code = True, 130
+    except WorkerFailed as failure:
+        print(f"error: ours {failure}", file=sys.stderr, flush=True)
+        result["failed"], code = str(failure), 1
+    if code == 0 and any(name.startswith("ours") for name in result["failures"]):
+        code = 1
+    print_result(result)
+    return code

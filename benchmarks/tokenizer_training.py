@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import (
     alone,
     copy_texts,
+    describe_machine,
     make_corpus,
     make_parser,
     middle,
@@ -128,9 +129,8 @@ def main() -> None:
     warn_of_load()
     import torch
 
-    from common import runtime
 
-    machine = runtime.describe_machine(torch.device("cpu"))
+    machine = describe_machine(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "text.jsonl"
         if args.data_path:

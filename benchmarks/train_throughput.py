@@ -7,18 +7,22 @@ ours                 documents packed, bf16 where the machine has it: the step o
                      in the other loops; "ours, Muon" with their own default
 transformers fp32    LlamaForCausalLM (Qwen3 with qk_norm; sdpa, no cache), one document a row padded to --max_seq_len,
                      fused AdamW: the loop of small-model repositories on a CPU; micro-batches of the fastest size
-transformers bf16    the same under bf16 autocast
+transformers bf16    the same under bf16 autocast (fp16 with a gradient scaler on a GPU without bf16)
+
+Each loop runs in a process of its own, transformers' without our settings (e.g. of memory allocation). A loop that
+crashes becomes a cell of the table.
 
 "chats": conversations with the lengths of real SFT data, or the documents of --data_path, where padding hurts; each
 turn takes another step's documents. "full rows": rows without padding, where only the arithmetic counts. First all
-take a step in fp32 and in their own precision: losses and gradient norms must agree, else nothing is timed. "s to
-first step" and "peak MiB" are those of each loop alone in a process, run once; "pretrain.py" is the stage script from
-its start to the line of its first step, with a warm token cache. With CUDA transformers, and with --compile ours, are
-also timed compiled. --sweep shows how all of this grows with model, row length and rows.
+take a step in fp32 and in their own precision: losses and gradient norms must agree, else nothing is timed. "MFU" is
+relative to the rate of large matrix products, measured in the same turns; that of pretrain.py is relative to the data
+sheet. "s to first step" and "peak MiB" are those of the first two steps of each process, started one after another.
+"pretrain.py" is the stage script from its start to the line of its first step, with a warm token cache. With CUDA
+transformers, and with --compile ours, are also timed compiled. --sweep shows how all of this grows with model, row
+length and rows. --quick leaves out fp32 where the machine has bf16 or fp16, first steps, peaks and "pretrain.py".
 """
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -26,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -36,11 +41,17 @@ import torch
 
 from benchmarks.measure import (
     ROOT,
-    alone,
+    Worker,
+    WorkerFailed,
+    close_all,
+    describe_machine,
+    end,
+    failures,
     large_product,
     make_parser,
     peak_mebibytes,
-    print_result,
+    print_head,
+    print_row,
     print_table,
     ratio,
     run_script,
@@ -120,24 +131,62 @@ def make_rows(rng: np.random.Generator, vocab_size: int, rows: int, length: int)
     return [(rng.integers(0, vocab_size, length), np.arange(length) > 0) for _ in range(rows)]
 
 
-class Ours:
+class Loop:
+    """What both loops have: a model whose first weights are the same, a precision, a step."""
+
+    def __init__(self, config: LLMConfig, device: torch.device, dtype: str):
+        self.config, self.device, self.dtype = config, device, dtype
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+
+    def first_weights(self) -> WeakWater:
+        """Ours with the weights that every loop starts from."""
+        torch.manual_seed(0)
+        return WeakWater(self.config)
+
+    def check(self, documents: list[tuple]) -> dict[str, tuple[float, float]]:
+        """Loss and gradient norm of a step from the first weights, in fp32 and in the loop's own precision."""
+        own, found = self.dtype, {}
+        for self.dtype in dict.fromkeys(("fp32", own)):
+            self.model.load_state_dict(self.first_weights().state_dict())
+            found[self.dtype] = self.step(documents)
+        return found
+
+    def first_steps(self, documents: list[tuple]) -> dict[str, float]:
+        """Seconds from the start of this process to the end of its first step, and memory after two."""
+        self.step(documents)
+        seconds = seconds_since_start()
+        self.step(documents)
+        return {"seconds_to_first_step": seconds, "peak_mebibytes": peak_mebibytes(self.device)}
+
+    def update(self, optimizers: list) -> float:
+        """Clip and update the weights; the gradient's norm."""
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return float(norm)
+
+
+class Ours(Loop):
     """The step of the stage scripts: one packed buffer a micro-batch."""
 
-    def __init__(self, config: LLMConfig, device: torch.device, rows: int, max_seq_len: int, optimizer: str,
+    def __init__(self, config: LLMConfig, device: torch.device, dtype: str, buffer_tokens: int, optimizer: str,
                  compiled: bool):
-        torch.manual_seed(0)
-        self.device, self.dtype = device, runtime.pick_dtype("auto", device)[0]
-        self.model = WeakWater(config).to(device).train()
+        super().__init__(config, device, dtype)
+        self.model = self.first_weights().to(device).train()
         self.optimizers = make_optimizers(self.model, optimizer, 1e-4, 0.1)
-        self.rows, self.buffer_tokens = rows, rows * max_seq_len
+        self.buffer_tokens = buffer_tokens
         if compiled:
             print(f"ours, compile: {runtime.compile_blocks(self.model, device)}")
 
     def micro_batches(self, documents: list[tuple]) -> list[MicroBatch]:
-        """Buffers of at most rows x max_seq_len tokens."""
+        """Buffers of `buffer_tokens` tokens, or more by less than one document, as StepLoader fills them."""
         buffers, room = [[]], self.buffer_tokens
         for document in documents:
-            if len(document[0]) > room:
+            if room <= 0:
                 buffers.append([])
                 room = self.buffer_tokens
             buffers[-1].append(document)
@@ -157,30 +206,29 @@ class Ours:
         for batch in batches:
             with runtime.autocast(self.device, self.dtype):
                 loss = self.model(**batch.to(self.device)) / total
-            loss.backward()
+            self.scaler.scale(loss).backward()
             step_loss += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return float(step_loss), float(norm)
+        return float(step_loss), self.update(self.optimizers)
 
 
-class Transformers:
+class Transformers(Loop):
     """The step with transformers' model, as its documentation says, one document a row."""
 
-    def __init__(self, config: LLMConfig, device: torch.device, bf16: bool, padded_to: int, compiled: bool):
-        torch.manual_seed(0)
-        self.model = to_transformers(WeakWater(config)).to(device).train()
+    def __init__(self, config: LLMConfig, device: torch.device, dtype: str, padded_to: int, compiled: bool):
+        super().__init__(config, device, dtype)
+        self.model = to_transformers(self.first_weights()).to(device).train()
         self.model.config.use_cache = False
         self.forward = torch.compile(self.model) if compiled else self.model
-        self.device, self.dtype, self.padded_to = device, "bf16" if bf16 else "fp32", padded_to
+        self.padded_to = padded_to
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1,
                                            fused=True)
         self.rows = 8
 
-    def choose_rows(self, documents: list[tuple], choices: tuple[int, ...]) -> None:
+    def choose_rows(self, documents: list[tuple], choices: tuple[int, ...]) -> int:
         """Keep the micro-batch with which a step is fastest, each twice in turns after a step that does not count."""
+        if len(choices) == 1:
+            self.rows = choices[0]
+            return self.rows
         documents = documents[:max(choices)]
         seconds = {}
         self.step(documents, choices[0])
@@ -194,6 +242,9 @@ class Transformers:
                 continue
             seconds[rows] = min(seconds.get(rows, math.inf), time.perf_counter() - begin)
         self.rows = min(seconds, key=lambda rows: seconds[rows])
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the other processes need it
+        return self.rows
 
     def step(self, documents: list[tuple], rows: int | None = None) -> tuple[float, float]:
         """One optimizer step; its loss and its gradient's norm."""
@@ -209,28 +260,48 @@ class Transformers:
             ids, labels, mask = (torch.from_numpy(x).to(self.device) for x in (ids, labels, mask))
             with runtime.autocast(self.device, self.dtype):
                 loss = self.forward(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=total).loss
-            loss.backward()
+            self.scaler.scale(loss).backward()
             step_loss += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(step_loss), float(norm)
+        return float(step_loss), self.update([self.optimizer])
 
 
 # ---------------------------------------------------------------------------------------------
 # measuring
 
 
-def make_loops(args, config: LLMConfig, device: torch.device, names: list[str]) -> dict:
-    """The named loops, each with weights of its own."""
-    loops = {}
+def make_loop(name: str, args, config: LLMConfig, device: torch.device) -> Loop:
+    """A loop, in its own process."""
+    own, compiled = runtime.pick_dtype("auto", device)[0], name.endswith(" compiled")
+    if name.startswith("ours"):
+        runtime.prepare(device, own, args.seed, False)
+        return Ours(config, device, own, args.rows * args.max_seq_len, "muon" if "Muon" in name else "adamw", compiled)
+    return Transformers(config, device, name.split()[1], args.max_seq_len, compiled)
+
+
+def start_loops(args, config: LLMConfig, device: torch.device, names: list[str], documents: list[tuple]) -> tuple:
+    """The named loops, in processes of their own, by name; what `first_steps` found in them (nothing with --quick);
+    the rows of transformers' micro-batches."""
+    loops = {name: Worker(make_loop, name, args, config, device) for name in names if args.quick}
+    own, rows = {}, {}
     for name in names:
-        if name.startswith("ours"):
-            loops[name] = Ours(config, device, args.rows, args.max_seq_len, "muon" if "Muon" in name else "adamw",
-                               "compiled" in name)
-        else:
-            loops[name] = Transformers(config, device, "bf16" in name, args.max_seq_len, "compiled" in name)
-    return loops
+        choices = ROWS_TO_TRY[device.type]
+        if name.endswith(" compiled"):  # each size would be compiled anew
+            choices = (rows.get(name.removesuffix(" compiled"), choices[0]),)
+        try:
+            if name.startswith("transformers") and not args.quick and len(choices) > 1:
+                # in another process, whose larger sizes do not count as this loop's memory
+                loops[name] = Worker(make_loop, name, args, config, device)
+                choices = (loops[name].call("choose_rows", documents, choices),)
+                loops[name].close()
+            if not args.quick:
+                loops[name] = Worker(make_loop, name, args, config, device)
+            if name.startswith("transformers"):
+                rows[name] = loops[name].call("choose_rows", documents, choices)
+            if not args.quick:
+                own[name] = loops[name].call("first_steps", documents)
+        except WorkerFailed as failure:
+            print(f"{name} {failure}", file=sys.stderr, flush=True)
+    return loops, own, rows
 
 
 def work_of(args, config: LLMConfig) -> dict[str, list[list[tuple]]]:
@@ -243,34 +314,10 @@ def work_of(args, config: LLMConfig) -> dict[str, list[list[tuple]]]:
     return {"chats": chats, "full rows": rows}
 
 
-def one_after_another(loop, draws: list[list[tuple]]) -> Callable[[], object]:
-    """A function that takes the step on the documents of the next turn."""
+def one_after_another(loop: Worker, draws: list[list[tuple]]) -> Callable[[], float]:
+    """A function that takes the step on the documents of the next turn and returns its seconds."""
     documents = cycle(draws)
-    return lambda: loop.step(next(documents))
-
-
-def save_documents(documents: list[tuple], path: Path) -> None:
-    """For `load_saved` in another process."""
-    np.savez(path, lengths=[len(ids) for ids, _ in documents], ids=np.concatenate([ids for ids, _ in documents]),
-             is_target=np.concatenate([is_target for _, is_target in documents]))
-
-
-def load_saved(path: str) -> list[tuple]:
-    """What `save_documents` was given."""
-    with np.load(path) as saved:
-        ends = np.cumsum(saved["lengths"])[:-1]
-        return list(zip(np.split(saved["ids"], ends), np.split(saved["is_target"], ends), strict=True))
-
-
-def first_steps(args, config: LLMConfig, device: torch.device) -> dict:
-    """One loop alone in this process: seconds from its start to the end of the first step, and memory after two."""
-    documents = load_saved(args.documents)
-    loop = make_loops(args, config, device, [args.alone])[args.alone]
-    loop.rows = args.micro_rows
-    loop.step(documents)
-    seconds = seconds_since_start()
-    loop.step(documents)
-    return {"seconds_to_first_step": seconds, "peak_mebibytes": peak_mebibytes(device)}
+    return lambda: loop.time("step", next(documents))
 
 
 def script_to_first_step(args) -> list[float]:
@@ -296,118 +343,121 @@ def script_to_first_step(args) -> list[float]:
     return seconds[1:]  # the first made the cache
 
 
-def check_agreement(loops: dict, documents: list[tuple], start: dict[str, torch.Tensor],
-                    first: str = "transformers fp32") -> dict[str, tuple]:
-    """Loss and gradient norm of a step of each loop in fp32 from the weights `start`. Raises RuntimeError where they
-    are not the `first` loop's, or where those in the loop's own precision are far from them."""
-    found = {}
-    for name, loop in sorted(loops.items(), key=lambda item: item[0] != first):
-        usual = loop.dtype
-        for dtype in dict.fromkeys(("fp32", usual)):
-            loop.model.load_state_dict(start)
-            loop.dtype = dtype
-            step_loss, step_norm = loop.step(documents)
-            if dtype == "fp32":
-                found[name] = step_loss, step_norm
-            loss, norm = found[first]
+def check_agreement(loops: dict, documents: list[tuple]) -> dict[str, tuple[float, float]]:
+    """Loss and gradient norm of a step of each loop in fp32 from the first weights. Raises RuntimeError where they
+    are not those of the first loop of transformers that did not fail, or where those in the loop's own precision are
+    far from them; WorkerFailed if ours fails."""
+    checked = {}
+    for name, loop in loops.items():
+        try:
+            checked[name] = loop.call("check", documents)
+        except WorkerFailed as failure:
+            if name == "ours":
+                raise
+            print(f"{name} {failure}", file=sys.stderr, flush=True)
+    first = next((name for name in checked if name.startswith("transformers")), "ours")
+    if first == "ours":
+        print("no loop of transformers is left: the loss of ours is not compared", flush=True)
+    loss, norm = checked[first]["fp32"]
+    for name, found in checked.items():
+        for dtype, (step_loss, step_norm) in found.items():
             of_loss, of_norm = AGREEMENT[dtype]
             if not (abs(step_loss - loss) <= of_loss * loss and abs(step_norm - norm) <= of_norm * norm):
                 raise RuntimeError(f"{name} in {dtype}: loss {step_loss:.6f}, gradient norm {step_norm:.5f}; "
-                                   f"transformers in fp32: {loss:.6f}, {norm:.5f}: not the same work")
-        loop.dtype = usual
-    return found
+                                   f"{first} in fp32: {loss:.6f}, {norm:.5f}: not the same work")
+    return {name: found["fp32"] for name, found in checked.items()}
 
 
-def measure(loops: dict, draws: list[list[tuple]], padded_to: int, dtype: str, repeats: int) -> tuple[dict, dict]:
-    """Steps on `draws` in turns, a large product among them: the seconds of each, and what they come to."""
-    ours = loops["ours"]
-    product, product_flops = large_product(ours.device, DTYPES[dtype])
+def measure(loops: dict[str, Worker], draws: list[list[tuple]], args, config: LLMConfig, device: torch.device,
+            dtype: str) -> tuple[dict, dict]:
+    """Steps on `draws` in turns, with a large product among them: the seconds of each, and the rates of each loop;
+    both without the loops that failed."""
+    product, product_flops = large_product(device, DTYPES[dtype])
     seconds = take_turns({n: one_after_another(loop, draws) for n, loop in loops.items()} | {"product": product},
-                         repeats)
-    peak = product_flops / statistics.median(seconds["product"])
+                         args.repeats)
+    peak = product_flops / statistics.median(seconds.pop("product"))
+    with torch.device("meta"):
+        model = WeakWater(config)  # for its sizes
     useful = [sum(len(ids) for ids, _ in documents) for documents in draws[1:]]
-    flops = [tokens * ours.model.flops_per_token(sum(len(ids)**2 for ids, _ in documents) / tokens)
+    flops = [tokens * model.flops_per_token(sum(len(ids)**2 for ids, _ in documents) / tokens)
              for tokens, documents in zip(useful, draws[1:], strict=True)]
     found = {}
-    for name, loop in loops.items():
-        positions = useful if isinstance(loop, Ours) else [len(documents) * padded_to for documents in draws[1:]]
-        rates = [tokens / s for tokens, s in zip(useful, seconds[name], strict=True)]
+    for name, times in seconds.items():
+        positions = (useful if name.startswith("ours")
+                     else [len(documents) * args.max_seq_len for documents in draws[1:]])
         found[name] = dict(
-            seconds=seconds[name], useful_tokens_per_second=rates, useful_share=sum(useful) / sum(positions),
-            positions_per_second=statistics.median(p / s for p, s in zip(positions, seconds[name], strict=True)),
-            mfu=statistics.median(f / s / peak for f, s in zip(flops, seconds[name], strict=True)),
-            rows=loop.rows, peak_flops=peak)
+            seconds=times, useful_tokens_per_second=[tokens / s for tokens, s in zip(useful, times, strict=True)],
+            useful_share=sum(useful) / sum(positions),
+            positions_per_second=statistics.median(p / s for p, s in zip(positions, times, strict=True)),
+            mfu=statistics.median(f / s / peak for f, s in zip(flops, times, strict=True)), peak_flops=peak)
     return seconds, found
 
 
-def compare(args, config: LLMConfig, device: torch.device, dtype: str) -> dict:
-    """Time all loops on both kinds of work, print the tables, return everything."""
-    theirs = ["transformers fp32"] + ["transformers bf16"] * (dtype == "bf16")
-    trouble = runtime.compile_trouble(device) if args.compile or device.type == "cuda" else None
+def compare(args, config: LLMConfig, device: torch.device, dtype: str, result: dict) -> None:
+    """Time all loops on both kinds of work; fill `result`, print the tables."""
+    theirs = [f"transformers {kind}" for kind in dict.fromkeys(("fp32", dtype)) if kind == dtype or not args.quick]
+    compiling = args.compile or (device.type == "cuda" and not args.quick)
+    trouble = runtime.compile_trouble(device) if compiling else None
     if trouble:
-        print(f"nothing is compiled: {trouble}")
-    elif device.type == "cuda":
+        print(f"nothing is compiled: {trouble}", flush=True)
+    elif device.type == "cuda" and compiling:
         theirs += [f"{name} compiled" for name in theirs]
     best = "ours compiled" if args.compile and not trouble else "ours"  # of ours, to which the ratios are
     names = list(dict.fromkeys(["ours", best, "ours, Muon", *theirs]))
     work = work_of(args, config)
-    loops, result, seconds = make_loops(args, config, device, names), {}, {}
-    start = {name: tensor.clone() for name, tensor in loops["ours"].model.state_dict().items()}
-    for kind, draws in work.items():
-        found = check_agreement(loops, draws[0], start)
-        loss, norm = found["ours"]
-        print(f"\n{kind}: {len(draws[0])} documents, {sum(len(ids) for ids, _ in draws[0]):,} tokens in the first "
-              f"step, whose loss in fp32, {loss:.5f}, and gradient norm, {norm:.4f}, are those of all loops")
-        own = {}
-        if kind == "chats":  # padded, they are rows of the same length as the full ones
-            for name in theirs:
-                if name.endswith(" compiled"):  # each size would be compiled anew
-                    loops[name].rows = loops[name.removesuffix(" compiled")].rows
-                else:
-                    loops[name].choose_rows(draws[0], ROWS_TO_TRY[device.type])
-            own = measure_alone(args, loops, draws[0])
-        seconds[kind], measured = measure(loops, draws, args.max_seq_len, dtype, args.repeats)
-        rows = []
-        for name, m in measured.items():
-            result[f"{kind}, {name}"] = m | {"loss": found[name][0], "alone": own.get(name)}
-            rates = m["useful_tokens_per_second"]
-            rows.append([name, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}",
-                         f"{m['positions_per_second']:,.0f}", f"{m['useful_share']:.1%}", f"{m['mfu']:.0%}",
-                         *(f"{own[name][key]:,.{digits}f}" for key, digits in (
-                             ("seconds_to_first_step", 1), ("peak_mebibytes", 0)) if own)])
-        head = ["", "useful tokens/s", "range", "positions/s", "useful", "MFU", "s to first step", "peak MiB"]
-        print_table(head if own else head[:-2], rows)
-        print(f"large products in the same turns: {measured['ours']['peak_flops'] / 1e12:.2f} TFLOP/s in {dtype}; "
-              "rows at once: " + ", ".join(f"{name} {loops[name].rows}" for name in theirs))
-
-    def times(kind: str, name: str) -> dict:
-        return ratio(seconds[kind][name], seconds[kind][best])
-
-    result["ratios"] = {"useful_vs_padded_fp32": times("chats", "transformers fp32"),
-                        "muon_useful_vs_padded_fp32": ratio(seconds["chats"]["transformers fp32"],
-                                                            seconds["chats"]["ours, Muon"]),
-                        "positions_vs_fp32": times("full rows", "transformers fp32")}
-    if dtype == "bf16":
-        result["ratios"] |= {"useful_vs_padded_bf16": times("chats", "transformers bf16"),
-                             "positions_vs_transformers_bf16": times("full rows", "transformers bf16")}
-    for name in names:
-        if name.endswith("compiled"):
-            other = "ours_uncompiled" if name == best else name.replace(" ", "_")
-            result["ratios"][f"positions_vs_{other}"] = times("full rows", "ours" if name == best else name)
-    return result
+    loops, own, rows_at_once = start_loops(args, config, device, names, work["chats"][0])
+    try:
+        for kind, draws in work.items():
+            found = check_agreement(loops, draws[0])
+            loss, norm = found["ours"]
+            print(f"\n{kind}: {len(draws[0])} documents, {sum(len(ids) for ids, _ in draws[0]):,} tokens in the first "
+                  f"step, whose loss in fp32, {loss:.5f}, and gradient norm, {norm:.4f}, are those of all loops",
+                  flush=True)
+            seconds, measured = measure(loops, draws, args, config, device, dtype)
+            shown = own if kind == "chats" else {}  # padded, chats are rows of the same length as the full ones
+            head = ["", "useful tokens/s", "range", "positions/s", "useful", "MFU",
+                    *(["s to first step", "peak MiB"] if shown else [])]
+            rows = []
+            for name in names:
+                if name not in measured:
+                    result[f"{kind}, {name}"] = {"failed": loops[name].failure}
+                    rows.append([name, loops[name].failure, *[""] * (len(head) - 2)])
+                    continue
+                m = measured[name]
+                result[f"{kind}, {name}"] = m | {"loss": found[name][0], "rows": rows_at_once.get(name, args.rows),
+                                                 "alone": shown.get(name)}
+                rates = m["useful_tokens_per_second"]
+                rows.append([name, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}",
+                             f"{m['positions_per_second']:,.0f}", f"{m['useful_share']:.1%}", f"{m['mfu']:.0%}",
+                             *(f"{shown[name][key]:,.{digits}f}" for key, digits in (
+                                 ("seconds_to_first_step", 1), ("peak_mebibytes", 0)) if shown)])
+            print_table(head, rows)
+            for m in list(measured.values())[:1]:
+                print(f"MFU is relative to large products in the same turns, {m['peak_flops'] / 1e12:.2f} TFLOP/s in "
+                      f"{dtype} (pretrain.py's to the data sheet); rows at once: "
+                      + ", ".join(f"{name} {rows}" for name, rows in rows_at_once.items()), flush=True)
+            result["ratios"] |= ratios_of(kind, seconds, best)
+    finally:
+        result["failures"] |= failures(loops)
+        close_all(loops)
 
 
-def measure_alone(args, loops: dict, documents: list[tuple]) -> dict[str, dict]:
-    """`first_steps` of every loop, each in a process of its own."""
-    runs = {}
-    torch.cuda.empty_cache()  # they need the room
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "documents.npz"
-        save_documents(documents, path)
-        for name, loop in loops.items():
-            runs[name] = alone(__file__, name, micro_rows=loop.rows, documents=path, preset=args.preset, rows=args.rows,
-                               max_seq_len=args.max_seq_len, device=args.device)
-    return runs
+def ratios_of(kind: str, seconds: dict[str, list[float]], best: str) -> dict[str, dict]:
+    """The ratios of one kind of work: `best` of ours to the other loops that did not fail."""
+    pairs = {}
+    for dtype in DTYPES:
+        other = f"transformers {dtype}"
+        if kind == "chats":
+            pairs[f"useful_vs_padded_{dtype}"] = other, best
+        else:
+            pairs["positions_vs_fp32" if dtype == "fp32" else f"positions_vs_transformers_{dtype}"] = other, best
+            pairs[f"positions_vs_transformers_{dtype}_compiled"] = f"{other} compiled", best
+    if kind == "chats":
+        pairs["muon_useful_vs_padded_fp32"] = "transformers fp32", "ours, Muon"
+    elif best != "ours":
+        pairs["positions_vs_ours_uncompiled"] = "ours", best
+    return {key: ratio(seconds[slow], seconds[fast]) for key, (slow, fast) in pairs.items()
+            if slow in seconds and fast in seconds}
 
 
 def config_of(args) -> LLMConfig:
@@ -415,40 +465,58 @@ def config_of(args) -> LLMConfig:
     return LLMConfig.preset(args.preset).for_run(args.max_seq_len, dropout=0.0)
 
 
-def sweep(args, device: torch.device, dtype: str) -> list[dict]:
+def sweep(args, device: torch.device, dtype: str, result: dict) -> None:
     """Ours beside transformers on full rows, with one of preset (up to --preset), row length and rows changed at a
     time."""
-    theirs = "transformers bf16" if dtype == "bf16" else "transformers fp32"
+    theirs = f"transformers {dtype}"
     cases = [dict(preset=preset) for preset in list(PRESETS)[:list(PRESETS).index(args.preset) + 1]]
     cases += [dict(max_seq_len=max(2, args.max_seq_len * n // 4)) for n in (1, 2, 8)]
     cases += [dict(rows=max(1, args.rows * n // 4)) for n in (1, 2, 8)]
-    results, rows = [], []
+    print(f"\nfull rows, ours and then {theirs}")
+    head = ["tokens/s", "MFU", "s to first step", "peak MiB"]
+    head = ["preset", "row length", "rows", *head, *head, "ratio"]
+    widths = [max(len(cell), 10) for cell in head]
+    widths[0] = max(map(len, PRESETS))
+    print_head(head, widths)
+    result["sweep"] = []
     for case in cases:
         here = argparse.Namespace(**(vars(args) | case))
         config = config_of(here)
-        loops = make_loops(here, config, device, ["ours", theirs])
         documents = make_rows(np.random.default_rng(args.seed), config.vocab_size, here.rows, here.max_seq_len)
-        start = {name: tensor.clone() for name, tensor in loops["ours"].model.state_dict().items()}
-        check_agreement(loops, documents, start, first=theirs)
-        loops[theirs].choose_rows(documents, ROWS_TO_TRY[device.type])
-        own = measure_alone(here, loops, documents)
-        seconds, measured = measure(loops, [documents] * (args.repeats + 1), here.max_seq_len, dtype, args.repeats)
-        gain = ratio(seconds[theirs], seconds["ours"])
-        row = [here.preset, str(here.max_seq_len), str(here.rows)]
-        for name, m in measured.items():
-            m |= own[name]
-            row += [f"{m['positions_per_second']:,.0f}", f"{m['mfu']:.0%}", f"{m['seconds_to_first_step']:.1f}",
-                    f"{m['peak_mebibytes']:,.0f}"]
-        results.append({"preset": here.preset, "max_seq_len": here.max_seq_len, "rows": here.rows, "ratio": gain}
-                       | measured)
-        rows.append([*row, f"{gain['median']:.2f}"])
-    print(f"\nfull rows, ours and then {theirs}")
-    head = ["tokens/s", "MFU", "s to first step", "peak MiB"]
-    print_table(["preset", "row length", "rows", *head, *head, "ratio"], rows)
-    return results
+        loops, own, _ = start_loops(here, config, device, ["ours", theirs], documents)
+        try:
+            check_agreement(loops, documents)
+            seconds, measured = measure(loops, [documents] * (args.repeats + 1), here, config, device, dtype)
+            row = [here.preset, str(here.max_seq_len), str(here.rows)]
+            for name, loop in loops.items():
+                if name in measured:
+                    m = measured[name] = measured[name] | own[name]
+                    row += [f"{m['positions_per_second']:,.0f}", f"{m['mfu']:.0%}",
+                            f"{m['seconds_to_first_step']:.1f}", f"{m['peak_mebibytes']:,.0f}"]
+                else:
+                    measured[name] = {"failed": loop.failure}
+                    row += [loop.failure, "", "", ""]
+            gain = {"ratio": ratio(seconds[theirs], seconds["ours"])} if len(seconds) == 2 else {}
+            result["sweep"].append({"preset": here.preset, "max_seq_len": here.max_seq_len, "rows": here.rows}
+                                   | gain | measured)
+            print_row([*row, f"{gain['ratio']['median']:.2f}" if gain else ""], widths)
+        finally:
+            result["failures"] |= {f"{name}, {case}": why for name, why in failures(loops).items()}
+            close_all(loops)
 
 
-def main() -> None:
+def everything(args, config: LLMConfig, device: torch.device, dtype: str, result: dict) -> None:
+    """All that the flags ask for, into `result`."""
+    compare(args, config, device, dtype, result)
+    if not args.quick:
+        result["script_to_first_step"] = starts = script_to_first_step(args)
+        print(f"\npretrain.py, start to first step: {statistics.median(starts):.1f} s "
+              f"({min(starts):.1f} to {max(starts):.1f})", flush=True)
+    if args.sweep:
+        sweep(args, device, dtype, result)
+
+
+def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", help="JSONL of conversations or texts (default: made up)")
     parser.add_argument("--tokenizer_path", help="its tokenizer (default: trained on the data)")
@@ -458,28 +526,18 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time ours compiled as well; ratios are then to that")
     parser.add_argument("--sweep", action="store_true", help="also: other models, row lengths and rows")
-    for hidden in ("alone", "documents"):
-        parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
-    parser.add_argument("--micro_rows", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="no fp32 beside bf16 or fp16, no first steps, no peaks")
     args = parser.parse_args()
+    if args.quick and args.sweep:
+        parser.error("--sweep measures first steps and peaks, which --quick leaves out")
     device, _ = runtime.pick_device(args.device)
     dtype, _ = runtime.pick_dtype("auto", device)
     config = config_of(args)
-    if not (args.alone or "").startswith("transformers"):  # our way with freed memory
-        runtime.prepare(device, dtype, args.seed, False)
-    if args.alone:
-        print(json.dumps(first_steps(args, config, device)))
-        return
     warn_of_load()
-    print(f"{runtime.describe_machine(device)}; {args.preset}, "
-          f"{args.rows} x {args.max_seq_len} tokens a step, {args.repeats} turns")
-    result = compare(args, config, device, dtype)
-    result["script_to_first_step"] = starts = script_to_first_step(args)
-    print(f"\npretrain.py, start to first step: {statistics.median(starts):.1f} s "
-          f"({min(starts):.1f} to {max(starts):.1f})")
-    if args.sweep:
-        result["sweep"] = sweep(args, device, dtype)
-    print_result(result | {"machine": runtime.describe_machine(device), "preset": args.preset})
+    result = {"ratios": {}, "machine": describe_machine(device), "preset": args.preset, "failures": {}}
+    print(f"{result['machine']}; {args.preset}, {args.rows} x {args.max_seq_len} tokens a step, {args.repeats} turns",
+          flush=True)
+    return end(result, partial(everything, args, config, device, dtype))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""Each benchmark runs at a tiny size and ends with one JSON object that holds its ratios; recipes are compared."""
+"""Each benchmark runs at a tiny size and ends with one JSON object that holds its ratios, also when a program crashes
+or the user interrupts it; recipes are compared."""
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 from benchmarks import decode_throughput as decoding
 from benchmarks import train_throughput as benchmark
-from benchmarks.measure import copy_texts, sample_records, take_turns
+from benchmarks.measure import Worker, WorkerFailed, copy_texts, end, sample_records, take_turns
 from Config import LLMConfig, UserError, parse_args
 from evaluate import kind_of
 from experiments import recipe
@@ -23,7 +28,9 @@ RATIOS = {
     "train_throughput.py --device cpu --rows 2 --max_seq_len 64 --sweep": {
         "useful_vs_padded_fp32", "positions_vs_fp32"},
     "train_throughput.py --device cpu --rows 1 --max_seq_len 400 --data_path {chats}": {"useful_vs_padded_fp32"},
+    "train_throughput.py --device cpu --rows 1 --max_seq_len 64 --quick": set(),
     "decode_throughput.py --device cpu --prompt_tokens 8 --new_tokens 4 --batch 2": {"batch1_vs_transformers"},
+    "decode_throughput.py --device cpu --prompt_tokens 8 --new_tokens 4 --batch 2 --quick": {"batch1_vs_transformers"},
     "data_throughput.py --megabytes 0.1 --batches 3 --max_seq_len 64 --data_path {chats}": {"tokens_vs_getitem"},
     "data_throughput.py --megabytes 0.5 --batches 3": {
         "first_batch_warm_cache_vs_getitem", "tokens_vs_getitem", "memory_as_text_grows"},
@@ -40,30 +47,51 @@ def test_a_benchmark_ends_with_its_ratios(command, data_dir):
                            *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert RATIOS[command] <= set(result["ratios"])
+    assert RATIOS[command] <= set(result["ratios"]) and not result.get("failures")
     for value in result["ratios"].values():
         assert 0 < value["min"] <= value["median"] <= value["max"]
-    if script == "train_throughput.py":
+    if "--quick" in flags:
+        assert "script_to_first_step" not in result and result["ratios"]
+    elif script == "train_throughput.py":
         assert len(result["script_to_first_step"]) == 2
         if "--sweep" in flags:
             assert len(result["sweep"]) == 7 and all(case["ours"]["peak_mebibytes"] > 100 for case in result["sweep"])
 
 
-def test_work_that_differs_is_not_timed():
+class Here:
+    """A program as a Worker calls it, but in this process."""
+
+    def __init__(self, program):
+        self.program = program
+
+    def call(self, method: str, *args):
+        return getattr(self.program, method)(*args)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_work_that_differs_is_not_timed(dtype):
     """A loop that trains on other targets is found by its loss or its gradient."""
     args = argparse.Namespace(rows=2, max_seq_len=64, data_path=None, seed=0, repeats=2)
-    config, device = LLMConfig.preset("nano"), torch.device("cpu")
-    loops = benchmark.make_loops(args, config, device, ["ours", "transformers fp32"])
-    start = {name: tensor.clone() for name, tensor in loops["ours"].model.state_dict().items()}
+    config = LLMConfig.preset("nano")
+    ours = benchmark.Ours(config, CPU, dtype, 128, "adamw", compiled=False)
+    loops = {"ours": Here(ours), "transformers": Here(benchmark.Transformers(config, CPU, dtype, 64, compiled=False))}
     for draws in benchmark.work_of(args, config).values():
         documents = draws[0]
-        benchmark.check_agreement(loops, documents, start)
-    step = loops["ours"].step
+        benchmark.check_agreement(loops, documents)
+    step = ours.step
     ids, is_target = documents[0]
     one_less = [(ids, is_target & (ids != ids[-1])), *documents[1:]]
-    loops["ours"].step = lambda documents: step(one_less)
+    ours.step = lambda documents: step(one_less)
     with pytest.raises(RuntimeError, match="not the same work"):
-        benchmark.check_agreement(loops, documents, start)
+        benchmark.check_agreement(loops, documents)
+
+
+def test_a_step_of_chats_fills_one_buffer():
+    """As StepLoader does: a buffer is full with the document that reaches its size, not before it."""
+    ours = benchmark.Ours(LLMConfig.preset("nano"), CPU, "fp32", 100, "adamw", compiled=False)
+    for lengths, sizes in (([60, 39, 30], [129]), ([60, 40, 30], [100, 30]), ([150, 50], [150, 50])):
+        buffers = ours.micro_batches(benchmark.make_rows(np.random.default_rng(0), 6400, 1, n)[0] for n in lengths)
+        assert [len(buffer.tokens) for buffer in buffers] == sizes
 
 
 @pytest.mark.parametrize("file", ["sft.jsonl", "pretrain.jsonl"])
@@ -133,10 +161,85 @@ def test_runs_with_other_settings_are_not_compared(tmp_path):
 
 @pytest.mark.parametrize("warm_up", [True, False])
 def test_turns_are_taken(warm_up):
-    """A B A B ..., and what warms up is not counted."""
+    """A B C, B C A, ..., and what warms up is not counted."""
     done = []
-    seconds = take_turns({"a": lambda: done.append("a"), "b": lambda: done.append("b")}, 3, warm_up)
-    assert done == ["a", "b"] * (3 + warm_up) and [len(times) for times in seconds.values()] == [3, 3]
+    seconds = take_turns({name: partial(done.append, name) for name in "abc"}, 3, warm_up)
+    assert "".join(done) == "abcbcacababc"[:3 * (3 + warm_up)] and [len(times) for times in seconds.values()] == [3] * 3
+
+
+class Program:
+    """For a Worker: one that adds, and ends in a given way at the third call."""
+
+    def __init__(self, way: str):
+        self.way, self.calls = way, 0
+
+    def add(self, a: int, b: int) -> int:
+        self.calls += 1
+        if self.calls == 3:
+            if self.way == "raises":
+                raise ValueError("no more")
+            if self.way == "hangs":
+                time.sleep(1000)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        print("not JSON")
+        return a + b
+
+
+@pytest.mark.parametrize("way, reason", [
+    ("crashes", "crashed: SIGSEGV"), ("raises", "failed: ValueError: no more"), ("hangs", "failed: no answer in 5 s")])
+def test_a_program_that_fails_is_left_out(way, reason, capfd):
+    """The others go on, each in all turns; the reason stays, for the table."""
+    worker = Worker(Program, way)
+    assert worker.call("add", 1, 2) == 3
+    work = {"fails": lambda: worker.call("add", 1, 2, timeout=5), "other": lambda: 0.25}
+    assert take_turns(work, 4) == {"other": [0.25] * 4}
+    assert worker.failure == reason and not worker.process.is_alive()
+    with pytest.raises(WorkerFailed, match=reason):
+        worker.call("add", 1, 2)
+    assert "not JSON" not in capfd.readouterr().out
+
+
+def test_a_program_that_cannot_be_built_says_why():
+    worker = Worker(Program)
+    with pytest.raises(WorkerFailed, match="failed: TypeError: .* 'way'"):
+        worker.call("add", 1, 2)
+
+
+def test_an_interrupted_benchmark_prints_what_it_has(capsys):
+    def work(result: dict, error: BaseException | None = None) -> None:
+        result["ratios"]["a_vs_b"] = {"median": 2, "min": 1, "max": 3}
+        if error:
+            raise error
+
+    for error, code, says in ((None, 0, {}), (KeyboardInterrupt(), 130, {"interrupted": True}),
+                              (WorkerFailed("crashed: SIGSEGV"), 1, {"failed": "crashed: SIGSEGV"})):
+        assert end({"ratios": {}, "failures": {"other": "failed"}}, partial(work, error=error)) == code
+        *_, last = capsys.readouterr().out.splitlines()
+        assert json.loads(last) == {"ratios": {"a_vs_b": {"median": 2, "min": 1, "max": 3}},
+                                    "failures": {"other": "failed"}} | says
+    assert end({"ratios": {}, "failures": {"ours, fp32": "failed"}}, work) == 1
+
+
+@pytest.mark.extra
+def test_a_crash_is_a_cell_and_an_interrupt_keeps_finished_rows(tmp_path):
+    """transformers crashes; after the first finished row the benchmark is interrupted, as `timeout -s INT` does."""
+    (tmp_path / "transformers.py").write_text("import os\nos.kill(os.getpid(), 11)\n", encoding="utf-8")
+    command = [sys.executable, str(ROOT / "benchmarks" / "decode_throughput.py"), "--preset", "nano", "--device", "cpu",
+               "--prompt_tokens", "8", "--new_tokens", "16", "--repeats", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}) as run:
+        lines = []
+        for line in run.stdout:
+            lines.append(line)
+            if line.startswith("| fp32, 1 row, sampled") and "transformers" in line:
+                os.killpg(run.pid, signal.SIGINT)
+    assert run.returncode == 130
+    result = json.loads(lines[-1])
+    assert result["interrupted"] and result["failures"] == {"transformers, fp32": "crashed: SIGSEGV"}
+    assert result["cases"]["fp32, 1 row, greedy, transformers"] == {"failed": "crashed: SIGSEGV"}
+    assert len(result["cases"]["fp32, 1 row, greedy, ours"]["tokens_per_second"]) == 2
+    assert not any("transformers" in name for name in result["ratios"])
+    assert any("transformers" in line and "crashed: SIGSEGV" in line for line in lines if line.startswith("| fp32"))
 
 
 def test_the_default_recipe_is_that_of_the_script():
