@@ -31,10 +31,9 @@ DEVICE = torch.device(os.environ.get("WEAKWATER_GPU_TEST_DEVICE", "cuda"))
 ON_CPU = DEVICE.type == "cpu"
 VOCAB = 997  # of the random tokens; on a CPU also of the model
 
-# Relative errors of all gradients together, against float32 on the CPU. float32: sums of up to 2,048 terms in another
-# order, over 10 layers; TF32 (10 bits) would give 1e-3. Half precision: the unit roundoff is 2^-9 = 2e-3 in bf16 and
-# 2^-12 = 2.4e-4 in fp16, and the roundings of 8 to 10 layers add up to some 5 times that (fp16: less than twice the
-# share, but its small gradients are subnormal). A wrong mask or scale gives 0.1 and more.
+# Relative errors of all gradients together, against float32 on the CPU. float32: the same sums in another order (TF32,
+# with 10 bits, would give 1e-3). On a CPU the 30m presets, with all layers, give 0.010 and 0.011 in bf16 and 0.0012 and
+# 0.0014 in fp16; a GPU may round at other places, hence twice that and more. A wrong mask or scale gives 0.1 and more.
 GRADIENT_TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 4e-3}
 
 
@@ -129,7 +128,7 @@ def varlen(measured: dict, folder: Path, preset: str) -> None:
             "kernels": sorted({e.key[:80] for e in events if e.key.startswith("void ") and "flash" in e.key.lower()})}
     for dtype in ("bf16", "fp16"):
         got = measured[dtype]
-        assert (got["forward"], got["backward"], got["other_attention"]) == (n_layers, n_layers, 0), dtype
+        assert min(got["forward"], got["backward"]) >= n_layers and not got["other_attention"], dtype
 
 
 def packing(measured: dict, folder: Path, preset: str) -> None:
@@ -283,14 +282,14 @@ def compiled(measured: dict, folder: Path, preset: str) -> None:
     backward = count(events, "_varlen_attn_backward")
     measured |= {"graphs_at_the_end": graphs(), "breaks": dict(counters["graph_break"]), "layers": n_layers,
                  "compiled_calls": count(events, "Torch-Compiled Region"),
-                 "varlen": [count(events, "::_varlen_attn") - backward, backward]}
+                 "varlen": [count(events, "::_varlen_attn") - backward, backward]}  # forward, backward
     for row in rows:
         assert row["compiled_error"] < 1.25 * row["eager_error"] + 1e-3, row
         assert row["loss_error"] < 2e-3, row
     assert measured["validation_error"] < 2e-3
     assert measured["compiled_calls"] >= n_layers, "some blocks ran eagerly"
     if not ON_CPU:  # there attention is computed document by document, outside the graph
-        assert measured["varlen"] == [n_layers, n_layers]
+        assert min(measured["varlen"]) >= n_layers
         assert measured["compiled_calls"] == n_layers and not measured["breaks"]
         assert measured["graphs_training"] <= 2
         assert measured["graphs_at_the_end"] == measured["graphs_with_validation"] <= 4

@@ -5,7 +5,7 @@
 Each check is a process of its own (checks.py), so that a crash costs one check, and all start at once, as many
 together as there are cores for: a process takes seconds to import torch and to start CUDA. Each prints one JSON line;
 with WEAKWATER_GPU_REPORT=FILE the lines are appended to FILE as the checks end.
-WEAKWATER_GPU_TEST_DEVICE=cpu tries the checks themselves on a CPU.
+WEAKWATER_GPU_TEST_DEVICE=cpu tries the checks themselves on a CPU, but for the variable-length kernel.
 """
 
 import json
@@ -23,14 +23,14 @@ import torch
 CHECKS_FILE = Path(__file__).with_name("checks.py")
 DEVICE = os.environ.get("WEAKWATER_GPU_TEST_DEVICE", "cuda")
 PRESETS = ("weakwater-30m", "weakwater-30m-gqa")
-SECONDS = 240  # a check may take
+SECONDS = 900 if DEVICE == "cpu" else 240  # a check may take
 
 # those that take longest come first
 STAGE_CHECKS = ("resume pretrain bf16 --compile", "resume pretrain bf16", "resume pretrain fp16", "resume distill bf16",
                 "follows_cpu", "out_of_memory")
 CHECKS = (*(f"compiled {preset}" for preset in PRESETS), *STAGE_CHECKS,
           *(f"{name} {preset}" for name in ("losses", "decoding", "varlen", "packing", "transformers_logits")
-            for preset in PRESETS))
+            for preset in PRESETS if (name, DEVICE) != ("varlen", "cpu")))
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")]
@@ -99,8 +99,6 @@ def runs(request, tmp_path_factory):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_check(check, runs, capfd):
-    if DEVICE == "cpu" and check.startswith("varlen"):
-        pytest.skip("the variable-length kernel needs CUDA")
     result = runs.futures[check].result()
     with capfd.disabled():  # the numbers are read from the log of a machine that is gone by then
         print(f"\n{json.dumps(result)}", flush=True)
