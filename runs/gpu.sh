@@ -105,12 +105,12 @@ for name, kind in (file.split(":") for file in files):
 same=(--tokenizer_path "$CARRY/tokenizer" --cache_dir "$RUN/cache" --device "$DEVICE")
 text=(--data_path "$CARRY/pretrain" --val_path "$CARRY/val.jsonl.xz" --preset "$PRESET" --epochs 100)
 
-# ---- measure: 60 + 150 (checks, sweep) + 3 × 40 (pretrain.py) + 50 + 100 (training) + 90 (decoding) = 570 s at the most ----
+# ---- measure: 210 (checks; beside them caches 60, sweep 150) + 3 × 40 (pretrain.py) + 150 (training) + 90 (decoding) = 570 s ----
 sweep() {  # all cases at once: they share the GPU, so only their quality counts
     local case rows rate
     for case in ${SWEEP:-32:2e-3 32:4e-3 32:8e-3 128:4e-3 128:8e-3}; do
         rows=${case%:*} rate=${case#*:}
-        beside "sweep_${rows}_$rate" 150 "${few_threads[@]}" "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" --compile --batch_size "$rows" \
+        beside "sweep_${rows}_$rate" 150 "${few_threads[@]}" "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" --batch_size "$rows" \
             --learning_rate "$rate" --max_steps $((${SWEEP_TOKENS:-16000000} / (rows * 512))) --out_dir "$RUN/sweep/${rows}_$rate" \
             --eval_interval 0 --eval_tokens 100000 --save_interval 1000000 --log_interval 50
     done
@@ -125,7 +125,7 @@ speed() {  # NAME FLAGS…: pretrain.py itself, with the time of day at each lin
 measure() {
     local benchmark=(--preset "$PRESET" --device "$DEVICE" --quick)
     rm -rf "$RUN"/{sweep,speed}
-    WEAKWATER_GPU_REPORT="$OUT/checks.jsonl" beside checks 150 "$PYTHON" -m pytest tests/gpu -m gpu
+    WEAKWATER_GPU_REPORT="$OUT/checks.jsonl" beside checks 210 "$PYTHON" -m pytest tests/gpu -m gpu -rs
     caches_text
     caches_chat &  # for `train` on the same machine
     sweep
@@ -143,10 +143,10 @@ EOP
     speed eager --batch_size "$ROWS"
     speed compiled --batch_size "$ROWS" --compile
     speed compiled_big --batch_size "${BIG_ROWS:-128}" --compile
-    part train_eager 50 "$PYTHON" benchmarks/train_throughput.py "${benchmark[@]}" --repeats "${REPEATS:-5}" --rows "$ROWS"
     part train_compiled 100 "$PYTHON" benchmarks/train_throughput.py "${benchmark[@]}" --repeats "${REPEATS:-5}" \
         --rows "${BIG_ROWS:-128}" --compile
     part decode 90 "$PYTHON" benchmarks/decode_throughput.py "${benchmark[@]}" --repeats 3
+    part train_eager 50 "$PYTHON" benchmarks/train_throughput.py "${benchmark[@]}" --repeats "${REPEATS:-5}" --rows "$ROWS"
 }
 
 # ---- train: 60 + 247 + 66 + 50 + 78 (the stages) + 80 (answers, scores, weights) = 581 s at the most ----

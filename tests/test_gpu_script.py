@@ -54,8 +54,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs/gpu.sh nee
 
 @pytest.mark.extra
 def test_measure_keeps_every_output(carry, tmp_path):
-    done, logs = gpu_sh("measure", carry, tmp_path / "out", LIMIT_train_eager="3", LIMIT_speed_compiled="100",
-                        LIMIT_speed_compiled_big="100")
+    done, logs = gpu_sh("measure", carry, tmp_path / "out", LIMIT_train_eager="3", BUDGET="1200",
+                        LIMIT_sweep_2_4e_3="300", LIMIT_sweep_4_8e_3="300", LIMIT_speed_compiled="200",
+                        LIMIT_speed_compiled_big="200", LIMIT_train_compiled="300", LIMIT_decode="200")
     parts = ["checks", "caches_text", "caches_chat", "sweep_2_4e-3", "sweep_4_8e-3", "sweep", "speed_eager",
              "speed_compiled", "speed_compiled_big", "train_eager", "train_compiled", "decode"]
     assert {f"{name}.txt" for name in [*parts, "machine"]} <= set(logs), done.stdout
