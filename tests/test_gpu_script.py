@@ -74,7 +74,7 @@ def test_train_keeps_every_output_and_the_weights(carry, tmp_path):
     assert done.returncode == 1 and re.fullmatch(r"pretrain \(exit (124|137)\)\n", logs["failed.txt"]), done.stdout
     stages = ("pretrain", "SFT", "SFT_long", "distill")
     assert "stopping after this step" in logs["pretrain.txt"]
-    assert {f"train/log/{stage}.jsonl" for stage in stages} <= set(logs)
+    assert {f"train/log/{stage}.log" for stage in stages} <= set(logs)
     assert all("bits per byte" in logs[f"{stage}.txt"] for stage in stages[1:])
     assert "bits per byte" in logs["metrics_pretrain.txt"]
     assert all("exact answers" in logs[f"problems_{stage}.txt"] for stage in stages[2:])
