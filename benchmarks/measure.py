@@ -68,7 +68,9 @@ class Worker:
 
     def call(self, method: str, *args, timeout: float = WORKER_TIMEOUT):
         """The result of a method of the program. Raises WorkerFailed."""
-        self.wait_until_ready(timeout)
+        if not self.ready:  # only now: several workers build their programs at the same time
+            self._receive(timeout)
+            self.ready = True
         try:
             self.pipe.send((method, args))
         except OSError:  # it died between two calls: _receive reads why
@@ -80,12 +82,6 @@ class Worker:
         """Seconds that a method of the program takes. Raises WorkerFailed."""
         self.call(method, *args)
         return self.seconds
-
-    def wait_until_ready(self, timeout: float = WORKER_TIMEOUT) -> None:
-        """Wait until the program is built. Workers made before build theirs meanwhile. Raises WorkerFailed."""
-        if not self.ready:
-            self._receive(timeout)
-            self.ready = True
 
     def _receive(self, timeout: float) -> tuple:
         if self.failure is None:
@@ -131,7 +127,7 @@ def _serve(pipe, started: float, make: Callable, args: tuple) -> None:
             traceback.print_exc()
         try:
             pipe.send(answer)
-            if answer[2]:  # what state is the program in now? Nobody knows
+            if answer[2]:  # the state of the program is unknown now
                 return
             method, args = pipe.recv()
         except (EOFError, OSError):
@@ -144,9 +140,9 @@ def close_all(workers: dict[str, Worker]) -> None:
         worker.close()
 
 
-def failures(workers: dict) -> dict[str, str]:
+def failures(workers: dict[str, Worker]) -> dict[str, str]:
     """Why each failed worker failed, by name."""
-    return {name: worker.failure for name, worker in workers.items() if getattr(worker, "failure", None)}
+    return {name: worker.failure for name, worker in workers.items() if worker.failure}
 
 
 def take_turns(work: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
@@ -402,17 +398,17 @@ def print_result(result: dict) -> None:
 
 
 def end(result: dict, work: Callable[[dict], None]) -> int:
-    """Run `work`, which fills `result`, and print it, even if interrupted. Returns the exit code.
-
-    Only a failure of ours is one of the benchmark."""
+    """Run `work`, which fills `result`, and print what is there, even if interrupted. Returns the exit code: of the
+    programs that failed, only ours makes it 1."""
     code = 0
     try:
         work(result)
     except KeyboardInterrupt:
         result["interrupted"], code = True, 130
-    except WorkerFailed as failure:
-        print(f"error: ours {failure}", file=sys.stderr, flush=True)
-        result["failed"], code = str(failure), 1
+    except RuntimeError as error:  # e.g. the programs do not do the same work
+        result["failed"] = str(error)
+        print_result(result)
+        raise
     if code == 0 and any(name.startswith("ours") for name in result["failures"]):
         code = 1
     print_result(result)

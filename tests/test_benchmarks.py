@@ -211,9 +211,13 @@ def test_an_interrupted_benchmark_prints_what_it_has(capsys):
         if error:
             raise error
 
-    for error, code, says in ((None, 0, {}), (KeyboardInterrupt(), 130, {"interrupted": True}),
-                              (WorkerFailed("crashed: SIGSEGV"), 1, {"failed": "crashed: SIGSEGV"})):
-        assert end({"ratios": {}, "failures": {"other": "failed"}}, partial(work, error=error)) == code
+    for error, says in ((None, {}), (KeyboardInterrupt(), {"interrupted": True}),
+                        (RuntimeError("not the same work"), {"failed": "not the same work"})):
+        try:
+            code = end({"ratios": {}, "failures": {"other": "failed"}}, partial(work, error=error))
+            assert code == (130 if error else 0)
+        except RuntimeError as raised:
+            assert raised is error
         *_, last = capsys.readouterr().out.splitlines()
         assert json.loads(last) == {"ratios": {"a_vs_b": {"median": 2, "min": 1, "max": 3}},
                                     "failures": {"other": "failed"}} | says
