@@ -91,7 +91,10 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _zst_lines(file: Path) -> Iterator[bytes]:
     """Lines of a .zst file. Raises EOFError where it ends inside a frame, which zstandard's own reader passes over."""
-    import zstandard  # only where such a file is read
+    try:
+        import zstandard  # only where such a file is read
+    except ImportError:
+        raise UserError(f"{file}: reading .zst needs a package: pip install zstandard") from None
 
     frame, rest = None, b""
     with open(file, "rb") as stream:

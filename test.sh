@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv (once) and runs style check and tests.   bash test.sh [--extra] [pytest options]
-# --extra adds the slow tests (marked `extra`) and installs requirements-extra.txt, which needs a C++ compiler and CMake.
+# --extra adds the slow tests (marked `extra`) and installs requirements-extra.txt.
 set -euo pipefail
 cd "$(dirname "$0")"
 source runs/venv.sh

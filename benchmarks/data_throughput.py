@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import (
     alone,
     copy_texts,
-    describe_machine,
     make_corpus,
     make_parser,
     middle,
@@ -238,7 +237,7 @@ def main() -> None:
             args.tokenizer_path = train_a_tokenizer(data_path, folder, args.preset)
         import torch
 
-        machine = describe_machine(torch.device("cpu"))
+        machine = runtime.describe_machine(torch.device("cpu"))
         print(f"{machine}; {Path(data_path).stat().st_size / 1e6:.1f} MB of text, {args.repeats} turns")
         check_equal(args, data_path, folder / "check")
         result = compare(args, data_path, folder)

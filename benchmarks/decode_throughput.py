@@ -36,7 +36,6 @@ from benchmarks.measure import (
     Worker,
     WorkerFailed,
     close_all,
-    describe_machine,
     end,
     failures,
     make_parser,
@@ -375,7 +374,7 @@ def main() -> int:
     device, _ = runtime.pick_device(args.device)
     own = runtime.pick_dtype("auto", device)[0]
     config = LLMConfig.preset(args.preset).for_run(args.prompt_tokens + args.new_tokens, 0.0)
-    result = {"ratios": {}, "machine": describe_machine(device), "preset": args.preset, "found_of_float32": {},
+    result = {"ratios": {}, "machine": runtime.describe_machine(device), "preset": args.preset, "found_of_float32": {},
               "failures": {}, "cases": {}}
     print(f"{result['machine']}; {args.preset}; {args.prompt_tokens} tokens continued by {args.new_tokens}, "
           f"{args.repeats} turns", flush=True)

@@ -8,7 +8,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import statistics
@@ -212,24 +211,6 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
     elif torch and torch.backends.mps.is_available():
         torch.mps.synchronize()
-
-
-def describe_machine(device) -> str:
-    """One line above every table: software, device, model of the CPU and of the GPU."""
-    import torch
-
-    from common import runtime
-    from common.native import cpu_flags
-
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.M) if info.exists() else None
-    # a virtual machine often hides the model: these flags, on which speed in bf16 depends, tell more
-    flags = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
-    parts = [runtime.describe_machine(device), " ".join(
-        [found[1] if found else platform.processor() or "unknown CPU", *([f"({' '.join(flags)})"] if flags else [])])]
-    if device.type == "cuda":
-        parts.append(torch.cuda.get_device_name(device))
-    return ", ".join(parts)
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import (
     alone,
     copy_texts,
-    describe_machine,
     make_corpus,
     make_parser,
     middle,
@@ -130,7 +129,7 @@ def main() -> None:
     import torch
 
 
-    machine = describe_machine(torch.device("cpu"))
+    machine = runtime.describe_machine(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "text.jsonl"
         if args.data_path:

@@ -44,7 +44,6 @@ from benchmarks.measure import (
     Worker,
     WorkerFailed,
     close_all,
-    describe_machine,
     end,
     failures,
     large_product,
@@ -534,7 +533,7 @@ def main() -> int:
     dtype, _ = runtime.pick_dtype("auto", device)
     config = config_of(args)
     warn_of_load()
-    result = {"ratios": {}, "machine": describe_machine(device), "preset": args.preset, "failures": {}}
+    result = {"ratios": {}, "machine": runtime.describe_machine(device), "preset": args.preset, "failures": {}}
     print(f"{result['machine']}; {args.preset}, {args.rows} x {args.max_seq_len} tokens a step, {args.repeats} turns",
           flush=True)
     return end(result, partial(everything, args, config, device, dtype))

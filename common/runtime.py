@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -227,9 +228,16 @@ class FellBack(logging.Handler):
 
 
 def describe_machine(device: torch.device) -> str:
-    """One line for the log: torch, Python, processor, threads."""
+    """One line for logs and above tables: software, device, threads, the model of the CPU and of the GPU."""
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.M) if info.exists() else None
+    # a virtual machine often hides the model: these flags, on which speed in bf16 depends, tell more
+    flags = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
+    processor = (model[1] if model else platform.processor() or platform.machine()) + (
+        f" ({' '.join(flags)})" if flags else "")
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return (f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} "
-            f"{platform.machine()}, device {device}, {torch.get_num_threads()} threads")
+            f"{platform.machine()}, device {device}, {torch.get_num_threads()} threads, {processor}{gpu}")
 
 
 class BatchSizeAdvice:

@@ -277,7 +277,7 @@ def time_steps(args) -> dict[str, list[float]]:
     train, val = splits(args)
     dtype, _ = runtime.pick_dtype("auto", CPU)
     runtime.prepare(CPU, dtype, 1, False)
-    padded = Transformers(new_model(args).config, CPU, bf16=False, padded_to=args.max_seq_len, compiled=False)
+    padded = Transformers(new_model(args).config, CPU, dtype="fp32", padded_to=args.max_seq_len, compiled=False)
     steps = cycle(Original(args, "original_8", 1, train, val).steps)
 
     def padded_step() -> None:

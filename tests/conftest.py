@@ -178,6 +178,12 @@ def tokenizer(tokenizer_dir):
 # a stage, run in this process
 
 
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """Forty short documents."""
+    return write_jsonl(tmp_path_factory.mktemp("text") / "t.jsonl", make_texts(31, 40, longest=120))
+
+
 def stage_argv(data, tokenizer_dir, out_dir, **flags) -> list[str]:
     """The arguments of a small fp32 run; a flag given as True stands alone, as False not at all."""
     flags = dict(data_path=data, tokenizer_path=tokenizer_dir, out_dir=out_dir, device="cpu", dtype="fp32",

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import sys
 
 import numpy as np
 import pytest
@@ -99,6 +100,14 @@ def compress(file, suffix: str):
     packed = file.with_name(file.name + suffix)
     packed.write_bytes(pack(file.read_bytes()))
     return packed
+
+
+def test_without_zstandard(tmp_path, monkeypatch):
+    """The package is needed for .zst alone, and a message says which it is."""
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(UserError, match="a.jsonl.zst: reading .zst needs a package: pip install zstandard"):
+        list(read_lines(tmp_path / "a.jsonl.zst"))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])

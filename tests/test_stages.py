@@ -13,7 +13,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, make_texts, read_rows, stage_argv, train, write_jsonl
+from conftest import ROOT, read_rows, stage_argv, train, write_jsonl
 
 from common import checkpoint, runtime
 from common.optim import Muon, learning_rate, make_optimizers, set_learning_rate
@@ -334,12 +334,6 @@ def test_muon_leaves_a_matrix_without_gradient_where_it_is():
 # runs
 
 SMALL = dict(preset="nano", max_seq_len=64, batch_size=2, accumulation_steps=2, eval_interval=0, eval_tokens=500)
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    """Forty short documents."""
-    return write_jsonl(tmp_path_factory.mktemp("text") / "t.jsonl", make_texts(31, 40, longest=120))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -1,0 +1,191 @@
+"""common/runtime.py and what a loop asks of the machine: devices, memory, when to save, copies, precision of Muon."""
+
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import train
+
+from common import checkpoint, optim, runtime
+from Config import LLMConfig, UserError
+from dataset import MicroBatch, StepLoader
+from model import WeakWater
+
+
+@pytest.mark.parametrize("cuda, says", [
+    (None, "pip install --force-reinstall torch=="), ("13.0", "its driver does not start CUDA 13.0")])
+def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, cuda, says):
+    """A GPU beside a torch without CUDA, or an old driver: training on the CPU would go unnoticed for hours."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(runtime.os.path, "exists", lambda path: path == "/dev/nvidia0")
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    device, reason = runtime.pick_device("auto")
+    assert device.type == "cpu" and "an NVIDIA GPU is here" in reason and says in reason and "\n" not in reason
+    with pytest.raises(UserError, match="an NVIDIA GPU is here"):
+        runtime.pick_device("cuda")
+    monkeypatch.setattr(runtime.os.path, "exists", lambda path: False)
+    assert "NVIDIA" not in runtime.pick_device("auto")[1]
+    with pytest.raises(UserError, match="not available"):
+        runtime.pick_device("cuda")
+
+
+def test_the_machine_names_its_processor():
+    said = runtime.describe_machine(torch.device("cpu"))
+    assert f"torch {torch.__version__}" in said and "\n" not in said
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "model name" in (text := info.read_text()):
+        assert text.split("model name")[1].splitlines()[0].split(":")[1].strip() in said
+
+
+# ---------------------------------------------------------------------------------------------
+# out of memory
+
+
+def advice_of(error, device="cpu", **settings) -> str:
+    """What the user reads when `error` ends a loop of so many rows."""
+    args = types.SimpleNamespace(**dict(batch_size=32, accumulation_steps=1, max_seq_len=16) | settings)
+    net = WeakWater(LLMConfig.preset("nano", vocab_size=97))
+    with pytest.raises(UserError) as raised:
+        with runtime.BatchSizeAdvice(args, net, torch.device(device), "fp32"):
+            raise error
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("rows, accumulation_steps, bytes_free, advice", [
+    (32, 1, 17e6, "--batch_size 16 --accumulation_steps 2 fits"),  # room for 17: 16 of them divide the step
+    (32, 1, 40e6, "--batch_size 16 --accumulation_steps 2 fits"),  # never as many as just failed
+    (30, 2, 9.5e6, "--batch_size 6 --accumulation_steps 10 fits"),
+    (32, 1, 0.5e6, "--gradient_checkpointing")])
+def test_a_batch_size_that_fits(monkeypatch, rows, accumulation_steps, bytes_free, advice):
+    """On a GPU: what is free, less weights, gradients and optimizer, over what a row was measured to need."""
+    monkeypatch.setattr(runtime.BatchSizeAdvice, "peak_bytes", lambda self, rows: 5e6 + rows * 1e6)
+    fixed = 4 * 4 * sum(WeakWater(LLMConfig.preset("nano", vocab_size=97)).num_parameters().values())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((bytes_free + fixed) / 0.9, 1e12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    said = advice_of(torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "cuda", batch_size=rows,
+                     accumulation_steps=accumulation_steps)
+    assert advice in said and f"at --batch_size {rows} (CUDA out of memory. Tried)" in said, said
+    assert ("fits" in said) == ("fits" in advice)
+
+
+def test_a_smaller_batch_size_on_a_cpu():
+    """There nothing is measured: half of it."""
+    said = advice_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert "--batch_size 16 --accumulation_steps 2 needs less" in said
+
+
+def test_other_errors_pass_the_advice_by():
+    args = types.SimpleNamespace(batch_size=32)
+    with pytest.raises(RuntimeError, match="shapes"):
+        with runtime.BatchSizeAdvice(args, None, torch.device("cpu"), "fp32"):
+            raise RuntimeError("shapes do not fit")
+
+
+def test_a_stage_out_of_memory(text_file, tokenizer_dir, tmp_path, monkeypatch):
+    """The advice is around the loop of the stage scripts."""
+    def full(self, *inputs, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(WeakWater, "forward", full)
+    with pytest.raises(UserError, match="at --batch_size 4 .* --batch_size 2 --accumulation_steps 2"):
+        train("pretrain", text_file, tokenizer_dir, tmp_path, preset="nano", batch_size=4)
+
+
+# ---------------------------------------------------------------------------------------------
+# saving
+
+
+def test_when_the_state_is_saved(monkeypatch):
+    """As often as asked; where nothing is asked every 500 steps, at most once a minute."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    asked, default = checkpoint.Saving(3), checkpoint.Saving(None)
+    assert [step for step in range(1, 10) if asked.due(step)] == [3, 6, 9]
+    saved = []
+    for step in range(1, 20_001):  # of 9.9 ms
+        clock[0] += 0.0099
+        if default.due(step):
+            saved.append(step)
+            default.done()
+    assert saved == [6500, 13000, 19500]
+    clock[0] += 1000
+    assert not default.due(20_001) and default.due(20_500)  # of steps of seconds, each 500th
+
+
+def test_a_fast_run_saves_at_its_end_alone(text_file, tokenizer_dir, tmp_path, monkeypatch):
+    """Without --save_interval, a run of less than a minute writes one state; with it, as many as it says."""
+    monkeypatch.setattr(checkpoint.Saving, "due", lambda self, step, due=checkpoint.Saving.due: due(self, step * 500)
+                        if self.least_seconds else due(self, step))
+    seen, save = [], checkpoint.save_state
+    monkeypatch.setattr(checkpoint, "save_state",
+                        lambda state, *where: seen.append(state["step"]) or save(state, *where))
+    flags = dict(preset="nano", batch_size=4, max_steps=5, epochs=9, eval_interval=0)
+    train("pretrain", text_file, tokenizer_dir, tmp_path / "a", **flags)
+    assert seen == [5]
+    train("pretrain", text_file, tokenizer_dir, tmp_path / "b", save_interval=2, **flags)
+    assert seen == [5, 2, 4, 5]
+
+
+# ---------------------------------------------------------------------------------------------
+# steps
+
+
+@pytest.mark.parametrize("device, pinned", [("mps", False), ("cuda", True)])
+def test_only_pinned_memory_is_copied_without_waiting(monkeypatch, device, pinned):
+    """From other memory, which is freed at once, a copy that nobody waits for reads whatever stands there by then."""
+    batch, copies = MicroBatch(np.zeros(3), [3], np.zeros(2), np.zeros(2), np.zeros(2)), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone().fill_(7))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, where, non_blocking: copies.append(
+        (where, non_blocking, bool((self == 7).all()))) or self)
+    batch.to(device)
+    assert copies == [(device, pinned, pinned)] * 5
+
+
+def test_an_epoch_is_planned_once(data_dir, tokenizer_dir, cache_dir, tmp_path, monkeypatch):
+    """The next step is asked for before the line of this one is written: that line must not plan its epoch anew."""
+    planned, plan = [], StepLoader._plan_epoch
+    monkeypatch.setattr(StepLoader, "_plan_epoch", lambda self: planned.append(self._epoch) or plan(self))
+    flags = dict(cache_dir=cache_dir, preset="nano", batch_size=4, epochs=3, eval_interval=0, init_from="none")
+    rows = train("SFT", data_dir / "sft.jsonl", tokenizer_dir, tmp_path, **flags)
+    assert {row["epoch"] for row in rows} == {1, 2, 3}
+    assert planned == [0, 1, 2, 0, 1, 2], planned  # once to count the steps, once to take them
+
+
+def test_steps_are_what_the_loader_gives(text_file, tokenizer_dir, tmp_path, monkeypatch):
+    """Each step trains on the rows of its own number, across an epoch's end."""
+    asked, trained = [], []
+    step = StepLoader.step
+    monkeypatch.setattr(StepLoader, "step",
+                        lambda self, *place: asked.append((place, step(self, *place))) or asked[-1][1])
+    forward = WeakWater.forward
+    monkeypatch.setattr(WeakWater, "forward", lambda self, tokens, *rest, **named: (
+        trained.append(tokens.flatten().tolist()) if self.training else None) or forward(self, tokens, *rest, **named))
+    train("pretrain", text_file, tokenizer_dir, tmp_path, preset="nano", batch_size=4, epochs=2, eval_interval=0)
+    assert [place for place, _ in asked] == sorted({place for place, _ in asked}), "each once and in order"
+    assert {epoch for (epoch, _), _ in asked} == {0, 1}
+    assert trained == [batch.tokens.tolist() for _, made in asked for batch in made.micro_batches]
+
+
+# ---------------------------------------------------------------------------------------------
+# precision of Muon
+
+
+def test_muon_in_half_precision_orthogonalises(monkeypatch):
+    """GPUs before Ampere have no fast bfloat16: float16 gives what float32 gives."""
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 48, 96)
+    coefficients, results = (3.4445, -4.7750, 2.0315), {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        monkeypatch.setattr(optim, "matmul_dtype", lambda device, dtype=dtype: dtype)
+        results[dtype] = optim.orthogonalised(matrices * 1e-4, coefficients, 5, 1e-7).float()
+    exact = results[torch.float32]
+    singular = torch.linalg.svdvals(exact)
+    assert singular.min() > 0.5 and singular.max() < 1.3
+    for dtype, tolerance in ((torch.float16, 5e-3), (torch.bfloat16, 4e-2)):
+        assert (results[dtype] - exact).norm() <= tolerance * exact.norm(), dtype
