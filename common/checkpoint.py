@@ -12,7 +12,9 @@ import re
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -27,17 +29,22 @@ class DamagedFile(UserError):
 
 
 def save(content: dict, path: Path) -> None:
-    """Write `content` (plain types and tensors) to `path`, whole or not at all.
+    """Write `content` (plain types and tensors) to `path`, whole or not at all. Raises UserError as `write_whole`."""
+    assert _is_plain(content), f"{path}: only plain Python types and tensors can be loaded again"
+    write_whole(path, lambda stream: torch.save(content, stream))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have `write` write a file, which gets its name only when it is whole and on the disk.
 
     Raises UserError when it cannot be written (a full disk); what `path` held before is then untouched.
     """
-    assert _is_plain(content), f"{path}: only plain Python types and tensors can be loaded again"
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
-            torch.save(content, stream)
+            write(stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

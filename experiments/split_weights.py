@@ -8,11 +8,9 @@ Each piece begins with one line of JSON: its number, how many there are, its SHA
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -32,22 +30,6 @@ def piece_path(prefix: Path, i: int) -> Path:
     return prefix.with_name(f"{prefix.name}.{i}")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name, sync and rename it. Raises UserError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from None
-
-
 def pack(source: Path, prefix: Path, mib: int) -> None:
     """Write the weights in `source` as pieces of at most `mib` MiB."""
     model, meta = checkpoint.load_model(source)
@@ -61,7 +43,8 @@ def pack(source: Path, prefix: Path, mib: int) -> None:
     for i, piece in enumerate(pieces):
         header = {"piece": i, "pieces": len(pieces), "sha256": hashlib.sha256(piece).hexdigest(),
                   "whole_sha256": hashlib.sha256(data).hexdigest()}
-        write_atomic(piece_path(prefix, i), json.dumps(header).encode() + b"\n" + piece)
+        whole = json.dumps(header).encode() + b"\n" + piece
+        checkpoint.write_whole(piece_path(prefix, i), lambda stream, whole=whole: stream.write(whole))
     extra = len(pieces)
     while piece_path(prefix, extra).exists():  # of an earlier, larger file
         piece_path(prefix, extra).unlink()

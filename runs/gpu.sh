@@ -25,8 +25,9 @@
 #            SWEEP_TOKENS [16000000] tokens of each case, PILOT [100] steps of a speed run, REPEATS [5]
 #   train:   RATE [500000] tokens/s, as measured; PRETRAIN_S [170] SFT_S [25] SFT_LONG_S [12] DISTILL_S [35] seconds of
 #            the stages at that rate; SFT_ROWS SFT_LONG_ROWS DISTILL_ROWS [as many tokens as ROWS]; COMPILE=1 adds
-#            --compile; PRETRAIN_FLAGS SFT_FLAGS SFT_LONG_FLAGS DISTILL_FLAGS more flags; QUESTIONS [500];
-#            NEW_TOKENS [400]; WEIGHTS ["distill"] stages whose weights are packed; MIB [15] of a piece
+#            --compile; PRETRAIN_FLAGS SFT_FLAGS SFT_LONG_FLAGS DISTILL_FLAGS more flags; RESERVE [90] seconds left
+#            for what follows the stages; QUESTIONS [500]; NEW_TOKENS [400];
+#            WEIGHTS ["distill"] stages whose weights are packed; MIB [15] of a piece
 # train goes on where an earlier train in the same $RUN stopped.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -105,25 +106,30 @@ for name, kind in (file.split(":") for file in files):
 same=(--tokenizer_path "$CARRY/tokenizer" --cache_dir "$RUN/cache" --device "$DEVICE")
 text=(--data_path "$CARRY/pretrain" --val_path "$CARRY/val.jsonl.xz" --preset "$PRESET" --epochs 100)
 
-# ---- measure: 210 (checks; beside them caches 60, sweep 150) + 3 × 40 (pretrain.py) + 150 (training) + 90 (decoding) = 570 s ----
+# ---- measure: one H200 took 118 s for the checks and the sweep, 84 s for pretrain.py's speed and 53 s for train_eager;
+# what BUDGET leaves is for the rest, the least certain of it last ----
 sweep() {  # all cases at once: they share the GPU, so only their quality counts
     local case rows rate
     for case in ${SWEEP:-32:2e-3 32:4e-3 32:8e-3 128:4e-3 128:8e-3}; do
         rows=${case%:*} rate=${case#*:}
-        beside "sweep_${rows}_$rate" 150 "${few_threads[@]}" "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" --batch_size "$rows" \
-            --learning_rate "$rate" --max_steps $((${SWEEP_TOKENS:-16000000} / (rows * 512))) --out_dir "$RUN/sweep/${rows}_$rate" \
-            --eval_interval 0 --eval_tokens 100000 --save_interval 1000000 --log_interval 50
+        beside "sweep_${rows}_$rate" 150 "${few_threads[@]}" "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" \
+            --out_dir "$RUN/sweep/${rows}_$rate" --batch_size "$rows" --learning_rate "$rate" \
+            --max_steps $((${SWEEP_TOKENS:-16000000} / (rows * 512))) --eval_interval 0 --eval_tokens 100000 \
+            --save_interval 1000000 --log_interval 50
     done
 }
 speed() {  # NAME FLAGS…: pretrain.py itself, with the time of day at each line to show how long the start takes
     local name=$1
     shift
-    part "speed_$name" 40 bash -c 'stamp() { trap "" INT; while IFS= read -r line; do printf "%(%T)T %s\n" -1 "$line"; done; }
-        printf "%(%T)T start\n" -1; "$@" 2>&1 | stamp; exit "${PIPESTATUS[0]}"' - "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" --max_steps "${PILOT:-100}" \
+    part "speed_$name" 45 bash -c '
+        stamp() { trap "" INT; while IFS= read -r line; do printf "%(%T)T %s\n" -1 "$line"; done; }
+        printf "%(%T)T start\n" -1; "$@" 2>&1 | stamp; exit "${PIPESTATUS[0]}"' - \
+        "$PYTHON" pretrain.py "${text[@]}" "${same[@]}" --max_steps "${PILOT:-100}" \
         --out_dir "$RUN/speed/$name" --log_interval 25 --eval_interval 0 --eval_tokens 20000 --save_interval 1000000 "$@"
 }
 measure() {
     local benchmark=(--preset "$PRESET" --device "$DEVICE" --quick)
+    local train=("${benchmark[@]}" --repeats "${REPEATS:-5}" --rows "${BIG_ROWS:-128}")
     rm -rf "$RUN"/{sweep,speed}
     WEAKWATER_GPU_REPORT="$OUT/checks.jsonl" beside checks 210 "$PYTHON" -m pytest tests/gpu -m gpu -rs
     caches_text
@@ -143,21 +149,26 @@ EOP
     speed eager --batch_size "$ROWS"
     speed compiled --batch_size "$ROWS" --compile
     speed compiled_big --batch_size "${BIG_ROWS:-128}" --compile
-    part train_compiled 100 "$PYTHON" benchmarks/train_throughput.py "${benchmark[@]}" --repeats "${REPEATS:-5}" \
-        --rows "${BIG_ROWS:-128}" --compile
-    part decode 90 "$PYTHON" benchmarks/decode_throughput.py "${benchmark[@]}" --repeats 3
-    part train_eager 50 "$PYTHON" benchmarks/train_throughput.py "${benchmark[@]}" --repeats "${REPEATS:-5}" --rows "$ROWS"
+    part train_eager 70 "$PYTHON" benchmarks/train_throughput.py "${train[@]}"
+    part decode 110 "$PYTHON" benchmarks/decode_throughput.py "${benchmark[@]}" --repeats 3 --new_tokens 96
+    part profile 50 "$PYTHON" benchmarks/step_profile.py --preset "$PRESET" --device "$DEVICE" --rows "$ROWS" --compile
+    part train_compiled 200 "$PYTHON" benchmarks/train_throughput.py "${train[@]}" --compile  # compiles four loops
 }
 
-# ---- train: 60 + 247 + 66 + 50 + 78 (the stages) + 80 (answers, scores, weights) = 581 s at the most ----
+# ---- train: the stages end RESERVE seconds before BUDGET does, since answers, scores and weights are to follow ----
 stage() {  # SCRIPT SECONDS ROWS TOKENS_OF_A_ROW FLAGS…: as many steps as fit in SECONDS at RATE
-    local script=$1 seconds=$2 rows=$3 length=$4 steps
+    local script=$1 seconds=$2 rows=$3 length=$4 steps limit left
     shift 4
     steps=$((${RATE:-500000} * seconds / (rows * length)))
     [ "$steps" -ge 8 ] || steps=8
-    part "$script" $((seconds * 5 / 4 + 35)) "$PYTHON" "$script.py" "${same[@]}" --out_dir "$RUN/train" --batch_size "$rows" \
-        --epochs 100 --max_steps "$steps" --eval_interval $((steps / 8)) --eval_tokens 100000 --save_interval 1000000 \
-        --log_interval $((steps / 80 + 1)) ${COMPILE:+--compile} --resume "$@"
+    limit=$((seconds * 3 / 2 + 35)) left=$((BUDGET - SECONDS - ${RESERVE:-90}))  # for answers, scores and weights
+    part "$script" $((left < limit ? left : limit)) "$PYTHON" "$script.py" "${same[@]}" --out_dir "$RUN/train" \
+        --batch_size "$rows" --epochs 100 --max_steps "$steps" --eval_interval $((steps / 8)) --eval_tokens 100000 \
+        --save_interval 1000000 --log_interval $((steps / 80 + 1)) ${COMPILE:+--compile} --resume "$@"
+    case " ${WEIGHTS:-distill} " in *" $script "*)  # at once: what comes later may end this machine's time
+        beside "weights_$script" 60 "${few_threads[@]}" "$PYTHON" experiments/split_weights.py pack \
+            "$RUN/train/$script.pth" "$OUT/$script" --mib "${MIB:-15}" ;;
+    esac
 }
 answers() {  # STAGE: ten prompts, each alone, greedy and sampled
     local stage=$1 prompts temperature
@@ -174,8 +185,9 @@ answers() {  # STAGE: ten prompts, each alone, greedy and sampled
     printf '%s\n' "${prompts[@]}" > "$RUN/prompts_$stage"
     for temperature in 0 0.7; do
         beside "answers_${stage}_t$temperature" 70 bash -c 'exec "$@" < "$0"' "$RUN/prompts_$stage" \
-            "${few_threads[@]}" "$PYTHON" eval_model.py --checkpoint "$RUN/train/$stage.pth" --tokenizer_path "$CARRY/tokenizer" --device "$DEVICE" --history_turns 0 \
-            --temperature $temperature --top_p 0.9 --max_new_tokens "$NEW_TOKENS"
+            "${few_threads[@]}" "$PYTHON" eval_model.py --checkpoint "$RUN/train/$stage.pth" --device "$DEVICE" \
+            --tokenizer_path "$CARRY/tokenizer" --history_turns 0 --temperature $temperature --top_p 0.9 \
+            --max_new_tokens "$NEW_TOKENS"
     done
 }
 train() {
@@ -191,13 +203,10 @@ train() {
         ${SFT_LONG_FLAGS:-}
     stage distill "${DISTILL_S:-35}" "${DISTILL_ROWS:-$(((ROWS + 1) / 2))}" 1024 --data_path "$CARRY/r1.jsonl.xz" \
         ${DISTILL_FLAGS:-}
-    for stage in ${WEIGHTS:-distill}; do
-        beside "weights_$stage" 60 "${few_threads[@]}" "$PYTHON" experiments/split_weights.py pack "$RUN/train/$stage.pth" "$OUT/$stage" \
-            --mib "${MIB:-15}"
-    done
     for stage in SFT_long distill; do
         beside "problems_$stage" 80 "${few_threads[@]}" "$PYTHON" evaluate.py "${score[@]}" \
-            --checkpoint "$RUN/train/$stage.pth" --data_path "$CARRY/held_out.jsonl" --max_questions "${QUESTIONS:-500}" --max_new_tokens "$NEW_TOKENS" --batch_size 256
+            --checkpoint "$RUN/train/$stage.pth" --data_path "$CARRY/held_out.jsonl" --batch_size 256 \
+            --max_questions "${QUESTIONS:-500}" --max_new_tokens "$NEW_TOKENS"
     done
     beside metrics_pretrain 60 "${few_threads[@]}" "$PYTHON" evaluate.py "${score[@]}" --checkpoint "$RUN/train/pretrain.pth" \
         --data_path "$CARRY/val.jsonl.xz"

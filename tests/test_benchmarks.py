@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 
 from benchmarks import decode_throughput as decoding
+from benchmarks import step_profile
 from benchmarks import train_throughput as benchmark
 from benchmarks.measure import Worker, WorkerFailed, copy_texts, end, sample_records, take_turns
 from Config import LLMConfig, UserError, parse_args
@@ -66,6 +67,18 @@ class Here:
 
     def call(self, method: str, *args):
         return getattr(self.program, method)(*args)
+
+
+def test_where_a_step_goes(monkeypatch, capsys):
+    """Every part of a step is in the profile: matmuls, the C kernels' or torch's rest, the optimizers."""
+    monkeypatch.setattr(sys, "argv", "step_profile.py --preset nano --rows 2 --max_seq_len 64 --repeats 2".split())
+    step_profile.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    calls = {name: calls for name, calls, *_ in result["operations"]}
+    # two layers of four matmuls, each once forward and twice backward, and the output's three
+    assert calls["aten::mm"] == 2 * 4 * 3 + 3
+    assert calls["aten::baddbmm"] and calls["aten::_fused_adamw_"] and len(result["step_ms"]) == 2
+    assert all(host > 0 for _, _, host, _ in result["operations"])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

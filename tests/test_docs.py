@@ -40,7 +40,8 @@ def blocks(document: str, language: str) -> list[str]:
 def copy(tmp_path_factory) -> tuple[Path, str]:
     """A copy of the repository in which `bash quickstart.sh --smoke` has run, and what that printed."""
     path = tmp_path_factory.mktemp("docs") / "repo"
-    ignored = shutil.ignore_patterns(".git", ".venv", "out", "data", "weakwater_tokenizer", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(".git", ".venv", ".carry", "out", "data", "weakwater_tokenizer", "__pycache__",
+                                     ".*_cache")
     shutil.copytree(ROOT, path, ignore=ignored)
     venv = path / ".venv"
     venv.mkdir()

@@ -54,11 +54,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs/gpu.sh nee
 
 @pytest.mark.extra
 def test_measure_keeps_every_output(carry, tmp_path):
-    done, logs = gpu_sh("measure", carry, tmp_path / "out", LIMIT_train_eager="3", BUDGET="1200",
-                        LIMIT_sweep_2_4e_3="300", LIMIT_sweep_4_8e_3="300", LIMIT_speed_compiled="200",
-                        LIMIT_speed_compiled_big="200", LIMIT_train_compiled="300", LIMIT_decode="200")
+    slow = {f"LIMIT_{name}": "300" for name in ("sweep_2_4e_3", "sweep_4_8e_3", "speed_compiled", "speed_compiled_big",
+                                                "train_compiled", "decode", "profile")}
+    done, logs = gpu_sh("measure", carry, tmp_path / "out", LIMIT_train_eager="3", BUDGET="1200", **slow)
     parts = ["checks", "caches_text", "caches_chat", "sweep_2_4e-3", "sweep_4_8e-3", "sweep", "speed_eager",
-             "speed_compiled", "speed_compiled_big", "train_eager", "train_compiled", "decode"]
+             "speed_compiled", "speed_compiled_big", "train_eager", "decode", "profile", "train_compiled"]
     assert {f"{name}.txt" for name in [*parts, "machine"]} <= set(logs), done.stdout
     assert done.returncode == 1 and re.fullmatch(r"train_eager \(exit (124|137)\)\n", logs["failed.txt"]), done.stdout
     assert all(logs[f"{name}.txt"].strip() in done.stdout for name in parts)

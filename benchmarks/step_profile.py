@@ -1,0 +1,83 @@
+"""Where an optimizer step goes: the time of each operation, on the CPU and on the GPU.
+
+    python benchmarks/step_profile.py --preset weakwater-30m --rows 8
+    python benchmarks/step_profile.py --rows 32 --compile --device cuda
+
+The step is that of `train_throughput.py`'s "ours, Muon": full rows, forward, backward, clip, Muon and AdamW. "host ms":
+what an operation itself takes on the CPU; on a GPU that is the time to launch it. "device ms": what its kernels take on
+the GPU. Times are of one step, means of --repeats steps under torch's profiler, which itself takes time: the step
+without it is printed too. If the device's sum is well below the step, the GPU waits for the CPU: more rows help.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from benchmarks.measure import large_product, make_parser, print_result, print_table, take_turns, warn_of_load
+from benchmarks.train_throughput import DTYPES, Ours, make_rows
+from common import runtime
+from Config import LLMConfig, number
+
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+
+
+def profile(step, repeats: int, on_gpu: bool) -> tuple[list[list], float, float]:
+    """([operation, calls, host ms, device ms] of one step, the slowest first; device ms in all; kernels launched)."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(repeats):
+            step()
+    rows, device_ms, launches = [], 0.0, 0.0
+    for event in profiler.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel: its operation has its time too
+            device_ms += event.self_device_time_total / 1000 / repeats
+            continue
+        launches += event.count / repeats if event.key in LAUNCHES else 0
+        rows.append([event.key, event.count / repeats, event.self_cpu_time_total / 1000 / repeats,
+                     event.self_device_time_total / 1000 / repeats])
+    return sorted(rows, key=lambda row: -max(row[2:])), device_ms, launches
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a step (default: %(default)s)")
+    parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--top", type=number(int, 1), default=24, help="operations shown (default: %(default)s)")
+    args = parser.parse_args()
+    warn_of_load()
+    device, _ = runtime.pick_device(args.device)
+    dtype, _ = runtime.pick_dtype("auto", device)
+    print(f"{runtime.describe_machine(device)}; {args.preset}, {args.rows} x {args.max_seq_len} tokens, {dtype}",
+          flush=True)
+    print(f"between matmuls: {runtime.prepare(device, dtype, 0, False)}", flush=True)
+    config = LLMConfig.preset(args.preset).for_run(args.max_seq_len, dropout=0.0)
+    loop = Ours(config, device, dtype, args.rows * args.max_seq_len, "muon", args.compile)
+    documents = make_rows(np.random.default_rng(0), config.vocab_size, args.rows, args.max_seq_len)
+    product, flops = large_product(device, DTYPES[dtype])
+    for _ in range(2):
+        loop.step(documents)
+    seconds = take_turns({"step": lambda: loop.step(documents), "product": product}, args.repeats)
+    rows, device_ms, launches = profile(lambda: loop.step(documents), args.repeats, device.type == "cuda")
+    step_ms, peak = 1000 * statistics.median(seconds["step"]), flops / statistics.median(seconds["product"])
+    print_table(["operation", "calls", "host ms", "device ms"],
+                [[name[:60], f"{calls:,.0f}", f"{host:,.2f}", f"{on_device:,.2f}" if on_device else ""]
+                 for name, calls, host, on_device in rows[:args.top]])
+    tokens = args.rows * args.max_seq_len
+    needed_ms = 1000 * tokens * loop.model.flops_per_token(args.max_seq_len) / peak
+    print(f"a step without the profiler: {step_ms:,.1f} ms ({1000 * min(seconds['step']):,.1f} to "
+          f"{1000 * max(seconds['step']):,.1f}); its FLOPs at the rate of large products, {peak / 1e12:.2f} TFLOP/s: "
+          f"{needed_ms:,.1f} ms" + (f"; kernels: {device_ms:,.1f} ms, {launches:,.0f} launches" if launches else ""))
+    print_result({"ratios": {}, "machine": runtime.describe_machine(device), "preset": args.preset,
+                  "step_ms": [1000 * s for s in seconds["step"]], "peak_flops": peak, "device_ms": device_ms,
+                  "launches": launches, "operations": [row for row in rows if max(row[2:]) > 0.001]})
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run(main))
