@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         best_loss = math.inf
     log.cut_back(done)
 
-    def place(step: int) -> tuple[int, int]:
-        """(epoch, number in it) of an optimizer step."""
+    def epoch_and_number(step: int) -> tuple[int, int]:
+        """The epoch of an optimizer step, and its number in the epoch."""
         epoch = bisect_right(epoch_ends, step)
         return epoch, step - (epoch_ends[epoch - 1] if epoch else 0)
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
                      "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                      "scaler": scaler.state_dict(), "start_sha256": start_sha256}
             checkpoint.save_state(state, args.out_dir, args.stage, args.keep_checkpoints)
-            saving.done()
+            schedule.mark_saved()
             save_weights(out / f"{args.stage}.pth")
         ranks.barrier()  # a rank that ends early would take the others, saving, with it
 
@@ -115,21 +115,21 @@ def main(argv: list[str] | None = None) -> None:
     # ---- the loop -----------------------------------------------------------------------------
     if args.use_wandb:
         log.start_wandb(args.wandb_project, settings)
-    meter, saving = Meter(), checkpoint.Saving(args.save_interval)
+    meter, schedule = Meter(), checkpoint.SaveSchedule(args.save_interval)
     peak = runtime.peak_flops(device, dtype)
     flops_per_token = net.flops_per_token(min(args.max_seq_len, loader.tokens_per_epoch / len(train)))
     if peak:
         log.print(f"mfu: share of the data sheet's {peak / 1e12:,.0f} TFLOP/s in {dtype}")
-    coming = loader.step(*place(done))
     with runtime.StopSignal() as signal, runtime.BatchSizeAdvice(args, net, device, dtype):
+        next_batch = loader.step(*epoch_and_number(done))
         for step in range(done, total_steps):
             begin = time.perf_counter()
-            epoch, number = place(step)
+            epoch, number = epoch_and_number(step)
             lr = learning_rate(step, total_steps, args.learning_rate, args.lr_schedule, args.warmup_ratio,
                                args.decay_ratio, args.min_lr_ratio)
             set_learning_rate(optimizers, lr)
             runtime.seed_step(args.seed, step, ranks.rank)
-            batch = coming
+            batch = next_batch
 
             # forward, scaled backward, clip, step: these lines are the same in every stage
             loss_sum = torch.zeros((), device=device)
@@ -142,8 +142,9 @@ def main(argv: list[str] | None = None) -> None:
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
-            coming = loader.step(*place(step + 1)) if step + 1 < total_steps else None  # while a GPU is at work
-            flags = signal.number, ranks.is_main and saving.due(step + 1)
+            if step + 1 < total_steps:  # while a GPU is at work
+                next_batch = loader.step(*epoch_and_number(step + 1))
+            flags = signal.number, ranks.is_main and schedule.is_due(step + 1)
             seen = ranks.sum(torch.stack([loss_sum, *(torch.full_like(loss_sum, flag) for flag in flags)]))
             loss, stop, save, norm = torch.cat([seen, grad_norm.unsqueeze(0)]).tolist()  # the one synchronisation
             overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > checkpoint.LEAST_SCALE

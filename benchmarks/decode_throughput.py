@@ -52,7 +52,6 @@ from Config import LLMConfig, number
 from model import WeakWater
 
 SAMPLED = Sampling(temperature=0.7, top_p=0.9)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALIKE = 32  # so many first tokens of each reply in float32 must be the same: later a near tie may be decided otherwise
 PREFIXES = 16  # of a greedy reply, from each of which every bf16 decoder goes on
 END_ID = 2  # of `</s>`
@@ -79,7 +78,7 @@ class Transformers:
     """`generate` of a model whose weights have the dtype."""
 
     def __init__(self, model: WeakWater, device: torch.device, dtype: str):
-        self.model = to_transformers(model).to(device, DTYPES[dtype]).eval()
+        self.model = to_transformers(model).to(device, runtime.DTYPES[dtype]).eval()
         self.device = device
 
     def __call__(self, prompts: list[list[int]], new_tokens: int, sampled: bool) -> list[list[int]]:
@@ -328,7 +327,7 @@ def compare(args, config: LLMConfig, device: torch.device, own: str, result: dic
                         result["cases"][f"{case}, {name}"] = {"failed": decoder.failure}
                         print_row([case, name, decoder.failure, "", "", ""], widths)
                         continue
-                    n_bytes = 34 / 32 if name.endswith("Q8_0") else DTYPES[dtype].itemsize
+                    n_bytes = 34 / 32 if name.endswith("Q8_0") else runtime.DTYPES[dtype].itemsize
                     limit = batch * bandwidth / bytes_per_token(
                         model, n_bytes, batch * (args.prompt_tokens + args.new_tokens / 2))
                     rates = [batch * args.new_tokens / seconds for seconds in whole[name]]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import large_product, make_parser, print_result, print_table, take_turns, warn_of_load
-from benchmarks.train_throughput import DTYPES, Ours, make_rows
+from benchmarks.train_throughput import Ours, make_rows
 from common import runtime
 from Config import LLMConfig, number
 
@@ -35,7 +35,8 @@ def profile(step, repeats: int, on_gpu: bool) -> tuple[list[list], float, float]
     rows, device_ms, launches = [], 0.0, 0.0
     for event in profiler.key_averages():
         if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel: its operation has its time too
-            device_ms += event.self_device_time_total / 1000 / repeats
+            if not event.is_user_annotation:  # the optimizers', around kernels that are counted
+                device_ms += event.self_device_time_total / 1000 / repeats
             continue
         launches += event.count / repeats if event.key in LAUNCHES else 0
         rows.append([event.key, event.count / repeats, event.self_cpu_time_total / 1000 / repeats,
@@ -60,7 +61,7 @@ def main() -> None:
     config = LLMConfig.preset(args.preset).for_run(args.max_seq_len, dropout=0.0)
     loop = Ours(config, device, dtype, args.rows * args.max_seq_len, "muon", args.compile)
     documents = make_rows(np.random.default_rng(0), config.vocab_size, args.rows, args.max_seq_len)
-    product, flops = large_product(device, DTYPES[dtype])
+    product, flops = large_product(device, runtime.DTYPES[dtype])
     for _ in range(2):
         loop.step(documents)
     seconds = take_turns({"step": lambda: loop.step(documents), "product": product}, args.repeats)

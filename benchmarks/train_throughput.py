@@ -71,7 +71,6 @@ from model import WeakWater
 # their mean 134, so that rows padded to 512 are 26 % full. Log-normal, cut to what a row holds
 MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS, TARGET_SHARE = 103, 0.71, 16, 0.54
 LINES = 6000  # of --data_path, drawn from all of it
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS_TO_TRY = {"cpu": (2, 4, 8, 16), "mps": (8, 16, 32), "cuda": (16, 32, 64, 128)}  # at once, by transformers' loops
 # how far losses and gradient norms may differ, as a share
 AGREEMENT = {"fp32": (1e-5, 1e-3), "bf16": (1e-3, 2e-2), "fp16": (1e-3, 2e-2)}
@@ -182,7 +181,7 @@ class Ours(Loop):
             print(f"ours, compile: {runtime.compile_blocks(self.model, device)}")
 
     def micro_batches(self, documents: list[tuple]) -> list[MicroBatch]:
-        """Buffers of `buffer_tokens` tokens, or more by less than one document, as StepLoader fills them."""
+        """Buffers of `buffer_tokens` tokens, or more by less than one document."""
         buffers, room = [[]], self.buffer_tokens
         for document in documents:
             if room <= 0:
@@ -371,7 +370,7 @@ def measure(loops: dict[str, Worker], draws: list[list[tuple]], args, config: LL
             dtype: str) -> tuple[dict, dict]:
     """Steps on `draws` in turns, with a large product among them: the seconds of each, and the rates of each loop;
     both without the loops that failed."""
-    product, product_flops = large_product(device, DTYPES[dtype])
+    product, product_flops = large_product(device, runtime.DTYPES[dtype])
     seconds = take_turns({n: one_after_another(loop, draws) for n, loop in loops.items()} | {"product": product},
                          args.repeats)
     peak = product_flops / statistics.median(seconds.pop("product"))
@@ -444,7 +443,7 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str, result: d
 def ratios_of(kind: str, seconds: dict[str, list[float]], best: str) -> dict[str, dict]:
     """The ratios of one kind of work: `best` of ours to the other loops that did not fail."""
     pairs = {}
-    for dtype in DTYPES:
+    for dtype in runtime.DTYPES:
         other = f"transformers {dtype}"
         if kind == "chats":
             pairs[f"useful_vs_padded_{dtype}"] = other, best

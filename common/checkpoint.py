@@ -35,7 +35,7 @@ def save(content: dict, path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have `write` write a file, which gets its name only when it is whole and on the disk.
+    """Write a file atomically: `write` fills a temporary file, which is synced and then renamed to `path`.
 
     Raises UserError when it cannot be written (a full disk); what `path` held before is then untouched.
     """
@@ -186,7 +186,7 @@ def save_state(state: dict, out_dir: str, stage: str, keep: int) -> Path:
     return path
 
 
-class Saving:
+class SaveSchedule:
     """When the full state is due: every `interval` steps; with None every 500, at most once a minute, since a fast GPU
     takes 500 steps in seconds."""
 
@@ -194,12 +194,12 @@ class Saving:
         self.interval, self.least_seconds = (500, 60.0) if interval is None else (interval, 0.0)
         self.last = time.monotonic()
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether the state after so many steps is to be saved. The clocks of ranks differ: ask on the first."""
         return step % self.interval == 0 and time.monotonic() - self.last >= self.least_seconds
 
-    def done(self) -> None:
-        """It was saved now."""
+    def mark_saved(self) -> None:
+        """Record that the state was saved now."""
         self.last = time.monotonic()
 
 

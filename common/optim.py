@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from common.runtime import pick_dtype
+from common.runtime import DTYPES, pick_dtype
 from Config import UserError
 from model import WeakWater
 
@@ -85,7 +85,7 @@ class Muon(torch.optim.Muon):
 @functools.cache
 def matmul_dtype(device: torch.device) -> torch.dtype:
     """The precision in which the device multiplies fastest: bfloat16, float16 on GPUs without it, else float32."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[pick_dtype("auto", device)[0]]
+    return DTYPES[pick_dtype("auto", device)[0]]
 
 
 def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int,
@@ -96,8 +96,9 @@ def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, flo
     Singular values that are not tiny beside the largest become 0.7 to 1.2; tiny ones grow, but stay below.
     """
     a, b, c = coefficients
-    x = matrices.to(matmul_dtype(matrices.device))
-    x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
+    dtype = matmul_dtype(matrices.device)
+    x = matrices if dtype == torch.float16 else matrices.to(dtype)  # small gradients are less than float16 can hold
+    x = (x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -28,6 +28,9 @@ from Config import UserError
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --dtype, in torch's words
+
+
 class TrainingStopped(Exception):
     """Training ended before its time; `code` is the exit code and the message is for the user."""
 
@@ -84,10 +87,12 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def out_of_memory(error: BaseException | None) -> str | None:
-    """What an error says of a lack of memory, None where it is another one. On a CPU it is a plain RuntimeError."""
+    """The first line of the message if `error` is out of memory, else None. On CPU, on MPS and in cuBLAS it is a plain
+    RuntimeError."""
     reason = (str(error).splitlines() or [""])[0]
+    known = re.search(r"out of memory|allocate memory|STATUS_ALLOC_FAILED", reason)
     return reason if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "allocate memory" in reason) else None
+        isinstance(error, RuntimeError) and known) else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,11 +104,11 @@ def pick_device(name: str) -> tuple[torch.device, str]:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-        reason = "the first of cuda, mps, cpu that is here" + (f"; {idle}" if (idle := idle_gpu()) else "")
+        reason = "the first of cuda, mps, cpu that is here" + (f"; {why}" if (why := unusable_gpu_reason()) else "")
     else:
         if not available[name]:
-            idle = idle_gpu() if name == "cuda" else None
-            raise UserError(f"--device {name}: {idle or 'not available on this machine'}")
+            why = unusable_gpu_reason() if name == "cuda" else None
+            raise UserError(f"--device {name}: {why or 'not available on this machine'}")
         reason = "as asked"
     if name == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0))
@@ -114,16 +119,20 @@ def pick_device(name: str) -> tuple[torch.device, str]:
     return torch.device(name), reason
 
 
-def idle_gpu() -> str | None:
-    """What to do where the machine has an NVIDIA GPU that this torch cannot use, else None."""
-    if torch.cuda.is_available() or not (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
+def unusable_gpu_reason() -> str | None:
+    """What to do if the machine has an NVIDIA GPU that this torch cannot use, else None."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # by the user
+    present = os.path.exists("/dev/nvidia0") or (os.name == "nt" or os.path.exists("/dev/dxg")) and (  # dxg: WSL
+        shutil.which("nvidia-smi"))
+    if hidden or not present or torch.cuda.is_available():
         return None
     if torch.version.cuda:
-        return (f"an NVIDIA GPU is here, but its driver does not start CUDA {torch.version.cuda} of torch "
-                f"{torch.__version__}: install a newer driver, or a torch for an older CUDA (pytorch.org/get-started)")
+        return (f"a GPU is here, but torch {torch.__version__} cannot start CUDA {torch.version.cuda}: the driver is "
+                "too old for it, or this process may not use the GPU (nvidia-smi shows the driver; "
+                "pytorch.org/get-started has torch for older ones)")
     version = torch.__version__.partition("+")[0]
-    return (f"an NVIDIA GPU is here, but torch {torch.__version__} was built without CUDA: pip install "
-            f"--force-reinstall torch=={version} (Windows: the command on pytorch.org/get-started)")
+    return (f"a GPU is here, but torch {torch.__version__} was built without CUDA: pip install --force-reinstall "
+            f"torch=={version} (Windows: the command on pytorch.org/get-started)")
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
@@ -157,7 +166,7 @@ def autocast(device: torch.device, dtype: str):
     """Context in which matrix products run in `dtype`; weights stay float32."""
     if dtype == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if dtype == "bf16" else torch.float16)
+    return torch.autocast(device.type, dtype=DTYPES[dtype])
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
@@ -207,24 +216,36 @@ def compile_blocks(model, device: torch.device, say: Callable[[str], None] = pri
     # Without a variable-length kernel each list of lengths would be a new graph. Not a decorator in model.py, which
     # would import torch's compiler, a second, into every program.
     network.attend_in_groups = torch.compiler.disable(network.attend_in_groups)
-    logging.getLogger("torch._dynamo.convert_frame").addHandler(FellBack(say))
+    CompileFallbackHandler.start(say)
     for block in model.model.layers:
         block.compile(dynamic=True)  # lengths differ in every buffer
     return f"each of {len(model.model.layers)} blocks, on first use"
 
 
-class FellBack(logging.Handler):
-    """Puts into the run's log that torch's compiler gave up, which it says only on the console."""
+class CompileFallbackHandler(logging.Handler):
+    """Says in the run's log that torch hit its recompile limit, which torch says on the console only."""
 
     def __init__(self, say: Callable[[str], None]):
         super().__init__(logging.WARNING)
         self.say = say
 
+    @classmethod
+    def start(cls, say: Callable[[str], None]) -> None:
+        """Listen from now on, in place of an earlier run of this process."""
+        logger = logging.getLogger("torch._dynamo.convert_frame")
+        for handler in [h for h in logger.handlers if isinstance(h, cls)]:
+            logger.removeHandler(handler)
+        logger.addHandler(cls(say))
+
     def emit(self, record: logging.LogRecord) -> None:
-        """torch's first line."""
-        if "recompile_limit" in record.getMessage() or "cache_size_limit" in record.getMessage():
-            self.say("compile: torch compiles no more and goes on without, slower: "
-                     + record.getMessage().splitlines()[0])
+        """Pass on torch's first line."""
+        message = record.getMessage()
+        if "recompile_limit" in message or "cache_size_limit" in message:
+            try:
+                self.say(f"compile: torch hit its recompile limit; this block now runs eagerly, slower: "
+                         f"{message.splitlines()[0]}")
+            except Exception:  # a log that cannot be written must not stop torch here
+                self.handleError(record)
 
 
 def describe_machine(device: torch.device) -> str:
@@ -241,8 +262,8 @@ def describe_machine(device: torch.device) -> str:
 
 
 class BatchSizeAdvice:
-    """Context of a training loop: out of memory in it becomes a UserError that names a --batch_size that fits, with as
-    many rows in a step."""
+    """Context of a training loop: out of memory in it becomes a UserError that suggests a --batch_size, with as many
+    rows in a step."""
 
     def __init__(self, args, net, device: torch.device, dtype: str):
         self.args, self.net, self.device, self.dtype = args, net, device, dtype
@@ -254,28 +275,35 @@ class BatchSizeAdvice:
         if (reason := out_of_memory(error)) is None:
             return
         traceback.clear_frames(trace)  # they hold what did not fit
-        args, on_cuda = self.args, self.device.type == "cuda"
-        room = min(args.batch_size - 1, self.rows_that_fit() if on_cuda else args.batch_size // 2)
-        rows = args.batch_size * args.accumulation_steps
+        args, rows = self.args, self.args.batch_size * self.args.accumulation_steps
+        measured = self.rows_that_fit()
+        room = min(args.batch_size - 1, args.batch_size // 2 if measured is None else measured)
         fits = next((n for n in range(room, 0, -1) if rows % n == 0), None)
-        advice = (f"--batch_size {fits} --accumulation_steps {rows // fits} {'fits' if on_cuda else 'needs less'}, for "
-                  "the same result; or" if fits else "a shorter --max_seq_len needs less, and so does")
-        raise UserError(f"out of memory at --batch_size {args.batch_size} ({reason}): {advice} "
-                        "--gradient_checkpointing") from None
+        advice = []
+        if fits:
+            advice.append(f"--batch_size {fits} --accumulation_steps {rows // fits} "
+                          f"{'needs less' if measured is None else 'should fit'}, and its steps are the same")
+        if not args.gradient_checkpointing:
+            advice.append("--gradient_checkpointing needs less")
+        advice.append("so does a shorter --max_seq_len")
+        raise UserError(f"out of memory at --batch_size {args.batch_size} ({reason}): {'; '.join(advice)}") from None
 
-    def rows_that_fit(self) -> int:
-        """Rows of a micro-batch for which the GPU has room: what a few need, measured, goes up with their number."""
+    def rows_that_fit(self) -> int | None:
+        """Rows of a micro-batch for which a GPU has room: the memory of 1 and of 3 rows is measured, and grows linearly
+        with the rows. None if it cannot be measured: on a CPU, and with several processes, whose gradients would be
+        exchanged."""
+        if self.device.type != "cuda" or dist.is_initialized():
+            return None
         try:
             self.net.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            few = (1, 3)
-            needs = [self.peak_bytes(rows) for rows in few]
+            few, more = (self.peak_bytes(rows) for rows in (1, 3))
             free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
             # weights, gradients, at most two numbers of optimizer state for each weight
             fixed = 4 * sum(p.numel() * p.element_size() for p in self.net.parameters())
-            return int((0.9 * free - fixed) / max(1, (needs[1] - needs[0]) / (few[1] - few[0])))
-        except torch.OutOfMemoryError:
-            return self.args.batch_size // 2
+            return int((0.9 * free - fixed) / max(1, (more - few) / 2)) - 1  # a buffer of chats may hold one row more
+        except RuntimeError:
+            return None
 
     def peak_bytes(self, rows: int) -> int:
         """The most memory that forward and backward of so many full rows take."""

@@ -28,7 +28,7 @@
 #            --compile; PRETRAIN_FLAGS SFT_FLAGS SFT_LONG_FLAGS DISTILL_FLAGS more flags; RESERVE [90] seconds left
 #            for what follows the stages; QUESTIONS [500]; NEW_TOKENS [400];
 #            WEIGHTS ["distill"] stages whose weights are packed; MIB [15] of a piece
-# train goes on where an earlier train in the same $RUN stopped.
+# A second train wants another $RUN, or an empty one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in measure | train) ;; *) echo "usage: bash runs/gpu.sh measure | train" >&2; exit 2 ;; esac
@@ -45,7 +45,7 @@ for file in pretrain val.jsonl.xz sft.jsonl.xz r1.jsonl.xz held_out.jsonl tokeni
 done
 export PYTHONUNBUFFERED=1 PYTHONIOENCODING=utf-8
 mkdir -p "$OUT" "$RUN" || exit 2
-rm -f "$OUT"/{failed.txt,logs.tgz}
+rm -f "$OUT"/*.txt "$OUT"/*.jsonl "$OUT/logs.tgz"  # of an earlier call
 "$PYTHON" - "$DEVICE" > "$OUT/machine.txt" <<'EOP' || {
 import importlib.metadata, os, pathlib, sys
 import torch
@@ -62,7 +62,8 @@ print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs: {models[0] if mo
 if torch.cuda.is_available():
     print(torch.cuda.get_device_name(), "capability", torch.cuda.get_device_capability(), "CUDA", torch.version.cuda)
 EOP
-    echo "gpu.sh: torch of $PYTHON finds no CUDA GPU (DEVICE=cpu PRESET=nano tries the script without one)" >&2
+    if [ $? = 2 ]; then why="finds no CUDA GPU (DEVICE=cpu PRESET=nano tries the script without one)"; else why="does not start"; fi
+    echo "gpu.sh: torch of $PYTHON $why" >&2
     exit 2
 }
 [ "$DEVICE" != cuda ] || nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit,utilization.gpu \
@@ -235,6 +236,6 @@ for path in "$RUN"/train/{log,eval} "$RUN"/train/charts_* "$RUN"/{sweep,speed}/*
     [ ! -e "$path" ] || logs+=("${path#"$RUN"/}")
 done
 tar czf "$OUT/logs.tgz.partial" -C "$OUT" "${small[@]}" -C "$(cd "$RUN" && pwd)" ${logs[@]+"${logs[@]}"} \
-    && mv "$OUT/logs.tgz.partial" "$OUT/logs.tgz" && (cd "$OUT" && rm -f "${small[@]}") || status=1
+    || [ $? = 1 ] && mv "$OUT/logs.tgz.partial" "$OUT/logs.tgz" && (cd "$OUT" && rm -f "${small[@]}") || status=1
 ls -l "$OUT"
 exit $status

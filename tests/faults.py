@@ -61,6 +61,7 @@ def run(stage: str, argv: list, fault: dict | None = None, **options) -> Ended:
     env         environment variables
     stdout      a file for the standard output, which then ends as that of a real Python does
     pid         the process number that the run believes to have
+    due         steps at which this process's clock says that the state is to be saved
     charts      draw the charts (they take most of the time of a small run, so not by default)
     count_lines pass "line" moments too (by default only where the fault is one)
     """
@@ -265,12 +266,14 @@ def _child(job: dict) -> None:
 
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
-        from common import runlog, runtime
+        from common import checkpoint, runlog, runtime
 
         module = sys.modules[job["stage"]]
         sys.argv = [f"{job['stage']}.py", *job["argv"]]
         if not job.get("charts"):
             runlog.RunLog.charts = lambda self: None
+        if "due" in job:
+            checkpoint.SaveSchedule.is_due = lambda self, step: step in job["due"]
         moments = Moments(job["fault"], job.get("count_lines", False))
         try:
             code = runtime.run(module.main)

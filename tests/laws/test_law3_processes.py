@@ -53,12 +53,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_two(runs, stage: str, out: Path, flags: dict, resume: bool = False, fault: dict | None = None) -> list[Ended]:
-    """Run a stage as two processes joined by gloo, as torchrun would start them; `fault` befalls the first."""
+def run_two(runs, stage: str, out: Path, flags: dict, resume: bool = False, fault: dict | None = None,
+            options: tuple[dict, dict] = ({}, {})) -> list[Ended]:
+    """Run a stage as two processes joined by gloo, as torchrun would start them; `fault` befalls the first, and each
+    has its own options of `faults.start`."""
     env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
            "GLOO_SOCKET_IFNAME": "lo"}
     waits = [start(stage, runs.argv(stage, out, resume, **flags), fault if rank == 0 else None,
-                   env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+                   env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options[rank]) for rank in range(2)]
     return [wait() for wait in waits]
 
 
@@ -119,6 +121,16 @@ def test_two_processes_killed_at_a_save_resume_bit_for_bit(runs, tmp_path):
     assert metrics("pretrain", tmp_path / "whole") == metrics("pretrain", tmp_path / "killed")
     ended = runs.run("pretrain", tmp_path / "whole", flags=flags)
     assert ended.code == 2 and "the number of processes changed" in ended.one_line, ended
+
+
+def test_the_first_processs_clock_says_when_to_save(runs, tmp_path):
+    """Clocks differ, and all must take part in a save: the first decides, the other follows."""
+    flags = PLAIN | dict(save_interval=None, keep_checkpoints=9)
+    ended = run_two(runs, "pretrain", tmp_path / "two", flags, options=({"due": [2, 3]}, {"due": [1, 3]}))
+    assert [e.code for e in ended] == [0, 0], ended
+    saved = sorted((tmp_path / "two" / "checkpoints" / "pretrain").glob("step_*.pth"))
+    last = metrics("pretrain", tmp_path / "two")[-1]["step"]
+    assert [int(path.stem.removeprefix("step_")) for path in saved] == [2, 3, last] and last > 3
 
 
 def test_torchrun_stopped_by_sigterm_saves_and_the_printed_command_goes_on(runs, tmp_path):

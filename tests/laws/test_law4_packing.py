@@ -189,22 +189,6 @@ def test_where_the_varlen_kernel_can_run(monkeypatch):
     assert not network.use_varlen(gpu, torch.bfloat16, 64)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs CUDA")
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_varlen_kernel(variant):
-    """The kernel itself, in bfloat16: as near to float32 as documents one by one in bfloat16 are."""
-    model, (tokens, index, targets, weights) = make_model(torch.float32, **VARIANTS[variant]).cuda(), make_buffer()
-    buffer = tokens.cuda(), index.cuda(), targets.cuda(), weights.float().cuda()
-    exact = loss_and_gradients(model, one_by_one(*buffer))
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        alone = loss_and_gradients(model, one_by_one(*buffer))
-        packed = loss_and_gradients(model, [(buffer[0], LENGTHS, *buffer[1:])])
-    assert abs(packed[0] - exact[0]) <= 0.01 * exact[0]
-    for name, gradient in exact[1].items():
-        near, far = (alone[1][name] - gradient).norm(), (packed[1][name] - gradient).norm()
-        assert far <= 1.5 * near + 1e-3 * gradient.norm(), name
-
-
 # ---------------------------------------------------------------------------------------------
 # the loss
 
@@ -346,21 +330,20 @@ def test_a_block_is_one_graph(monkeypatch):
     model, plain = (make_model(torch.float32, **VARIANTS["tied, GQA, qk_norm"]) for _ in range(2))
     assert runtime.compile_blocks(model, torch.device("cpu")) == "each of 2 blocks, on first use"
     rng = np.random.default_rng(7)
-    for turn in range(20):
-        lengths = rng.integers(1, 65, rng.integers(1, 12)).tolist()
+    buffers = []
+    for lengths in (rng.integers(1, 65, rng.integers(2, 12)).tolist() for _ in range(20)):
         tokens, *loss_on = make_buffer(torch.float32, lengths)
-        if len(loss_on[0]) > 1:
-            got, expected = (loss_and_gradients(m, [(tokens, lengths, *loss_on)]) for m in (model, plain))
-            assert_same(got, expected, 1e-4)
-        if turn == 9:
-            assert dynamo.utils.counters["stats"]["unique_graphs"] <= 2, dynamo.utils.counters
-        if turn >= 9 and turn % 2:
-            with torch.no_grad():
-                index, targets, weights = loss_on
-                got, expected = (m.eval()(tokens, lengths, target_index=index, targets=targets, weights=weights)
-                                 for m in (model, plain))
-            assert abs(got - expected) <= 1e-5 * expected
-            model.train(), plain.train()
+        buffers.append((tokens, lengths, *loss_on))
+    for buffer in buffers:
+        got, expected = (loss_and_gradients(m, [buffer]) for m in (model, plain))
+        assert_same(got, expected, 1e-4)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] <= 2, dynamo.utils.counters
+    model.eval(), plain.eval()
+    for tokens, lengths, index, targets, weights in buffers:
+        with torch.no_grad():
+            got, expected = (m(tokens, lengths, target_index=index, targets=targets, weights=weights)
+                             for m in (model, plain))
+        assert abs(got - expected) <= 1e-5 * expected
     assert 2 <= dynamo.utils.counters["stats"]["unique_graphs"] <= 4, dynamo.utils.counters
     assert not dynamo.utils.counters["graph_break"]
 
@@ -375,12 +358,13 @@ def test_it_is_said_that_torch_compiles_no_more(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
     logger = logging.getLogger("torch._dynamo.convert_frame")
     monkeypatch.setattr(logger, "handlers", list(logger.handlers))
-    runtime.compile_blocks(make_model(torch.float32), torch.device("cpu"), said.append)
+    for _ in range(2):  # the second run of a process alone
+        runtime.compile_blocks(make_model(torch.float32), torch.device("cpu"), said.append)
     dynamo.reset()
     compiled = torch.compile(lambda x, n: x * n, backend="eager", dynamic=False)
     for n in range(dynamo.config.recompile_limit + 2):
         compiled(torch.ones(3), n)
-    assert len(said) == 1 and "goes on without" in said[0], said
+    assert len(said) == 1 and "now runs eagerly" in said[0], said
 
 
 # ---------------------------------------------------------------------------------------------
