@@ -256,13 +256,26 @@ def test_attention_is_computed_in_the_precision_of_products(monkeypatch, changes
 # compiled
 
 
-def test_compiled_blocks():
+def compile_with(backend: str, monkeypatch) -> None:
+    """Have compile_blocks use another backend of torch's compiler: only "inductor" needs a C++ compiler."""
+    import torch._dynamo as dynamo
+
+    monkeypatch.setattr(network, "attend_in_groups", network.attend_in_groups)  # put back what compile_blocks changes
+    monkeypatch.setattr(runtime, "compile_trouble", lambda device: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.extra)])
+def test_compiled_blocks(monkeypatch, backend):
     """Compiled blocks give what plain ones give, rows and packed, checkpointed or not; and buffers with other
     numbers of documents and tokens compile nothing new (after some recompilations torch gives up, in silence)."""
     model, plain = make_model(torch.float32, n_layers=1), make_model(torch.float32, n_layers=1)
-    said = runtime.compile_blocks(model, torch.device("cpu"))
-    if said.startswith("off"):
-        pytest.skip(said)
+    if backend == "inductor" and (trouble := runtime.compile_trouble(torch.device("cpu"))):
+        pytest.skip(trouble)
+    compile_with(backend, monkeypatch)
+    runtime.compile_blocks(model, torch.device("cpu"))
     import torch._dynamo as dynamo
 
     torch.manual_seed(5)
@@ -321,12 +334,7 @@ def test_a_block_is_one_graph(monkeypatch):
 
     monkeypatch.setattr(network, "varlen_kernel", lambda: varlen_stand_in)
     monkeypatch.setattr(network, "use_varlen", lambda device, dtype, head_dim: True)
-    monkeypatch.setattr(network, "attend_in_groups", network.attend_in_groups)  # put back what compile_blocks changes
-    monkeypatch.setattr(runtime, "compile_trouble", lambda device: None)
-    python_only = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")  # no C++ compiler
-    monkeypatch.setattr(torch.nn.Module, "compile", python_only)
-    dynamo.reset()
-    dynamo.utils.counters.clear()
+    compile_with("aot_eager", monkeypatch)
     model, plain = (make_model(torch.float32, **VARIANTS["tied, GQA, qk_norm"]) for _ in range(2))
     assert runtime.compile_blocks(model, torch.device("cpu")) == "each of 2 blocks, on first use"
     rng = np.random.default_rng(7)
