@@ -282,7 +282,8 @@ class BatchSizeAdvice:
         advice = []
         if fits:
             advice.append(f"--batch_size {fits} --accumulation_steps {rows // fits} "
-                          f"{'needs less' if measured is None else 'should fit'}, and its steps are the same")
+                          f"{'needs less' if measured is None else 'should fit'}, and its steps are the same but for "
+                          "rounding (if this run has saved a state: in another --out_dir)")
         if not args.gradient_checkpointing:
             advice.append("--gradient_checkpointing needs less")
         advice.append("so does a shorter --max_seq_len")

@@ -141,9 +141,17 @@ def test_the_readmes_show_the_recorded_run():
             assert " | ".join(cells) in text, (document, kind)
 
 
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of a document's headings, to be linked to."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
-    """Every relative link and picture in the documents, and every file their layout tables name."""
+    """Every relative link and picture in the documents, and the heading that a link names."""
     for document in (*READMES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))):
-        text = (ROOT / document).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert ((ROOT / document).parent / target).exists(), f"{document}: {target}"
+        here = ROOT / document
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", here.read_text(encoding="utf-8")):
+            path = here.parent / target if target else here
+            assert path.exists(), f"{document}: {target}"
+            assert not anchor or anchor in anchors(path), f"{document}: {target}#{anchor}"
