@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
     flops_per_token = net.flops_per_token(min(args.max_seq_len, loader.tokens_per_epoch / len(train)))
     if peak:
         log.print(f"mfu: share of the data sheet's {peak / 1e12:,.0f} TFLOP/s in {dtype}")
-    with runtime.StopSignal() as signal, runtime.BatchSizeAdvice(args, net, device, dtype):
+    advice = runtime.BatchSizeAdvice(args, net, device, dtype, loader.tokens_per_epoch)
+    with runtime.StopSignal() as signal, advice:
         next_batch = loader.step(*epoch_and_number(done))
         for step in range(done, total_steps):
             begin = time.perf_counter()

@@ -265,8 +265,9 @@ class BatchSizeAdvice:
     """Context of a training loop: out of memory in it becomes a UserError that suggests a --batch_size, with as many
     rows in a step."""
 
-    def __init__(self, args, net, device: torch.device, dtype: str):
+    def __init__(self, args, net, device: torch.device, dtype: str, tokens_per_epoch: int):
         self.args, self.net, self.device, self.dtype = args, net, device, dtype
+        self.rows = min(args.batch_size, -(-tokens_per_epoch // args.max_seq_len))  # little data may not fill them
 
     def __enter__(self):
         return self
@@ -277,17 +278,17 @@ class BatchSizeAdvice:
         traceback.clear_frames(trace)  # they hold what did not fit
         args, rows = self.args, self.args.batch_size * self.args.accumulation_steps
         measured = self.rows_that_fit()
-        room = min(args.batch_size - 1, args.batch_size // 2 if measured is None else measured)
+        room = min(self.rows - 1, self.rows // 2 if measured is None else measured)
         fits = next((n for n in range(room, 0, -1) if rows % n == 0), None)
         advice = []
         if fits:
             advice.append(f"--batch_size {fits} --accumulation_steps {rows // fits} "
-                          f"{'needs less' if measured is None else 'should fit'}, and its steps are the same but for "
-                          "rounding (if this run has saved a state: in another --out_dir)")
+                          f"{'needs less' if measured is None else 'should fit'}, with the same steps but for rounding "
+                          "(a run that has saved a state must start again in another --out_dir)")
         if not args.gradient_checkpointing:
             advice.append("--gradient_checkpointing needs less")
         advice.append("so does a shorter --max_seq_len")
-        raise UserError(f"out of memory at --batch_size {args.batch_size} ({reason}): {'; '.join(advice)}") from None
+        raise UserError(f"out of memory at --batch_size {args.batch_size}: {'; '.join(advice)} ({reason})") from None
 
     def rows_that_fit(self) -> int | None:
         """Rows of a micro-batch for which a GPU has room: the memory of 1 and of 3 rows is measured, and grows linearly

@@ -11,6 +11,16 @@
 #   held_out.jsonl                       problems in no conversation (experiments/hold_out.py)
 #   tokenizer/                           train_tokenizer.py
 #
+# From the built-in corpus, say (with other text of yours likewise; every file is compressed with xz):
+#
+#   python make_demo_data.py --out_dir data/demo; mkdir -p .carry/pretrain
+#   xz -c data/demo/pretrain.jsonl > .carry/pretrain/0.jsonl.xz; xz -c data/demo/val/pretrain.jsonl > .carry/val.jsonl.xz
+#   cat data/demo/sft_*.jsonl | xz > .carry/sft.jsonl.xz; xz -c data/demo/r1_1024.jsonl > .carry/r1.jsonl.xz
+#   cp data/demo/eval/multi_step.jsonl .carry/held_out.jsonl
+#   python train_tokenizer.py --data_path data/demo/pretrain.jsonl --tokenizer_path .carry/tokenizer --vocab_size 2048
+#
+# `measure` needs pytest (requirements-dev.txt).
+#
 # Each part has a time limit of its own (LIMIT_<part>=SECONDS changes it). At the limit Python gets Ctrl-C, so a training
 # stage saves its weights and the next part goes on from there. A part's output goes to stdout and to $OUT/<part>.txt;
 # at the end all of it, the training logs, charts and replies are packed in $OUT/logs.tgz. Beside it stand only the
@@ -28,7 +38,7 @@
 #            --compile; PRETRAIN_FLAGS SFT_FLAGS SFT_LONG_FLAGS DISTILL_FLAGS more flags; RESERVE [90] seconds left
 #            for what follows the stages; QUESTIONS [500]; NEW_TOKENS [400];
 #            WEIGHTS ["distill"] stages whose weights are packed; MIB [15] of a piece
-# A second train wants another $RUN, or an empty one.
+# A second train wants another $RUN. The pieces of the weights are joined by split_weights.py; whole they are in $RUN/train.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in measure | train) ;; *) echo "usage: bash runs/gpu.sh measure | train" >&2; exit 2 ;; esac
@@ -43,10 +53,12 @@ fi
 for file in pretrain val.jsonl.xz sft.jsonl.xz r1.jsonl.xz held_out.jsonl tokenizer; do
     [ -e "$CARRY/$file" ] || { echo "gpu.sh: $CARRY/$file is missing (the data this script needs is listed at its head)" >&2; exit 2; }
 done
+case $DEVICE in cuda | cpu) ;; *) echo "gpu.sh: DEVICE=$DEVICE: must be cuda or cpu" >&2; exit 2 ;; esac
+[ "$1" != train ] || [ ! -e "$RUN/train" ] || { echo "gpu.sh: $RUN/train is there from an earlier train: choose another RUN" >&2; exit 2; }
 export PYTHONUNBUFFERED=1 PYTHONIOENCODING=utf-8
 mkdir -p "$OUT" "$RUN" || exit 2
 rm -f "$OUT"/*.txt "$OUT"/*.jsonl "$OUT/logs.tgz"  # of an earlier call
-"$PYTHON" - "$DEVICE" > "$OUT/machine.txt" <<'EOP' || {
+"$PYTHON" - "$DEVICE" "$1" > "$OUT/machine.txt" <<'EOP' || {
 import importlib.metadata, os, pathlib, sys
 import torch
 if sys.argv[1] == "cuda" and not torch.cuda.is_available():
@@ -56,14 +68,20 @@ for package in ("torch", "transformers", "tokenizers", "pytest"):
         print(package, importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         print(package, "is not installed")
+        if package == "pytest" and sys.argv[2] == "measure":
+            sys.exit(3)
 cpuinfo = pathlib.Path("/proc/cpuinfo")
 models = [l.split(":")[1].strip() for l in cpuinfo.read_text().splitlines() if l.startswith("model name")] if cpuinfo.exists() else []
 print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs: {models[0] if models else 'unknown'}")
 if torch.cuda.is_available():
     print(torch.cuda.get_device_name(), "capability", torch.cuda.get_device_capability(), "CUDA", torch.version.cuda)
 EOP
-    if [ $? = 2 ]; then why="finds no CUDA GPU (DEVICE=cpu PRESET=nano tries the script without one)"; else why="does not start"; fi
-    echo "gpu.sh: torch of $PYTHON $why" >&2
+    case $? in
+        2) why="its torch finds no CUDA GPU (DEVICE=cpu PRESET=nano tries the script without one)" ;;
+        3) why="pytest is missing: $PYTHON -m pip install -r requirements-dev.txt" ;;
+        *) why="it cannot load torch" ;;
+    esac
+    echo "gpu.sh: $PYTHON: $why" >&2
     exit 2
 }
 [ "$DEVICE" != cuda ] || nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit,utilization.gpu \
@@ -165,7 +183,7 @@ stage() {  # SCRIPT SECONDS ROWS TOKENS_OF_A_ROW FLAGS…: as many steps as fit 
     limit=$((seconds * 3 / 2 + 35)) left=$((BUDGET - SECONDS - ${RESERVE:-90}))  # for answers, scores and weights
     part "$script" $((left < limit ? left : limit)) "$PYTHON" "$script.py" "${same[@]}" --out_dir "$RUN/train" \
         --batch_size "$rows" --epochs 100 --max_steps "$steps" --eval_interval $((steps / 8)) --eval_tokens 100000 \
-        --save_interval 1000000 --log_interval $((steps / 80 + 1)) ${COMPILE:+--compile} --resume "$@"
+        --save_interval 1000000 --log_interval $((steps / 80 + 1)) ${COMPILE:+--compile} "$@"
     case " ${WEIGHTS:-distill} " in *" $script "*)  # at once: what comes later may end this machine's time
         beside "weights_$script" 60 "${few_threads[@]}" "$PYTHON" experiments/split_weights.py pack \
             "$RUN/train/$script.pth" "$OUT/$script" --mib "${MIB:-15}" ;;
@@ -235,7 +253,8 @@ logs=()
 for path in "$RUN"/train/{log,eval} "$RUN"/train/charts_* "$RUN"/{sweep,speed}/*/log; do
     [ ! -e "$path" ] || logs+=("${path#"$RUN"/}")
 done
-tar czf "$OUT/logs.tgz.partial" -C "$OUT" "${small[@]}" -C "$(cd "$RUN" && pwd)" ${logs[@]+"${logs[@]}"} \
+[ ${#logs[@]} = 0 ] || logs=(-C "$(cd "$RUN" && pwd)" "${logs[@]}")
+tar czf "$OUT/logs.tgz.partial" -C "$OUT" "${small[@]}" ${logs[@]+"${logs[@]}"} \
     || [ $? = 1 ] && mv "$OUT/logs.tgz.partial" "$OUT/logs.tgz" && (cd "$OUT" && rm -f "${small[@]}") || status=1
 ls -l "$OUT"
 exit $status

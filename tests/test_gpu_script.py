@@ -86,7 +86,15 @@ def test_train_keeps_every_output_and_the_weights(carry, tmp_path):
     assert load_model(tmp_path / "distill.pth")[1]["stage"] == "distill"
 
 
-def test_what_is_missing_is_said_in_one_line(tmp_path):
-    done = subprocess.run(["bash", str(ROOT / "runs/gpu.sh"), "measure"], capture_output=True, text=True,
-                          env=os.environ | {"CARRY": str(tmp_path), "OUT": str(tmp_path / "out")})
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "pretrain" in done.stderr
+@pytest.mark.parametrize("settings, says", [
+    ({}, "pretrain"), ({"DEVICE": "gpu"}, "must be cuda or cpu"), ({"RUN": "earlier"}, "choose another RUN")])
+def test_what_is_missing_is_said_in_one_line(tmp_path, settings, says):
+    if settings:
+        (tmp_path / "pretrain").mkdir()
+        for name in ("val.jsonl.xz", "sft.jsonl.xz", "r1.jsonl.xz", "held_out.jsonl", "tokenizer"):
+            (tmp_path / name).touch()
+    (tmp_path / "earlier" / "train").mkdir(parents=True)
+    env = {name: str(tmp_path / value) if name == "RUN" else value for name, value in settings.items()}
+    done = subprocess.run(["bash", str(ROOT / "runs/gpu.sh"), "train"], capture_output=True, text=True,
+                          env=os.environ | {"CARRY": str(tmp_path), "OUT": str(tmp_path / "out")} | env)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and says in done.stderr

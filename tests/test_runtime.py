@@ -50,15 +50,15 @@ def test_the_machine_names_its_processor():
 # out of memory
 
 
-def advice_of(error, device="cpu", **settings) -> str:
-    """What the user reads when `error` ends a loop of so many rows."""
+def advice_of(error, device="cpu", tokens=10**9, **settings) -> str:
+    """What the user reads when `error` ends a loop of so many rows over so many tokens."""
     args = types.SimpleNamespace(**dict(batch_size=32, accumulation_steps=1, max_seq_len=16,
                                         gradient_checkpointing=False) | settings)
     net = WeakWater(LLMConfig.preset("nano", vocab_size=97))
     with pytest.raises(UserError) as raised:
-        with runtime.BatchSizeAdvice(args, net, torch.device(device), "fp32"):
+        with runtime.BatchSizeAdvice(args, net, torch.device(device), "fp32", tokens):
             raise error
-    assert f"out of memory at --batch_size {args.batch_size} (" in str(raised.value)
+    assert f"out of memory at --batch_size {args.batch_size}: " in str(raised.value)
     return str(raised.value)
 
 
@@ -90,6 +90,12 @@ def test_where_nothing_is_measured_half_is_suggested(message):
     assert "--batch_size 16 --accumulation_steps 2 needs less" in said and "--gradient_checkpointing" not in said
 
 
+def test_rows_that_the_data_does_not_fill_need_no_memory():
+    """20,000 rows of which the data fills 100: half of the 100, not of the 20,000."""
+    said = advice_of(RuntimeError("can't allocate memory"), batch_size=20_000, tokens=16 * 100 - 5)
+    assert "--batch_size 50 --accumulation_steps 400 needs less" in said
+
+
 def test_no_memory_to_measure_in(monkeypatch):
     """Out of memory once more while it is measured: nothing is claimed to fit."""
     def full(self, rows):
@@ -101,9 +107,9 @@ def test_no_memory_to_measure_in(monkeypatch):
 
 
 def test_other_errors_pass_the_advice_by():
-    args = types.SimpleNamespace(batch_size=32)
+    args = types.SimpleNamespace(batch_size=32, max_seq_len=16)
     with pytest.raises(RuntimeError, match="shapes"):
-        with runtime.BatchSizeAdvice(args, None, torch.device("cpu"), "fp32"):
+        with runtime.BatchSizeAdvice(args, None, torch.device("cpu"), "fp32", 1000):
             raise RuntimeError("shapes do not fit")
 
 
@@ -113,7 +119,7 @@ def test_a_stage_out_of_memory(text_file, tokenizer_dir, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(WeakWater, "forward", full)
-    with pytest.raises(UserError, match="at --batch_size 4 .* --batch_size 2 --accumulation_steps 2"):
+    with pytest.raises(UserError, match="at --batch_size 4: --batch_size 2 --accumulation_steps 2"):
         train("pretrain", text_file, tokenizer_dir, tmp_path, preset="nano", batch_size=4)
 
 
