@@ -283,8 +283,8 @@ def attend_packed(q_BTHD, k_BTKD, v_BTKD, packing: Packing) -> torch.Tensor:
 
 
 def attend_in_groups(q_BTHD, k_BTKD, v_BTKD, packing: Packing) -> torch.Tensor:
-    """`attend_packed` where no variable-length kernel is: documents of about the same length are attended to together,
-    as rows; what a shorter one is filled up with stands behind it, where causal attention does not look.
+    """`attend_packed` without a variable-length kernel: documents of about the same length together, as rows; shorter
+    ones are padded at the end, and the causal mask hides the padding.
 
     `split` and not slices: its gradient is one concatenation, theirs a full-size zero tensor for each group.
     """
@@ -306,8 +306,7 @@ def use_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 @functools.cache
 def varlen_kernel() -> Callable | None:
-    """torch's variable-length flash attention, causal, with fewer key/value heads than query heads where they are so;
-    None where this torch has none.
+    """torch's variable-length flash attention, causal, with grouped key/value heads; None where this torch has none.
 
     Asked for only where it can run: importing it takes a second.
     """

@@ -59,7 +59,7 @@ export PYTHONUNBUFFERED=1 PYTHONIOENCODING=utf-8
 mkdir -p "$OUT" "$RUN" || exit 2
 rm -f "$OUT"/*.txt "$OUT"/*.jsonl "$OUT/logs.tgz"  # of an earlier call
 "$PYTHON" - "$DEVICE" "$1" > "$OUT/machine.txt" <<'EOP' || {
-import importlib.metadata, os, pathlib, sys
+import importlib.metadata, os, sys
 import torch
 if sys.argv[1] == "cuda" and not torch.cuda.is_available():
     sys.exit(2)
@@ -70,11 +70,10 @@ for package in ("torch", "transformers", "tokenizers", "pytest"):
         print(package, "is not installed")
         if package == "pytest" and sys.argv[2] == "measure":
             sys.exit(3)
-cpuinfo = pathlib.Path("/proc/cpuinfo")
-models = [l.split(":")[1].strip() for l in cpuinfo.read_text().splitlines() if l.startswith("model name")] if cpuinfo.exists() else []
-print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs: {models[0] if models else 'unknown'}")
+from common import runtime
+print(runtime.describe_machine(torch.device(sys.argv[1])), f"{os.cpu_count()} CPUs", sep=", ")
 if torch.cuda.is_available():
-    print(torch.cuda.get_device_name(), "capability", torch.cuda.get_device_capability(), "CUDA", torch.version.cuda)
+    print("capability", torch.cuda.get_device_capability(), "CUDA", torch.version.cuda)
 EOP
     case $? in
         2) why="its torch finds no CUDA GPU (DEVICE=cpu PRESET=nano tries the script without one)" ;;
@@ -92,7 +91,7 @@ part() {  # NAME LIMIT COMMAND…: its output on stdout and in NAME.txt
     local name=$1 limit=$2 begin=$SECONDS left=$((BUDGET - SECONDS - 10)) override="LIMIT_${1//[^A-Za-z0-9]/_}" code
     shift 2
     limit=${!override:-$limit}
-    [ "$limit" -le "$left" ] || limit=$left
+    [ "$limit" -le "$left" ] || limit=$((left > 0 ? left : 0))
     echo "=== $name (at most $limit s)"
     if [ "$limit" -lt 1 ]; then
         echo "not started: the $BUDGET s of BUDGET are used up" | tee "$OUT/$name.txt"
