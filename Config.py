@@ -173,6 +173,7 @@ FLAGS = {
     "deterministic": Flag(bool, False, "deterministic kernels only (slower on CUDA)", steers=True),
     "seed": Flag(int, 42, "seed of weights, order and dropout", steers=True, low=0, high=2**63 - 1),
     "order": Flag(str, "shuffled", "order of the documents in each epoch", choices=("shuffled", "file"), steers=True),
+    "plain": Flag(bool, False, "compute only what model.py says, without the faster replacements of fastpath/"),
     "cache_dir": Flag(str, None, "folder of the token cache (default: out_dir/cache)"),
     "max_bad_ratio": Flag(float, 0.01, "stop when more than this share of the lines is malformed", low=0, high=1),
     # watching and saving

@@ -23,6 +23,7 @@ from common.runlog import Meter, RunLog, describe_run
 from common.scoring import score
 from Config import parse_args
 from dataset import StepLoader, TextEncoder, evaluated, evaluation_batches, load_splits, load_tokenizer
+from fastpath import accelerate
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,11 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     device, device_reason = runtime.pick_device(args.device)
     dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
     ranks.start(device)
-    computed_by = runtime.prepare(device, dtype, args.seed, args.deterministic)
+    runtime.prepare(device, args.seed, args.deterministic)
     resumed = checkpoint.begin(args, ranks, "SFT_long.py")
     log = RunLog(args.out_dir, args.stage, ranks.is_main)
     log.print(f"{args.command}\n{runtime.describe_machine(device)}")
-    log.print(f"device {device}: {device_reason}\ndtype {dtype}: {dtype_reason}\nbetween products: {computed_by}")
+    log.print(f"device {device}: {device_reason}\ndtype {dtype}: {dtype_reason}")
 
     # ---- tokenizer and data -------------------------------------------------------------------
     tokenizer = load_tokenizer(args.tokenizer_path)
@@ -60,10 +61,11 @@ def main(argv: list[str] | None = None) -> None:
     net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder)
     net.to(device).train()
     net.model.gradient_checkpointing = args.gradient_checkpointing
+    computed_by = accelerate(net, device, dtype, args.compile, plain=args.plain)
     if args.compile:
         log.print(f"compile: {runtime.compile_blocks(net, device, log.print)}")
     model = ranks.wrap(net)
-    for line in inherited + describe_run(net, loader, val, args, ranks.world_size, total_steps):
+    for line in computed_by + inherited + describe_run(net, loader, val, args, ranks.world_size, total_steps):
         log.print(line)
 
     # ---- optimizer and schedule ---------------------------------------------------------------
@@ -80,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.compare_settings(resumed["settings"], settings)
         checkpoint.restore(resumed, optimizers, scaler)
         done, tokens, best_loss, val_scores = (resumed[k] for k in ("step", "tokens", "best_loss", "val_scores"))
+    if resumed and resumed.get("computed_by") not in (None, computed_by):
+        log.print(f"before, it was computed otherwise: {'; '.join(resumed['computed_by'])}")
     if resumed and resumed["val_sha256"] != val.fingerprint():
         log.print("the validation data changed: the lowest validation loss so far does not count any more")
         best_loss = math.inf
@@ -102,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
                      "val_sha256": val.fingerprint(),
                      "model": net.state_dict(), "config": net.config.to_dict(), "settings": settings,
                      "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                     "scaler": scaler.state_dict(), "start_sha256": start_sha256}
+                     "scaler": scaler.state_dict(), "start_sha256": start_sha256, "computed_by": computed_by}
             checkpoint.save_state(state, args.out_dir, args.stage, args.keep_checkpoints)
             schedule.mark_saved()
             save_weights(out / f"{args.stage}.pth")

@@ -16,13 +16,12 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from common import checkpoint, runtime
-from common.generation import FusedModel, Sampling, StreamDecoder, stream
+from common.generation import Decoder, Sampling, StreamDecoder, stream
 from Config import FLAGS, OneLineParser, UserError, number
 from dataset import TAG_PATTERN, TAGS, TextEncoder, encode_chat, load_tokenizer
 from model import WeakWater
@@ -45,6 +44,7 @@ def model_parser(prog: str, description: str) -> OneLineParser:
     modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGES.items())
     which.add_argument("--model_mode", type=int, choices=tuple(STAGES), help=f"the weights in out_dir of: {modes}")
     which.add_argument("--checkpoint", metavar="PATH", help="a weights file of any stage")
+    parser.add_argument("--plain", action="store_true", help=FLAGS["plain"].help)
     for name in ("out_dir", "tokenizer_path", "device", "dtype"):
         flag = FLAGS[name]
         parser.add_argument(f"--{name}", default=flag.default, choices=flag.choices or None,
@@ -64,6 +64,7 @@ class Loaded:
     stage: str
     device: torch.device
     dtype: str
+    decoder: Decoder  # the same weights, to generate with
     described: list[str]  # lines for the user
 
     @property
@@ -74,12 +75,6 @@ class Loaded:
     def autocast(self):
         """The context to run the model in."""
         return runtime.autocast(self.device, self.dtype)
-
-    @cached_property
-    def fused(self) -> FusedModel:
-        """The weights for decoding, in the precision of `dtype`."""
-        with self.autocast():
-            return FusedModel(self.model)
 
     def generator(self, seed: int) -> torch.Generator:
         """A random generator on the model's device."""
@@ -107,7 +102,8 @@ def open_weights(args) -> Loaded:
     described = [f"{stage}: {path}, step {meta.get('step', '?')}, {sum(model.num_parameters().values()):,} parameters, "
                  f"context of {model.config.max_seq_len:,} tokens",
                  f"device {device}: {device_reason}; dtype {dtype}: {dtype_reason}"]
-    return Loaded(model, tokenizer, encoder, path, stage, device, dtype, described)
+    decoder = Decoder(model, dtype, args.plain)
+    return Loaded(model, tokenizer, encoder, path, stage, device, dtype, decoder, described + decoder.lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,21 +149,21 @@ class Display:
 def answer(loaded: Loaded, ids: list[int], args, generator: torch.Generator, colour: bool) -> tuple[str, bool]:
     """Stream the continuation of `ids` to stdout; (its text, whether Ctrl-C stopped it)."""
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)
-    fused = loaded.fused  # before the clock starts
-    decoder, display, text, n_tokens, reason = StreamDecoder(loaded.tokenizer), Display(colour), "", 0, "interrupted"
+    _ = loaded.decoder.native  # made before the clock starts
+    words, display, text, n_tokens, reason = StreamDecoder(loaded.tokenizer), Display(colour), "", 0, "interrupted"
     begin, times = time.perf_counter(), []
     try:
-        for _, new_ids, reason_now in stream(fused, [ids], args.max_new_tokens, sampling,
+        for _, new_ids, reason_now in stream(loaded.decoder, [ids], args.max_new_tokens, sampling,
                                              {loaded.encoder.eos_id}, loaded.encoder.vocab_size, generator):
             times.append(time.perf_counter())
             n_tokens += len(new_ids)  # none, with </s>
-            piece = "".join(map(decoder.push, new_ids))
+            piece = "".join(map(words.push, new_ids))
             text += piece
             print(display.push(piece), end="", flush=True)
             reason = reason_now or reason
     except KeyboardInterrupt:
         pass
-    rest = decoder.flush()
+    rest = words.flush()
     print(display.push(rest) + display.flush(), flush=True)
     endings = {"eos": "", "length": f", stopped at --max_new_tokens {args.max_new_tokens}",
                "context": f", stopped where the context of {loaded.model.config.max_seq_len} tokens is full",
@@ -257,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         ids, _ = make_prompt(loaded, system, [], args.prompt, args.max_new_tokens)
     for line in loaded.described:
         note(line)
-    note(loaded.fused.computed_by)
+    note(loaded.decoder.computed_by)
     shown = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "history_turns", "seed")
     note(", ".join(f"{name} {getattr(args, name)}" for name in shown))
     if args.prompt is not None:

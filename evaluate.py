@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import kernels, runtime
+from common import runtime
 from common.answers import is_well_formed, normalise, read_answer, read_choice, read_reply, wilson
 from common.generation import Generation, Sampling, generate
 from common.scoring import score
@@ -150,11 +150,11 @@ def answer_all(loaded: Loaded, questions: list[dict], args) -> list[Generation]:
     replies = [Generation([], "context") for _ in questions]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < loaded.model.config.max_seq_len]
     fitting.sort(key=lambda i: -len(prompts[i]))  # alike lengths together, and the largest batch first
-    fused, n_tokens = loaded.fused, 0
+    decoder, n_tokens = loaded.decoder, 0
     begin = time.perf_counter()
     for start in range(0, len(fitting), args.batch_size):
         chosen = fitting[start:start + args.batch_size]
-        batch = generate(fused, [prompts[i] for i in chosen], args.max_new_tokens, Sampling(),
+        batch = generate(decoder, [prompts[i] for i in chosen], args.max_new_tokens, Sampling(),
                          {loaded.encoder.eos_id}, loaded.encoder.vocab_size)
         for i, reply in zip(chosen, batch, strict=True):
             replies[i] = reply
@@ -260,7 +260,6 @@ def main(argv: list[str] | None = None) -> None:
     if asking:
         generations_path(loaded, asking, args)  # refused now and not after the work
     print("\n".join(loaded.described))
-    print(f"between products: {kernels.start(loaded.device, loaded.dtype)}", flush=True)
 
     result = {"checkpoint": str(loaded.path), "stage": loaded.stage, "device": str(loaded.device),
               "dtype": loaded.dtype, "max_seq_len": args.max_seq_len}

@@ -47,7 +47,7 @@ from benchmarks.measure import (
     warn_of_load,
 )
 from common import runtime
-from common.generation import FusedModel, Sampling, generate
+from common.generation import Decoder, Sampling, generate
 from Config import LLMConfig, number
 from model import WeakWater
 
@@ -63,14 +63,13 @@ SPREAD = 1.6  # of the layers' weights, over the root of their width; less, and 
 
 
 class Ours:
-    """`generate` over weights fused once; no token stops it."""
+    """`generate` with a Decoder made once; no token stops it."""
 
-    def __init__(self, model: WeakWater, device: torch.device, dtype: str):
-        with runtime.autocast(device, dtype):
-            self.fused = FusedModel(model)
+    def __init__(self, model: WeakWater, device: torch.device, dtype: str, plain: bool = False):
+        self.decoder = Decoder(model, dtype, plain)
 
     def __call__(self, prompts: list[list[int]], new_tokens: int, sampled: bool) -> list[list[int]]:
-        done = generate(self.fused, prompts, new_tokens, SAMPLED if sampled else Sampling(), ())
+        done = generate(self.decoder, prompts, new_tokens, SAMPLED if sampled else Sampling(), ())
         return [generation.ids for generation in done]
 
 
@@ -187,14 +186,15 @@ def make_model(config: LLMConfig, device: torch.device) -> WeakWater:
     return model.to(device).eval()
 
 
-def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str, context: int, exact: bool = False):
+def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str, context: int, exact: bool = False,
+                 plain: bool = False):
     """A decoder, in its own process: the seed gives all of them the same weights."""
     if name == "ours":
-        runtime.prepare(device, dtype, 0, False)
+        runtime.prepare(device, 0, False)
     torch.manual_seed(0)
     model = make_model(config, device)
     if not name.startswith("llama.cpp"):
-        return (Ours if name == "ours" else Transformers)(model, device, dtype)
+        return Ours(model, device, dtype, plain) if name == "ours" else Transformers(model, device, dtype)
     kind = name.removeprefix("llama.cpp ")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{kind}.gguf"
@@ -302,7 +302,7 @@ def compare(args, config: LLMConfig, device: torch.device, own: str, result: dic
     for dtype in dict.fromkeys(("fp32", own)):
         timed = not args.quick or dtype == own
         kinds = [] if trouble or not timed else ["F32"] if dtype == "fp32" else ["BF16", "Q8_0"]
-        decoders = {name: Worker(make_decoder, name, config, device, dtype, context)
+        decoders = {name: Worker(make_decoder, name, config, device, dtype, context, False, args.plain)
                     for name in ["ours", "transformers", *(f"llama.cpp {kind}" for kind in kinds)]}
         exact = {"llama.cpp F32": Worker(make_decoder, "llama.cpp F32", config, device, dtype, context, True)
                  } if dtype == "fp32" and not trouble else {}
@@ -367,6 +367,7 @@ def main() -> int:
     parser.add_argument("--new_tokens", type=number(int, 2), default=256, help="(default: %(default)s)")
     parser.add_argument("--batch", type=number(int, 2), default=16, help="prompts of the large batch (default: 16)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--plain", action="store_true", help="ours as model.py says, without fastpath/")
     parser.add_argument("--quick", action="store_true", help="time the best precision and greedy decoding only")
     args = parser.parse_args()
     warn_of_load()

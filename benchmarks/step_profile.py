@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--plain", action="store_true", help="as model.py says, without fastpath/")
     parser.add_argument("--top", type=number(int, 1), default=24, help="operations shown (default: %(default)s)")
     args = parser.parse_args()
     warn_of_load()
@@ -57,9 +58,9 @@ def main() -> None:
     dtype, _ = runtime.pick_dtype("auto", device)
     print(f"{runtime.describe_machine(device)}; {args.preset}, {args.rows} x {args.max_seq_len} tokens, {dtype}",
           flush=True)
-    print(f"between matmuls: {runtime.prepare(device, dtype, 0, False)}", flush=True)
+    runtime.prepare(device, 0, False)
     config = LLMConfig.preset(args.preset).for_run(args.max_seq_len, dropout=0.0)
-    loop = Ours(config, device, dtype, args.rows * args.max_seq_len, "muon", args.compile)
+    loop = Ours(config, device, dtype, args.rows * args.max_seq_len, "muon", args.compile, args.plain)
     documents = make_rows(np.random.default_rng(0), config.vocab_size, args.rows, args.max_seq_len)
     product, flops = large_product(device, runtime.DTYPES[dtype])
     for _ in range(2):

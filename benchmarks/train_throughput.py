@@ -65,6 +65,7 @@ from common import runtime
 from common.optim import make_optimizers
 from Config import PRESETS, LLMConfig, UserError, number
 from dataset import CONTEXT, MicroBatch, find_files, load_documents, load_tokenizer
+from fastpath import accelerate
 from model import WeakWater
 
 # of 5,265 real SFT conversations of up to 512 tokens, drawn from those of docs/REPORT.md: their median is 100 tokens,
@@ -172,11 +173,13 @@ class Ours(Loop):
     """The step of the stage scripts: one packed buffer a micro-batch."""
 
     def __init__(self, config: LLMConfig, device: torch.device, dtype: str, buffer_tokens: int, optimizer: str,
-                 compiled: bool):
+                 compiled: bool, plain: bool = False):
         super().__init__(config, device, dtype)
         self.model = self.first_weights().to(device).train()
         self.optimizers = make_optimizers(self.model, optimizer, 1e-4, 0.1)
         self.buffer_tokens = buffer_tokens
+        for line in accelerate(self.model, device, dtype, compiled, plain=plain):
+            print(line)
         if compiled:
             print(f"ours, compile: {runtime.compile_blocks(self.model, device)}")
 
@@ -271,8 +274,9 @@ def make_loop(name: str, args, config: LLMConfig, device: torch.device) -> Loop:
     """A loop, in its own process."""
     own, compiled = runtime.pick_dtype("auto", device)[0], name.endswith(" compiled")
     if name.startswith("ours"):
-        runtime.prepare(device, own, args.seed, False)
-        return Ours(config, device, own, args.rows * args.max_seq_len, "muon" if "Muon" in name else "adamw", compiled)
+        runtime.prepare(device, args.seed, False)
+        return Ours(config, device, own, args.rows * args.max_seq_len, "muon" if "Muon" in name else "adamw", compiled,
+                    args.plain)
     return Transformers(config, device, name.split()[1], args.max_seq_len, compiled)
 
 
@@ -524,6 +528,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time ours compiled as well; ratios are then to that")
     parser.add_argument("--sweep", action="store_true", help="also: other models, row lengths and rows")
+    parser.add_argument("--plain", action="store_true", help="ours as model.py says, without fastpath/")
     parser.add_argument("--quick", action="store_true", help="no fp32 beside bf16 or fp16, no first steps, no peaks")
     args = parser.parse_args()
     if args.quick and args.sweep:

@@ -315,7 +315,7 @@ def starting_model(args, resumed: dict | None, encoder) -> tuple[WeakWater, str 
     if weights is not None:
         fill(model, weights, "the checkpoint" if resumed else args.init_from)
     elif args.output_init == "zero":
-        model.zero_outputs()
+        model.zero_init_residual()
     return model, start_sha256, lines
 
 

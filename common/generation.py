@@ -1,6 +1,6 @@
 """Decoding: prompts in, ids and text out. Pure functions over a key/value cache, after gpt-fast's generate.py.
 
-    FusedModel         a model's weights as decoding reads them, and the network over a KVCache
+    Decoder            a model and what makes its forward with a cache faster
     prefill            all prompts into the cache at once    → logits (B, V) after the last token of each
     decode_one_token   one more token in each row            → logits (B, V)
     adjust, sample     logits (B, V) → scores (B, V) → ids (B,)
@@ -18,11 +18,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from common.decoder import NativeDecoder, applies
 from Config import UserError
-from model import WeakWater, attend, normalise, product_dtype, rotate
+from fastpath import DTYPES, accelerate, native_reason
+from fastpath.decoder import NativeDecoder
+from fastpath.native import library
+from model import KVCache, WeakWater
 
 GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is the argmax to within float32
 
@@ -56,161 +57,66 @@ class Sampling:
 # the network
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of fixed size: (layers, B, K, S, D).
+class Decoder:
+    """A model ready to generate, its weights not to be changed any more: in the precision `dtype` ("bf16", "fp16",
+    "fp32"), with faster forwards where they agree with model.py's (`plain`: none). `lines` say what computes."""
 
-    Each row of the batch stands at its own position, so prompts of unequal length decode together:
-    a row's slots beyond its position hold rubbish that the mask hides and later tokens overwrite.
-    """
-
-    def __init__(self, fused: "FusedModel", batch_size: int, length: int):
-        c = fused.config
-        shape = (c.n_layers, batch_size, c.n_kv_heads, length, c.head_dim)
-        # on a CPU in full precision: attention over it is several times as fast there as in bf16 (docs/LOG.md)
-        dtype = fused.exact if fused.device.type == "cpu" else fused.dtype
-        self.keys = torch.zeros(shape, device=fused.device, dtype=dtype)
-        self.values = torch.zeros(shape, device=fused.device, dtype=dtype)
-        self.rows_B1 = torch.arange(batch_size, device=fused.device).unsqueeze(1)
-        self.room = min(length, c.max_seq_len)
-
-    def check_room(self, length: int) -> None:
-        """Raises UserError where so many tokens are more than the cache or the model's context holds."""
-        if length > self.room:
-            raise UserError(f"position {length} is beyond the {self.room} that cache and context have room for")
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Only these rows go on."""
-        self.rows_B1 = self.rows_B1[:len(rows)]
-        self.keys = self.keys[:, rows]  # one after the other: the old ones are freed in between
-        self.values = self.values[:, rows]
-
-
-class Product:
-    """x (..., C) → x @ weightᵀ (..., out) in `dtype`, the weight (out, C) laid out for that once."""
-
-    def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
-        self.dtype, self.weight, self.packed = dtype, weight.detach().to(dtype), None
-        if weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-            with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # a torch without oneDNN
-                self.packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight), None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self.dtype)
-        if self.packed is None:
-            return F.linear(x, self.weight)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-
-
-class FusedModel:
-    """model.WeakWater for decoding: the same function of the same weights, from as few operations as can be.
-
-    Matrices that multiply the same vector are one. They are in the precision of the products, autocast's where it is on
-    and else the weights', once and not for each token, and on a CPU laid out as its library wants them; all else is in
-    the precision that it has under autocast, or a better one. Some weights are shared with the model and others are
-    copies: make it anew after they change.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: WeakWater):
-        self.config = c = model.config
-        self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
-        self.device = self.embedding.device
-        dtype = product_dtype(self.embedding)
-        self.dtype, self.head = dtype, Product(model.lm_head.weight, dtype)
-        self.layers = []
-        for block in model.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
-            gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-            head_norm = torch.cat([attention.q_norm.weight.expand(c.n_heads, -1),
-                                   attention.k_norm.weight.expand(c.n_kv_heads, -1)]) if c.qk_norm else None
-            self.layers.append((
-                block.input_layernorm.weight, Product(qkv, dtype), head_norm, Product(attention.o_proj.weight, dtype),
-                block.post_attention_layernorm.weight, Product(gate_up, dtype), Product(mlp.down_proj.weight, dtype)))
-        self.rotary, self.exact = model.model.rotary, torch.promote_types(self.embedding.dtype, torch.float32)
-        self.model = model
-        self.has_native, self.computed_by = applies(model, dtype)
+    def __init__(self, model: WeakWater, dtype: str = "fp32", plain: bool = False):
+        self.model, self.config, self.dtype = model, model.config, dtype
+        self.weight_dtype, self.device = model.lm_head.weight.dtype, model.lm_head.weight.device
+        self.native_reason = "--plain" if plain else native_reason(model, self.device, dtype)
+        self.lines = accelerate(model, self.device, dtype, inference=True, plain=plain)
 
     @functools.cached_property
     def native(self) -> NativeDecoder | None:
-        """What computes a single row, where there is such a thing; made when it is first wanted."""
-        return NativeDecoder(self.model, self.dtype) if self.has_native else None
+        """What computes a single row, if there is such a thing; made when it is first wanted."""
+        return None if self.native_reason else NativeDecoder(self.model, DTYPES[self.dtype])
 
-    def normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """model.RMSNorm."""
-        return normalise(x, weight, self.config.norm_eps)[0]
+    @property
+    def computed_by(self) -> str:
+        """What computes a single row, for the user."""
+        return (f"tokens are computed by torch's operations: {self.native_reason}" if self.native_reason
+                else f"tokens are computed by decode.c, {library()[1]}")
 
-    def hidden(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, cache: KVCache, length: int,
-               aligned: bool) -> torch.Tensor:
-        """Hidden states (B, T, C) of tokens at `positions_BT`, of which `length` is the largest + 1; their keys and
-        values go into the cache. `aligned`: all rows stand at the same positions, length - T to length - 1.
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache. On a CPU in full precision: attention over it is several times as fast there as in bf16
+        (docs/LOG.md)."""
+        half = self.device.type != "cpu" and self.dtype != "fp32"
+        return KVCache(self.config, batch_size, length, self.device,
+                       DTYPES[self.dtype] if half else torch.promote_types(self.weight_dtype, torch.float32))
 
-        Raises UserError beyond the cache or the model's context.
-        """
-        cache.check_room(length)
-        c, (B, T) = self.config, tokens_BT.shape
-        H, turned = c.n_heads, c.n_heads + c.n_kv_heads
-        cos_BT1D, sin_BT1D = self.rotary(positions_BT, self.exact)
-        causal = aligned and T == length > 1
-        mask = None
-        if not aligned or 1 < T < length:  # (B, 1, T, S): a token sees the slots up to its own position
-            mask = torch.arange(length, device=self.device) <= positions_BT[:, None, :, None]
-        x_BTC = F.embedding(tokens_BT, self.embedding)
-        for layer, (norm, qkv, head_norm, out, norm_2, gate_up, down) in enumerate(self.layers):
-            keys, values = cache.keys[layer].transpose(1, 2), cache.values[layer].transpose(1, 2)  # (B, S, K, D)
-            heads = qkv(self.normalise(x_BTC, norm)).view(B, T, -1, c.head_dim)
-            q_and_k, v = heads[:, :, :turned], heads[:, :, turned:]
-            if head_norm is not None:
-                q_and_k = self.normalise(q_and_k, head_norm)
-            q_and_k = rotate(q_and_k, cos_BT1D, sin_BT1D)
-            q, k = q_and_k[:, :, :H], q_and_k[:, :, H:]
-            if aligned:
-                keys[:, length - T:length], values[:, length - T:length] = k, v
-            else:
-                keys[cache.rows_B1, positions_BT] = k.to(keys.dtype)
-                values[cache.rows_B1, positions_BT] = v.to(values.dtype)
-            if causal:
-                attended = attend(q.to(self.dtype), k.to(self.dtype), v, causal=True)
-            else:
-                attended = attend(q.to(keys.dtype), keys[:, :length], values[:, :length], causal=False, mask=mask)
-            x_BTC.add_(out(attended.reshape(B, T, H * c.head_dim)))
-            gate, up = gate_up(self.normalise(x_BTC, norm_2)).chunk(2, -1)
-            x_BTC.add_(down(F.silu(gate).mul_(up)))
-        return self.normalise(x_BTC, self.norm)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., C) → (..., V), at least float32."""
-        logits = self.head(hidden)
+    def logits(self, tokens_BT: torch.Tensor, cache: KVCache, target_index: torch.Tensor) -> torch.Tensor:
+        """Put tokens into the cache; logits (N, V) at N positions of the flattened tokens, at least float32."""
+        half = self.dtype != "fp32"
+        with torch.autocast(self.device.type, DTYPES[self.dtype]) if half else contextlib.nullcontext():
+            logits = self.model(tokens_BT, cache=cache, target_index=target_index)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.inference_mode()
-def prefill(fused: FusedModel, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
+def prefill(decoder: Decoder, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
     """Put all prompts into an empty cache; logits (B, V) after the last token of each, at least float32.
 
-    Shorter prompts are padded on the right. What the padding leaves in the cache is never seen: it stands
-    beyond the row's position, and the row's own next tokens overwrite it.
+    Shorter prompts are padded on the right. What the padding leaves in the cache is never seen: it stands beyond the
+    row's position, and the row's own next tokens overwrite it.
     """
-    longest = max(map(len, prompts))
-    tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=fused.device)
-    positions_BT = torch.arange(longest, device=fused.device).expand(len(prompts), longest)
-    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=fused.device)
-    hidden_BTC = fused.hidden(tokens_BT, positions_BT, cache, longest, aligned=True)
-    return fused.logits(hidden_BTC[cache.rows_B1[:, 0], last_B])  # only these: (B, T, V) would fill a GPU
+    longest, lengths = max(map(len, prompts)), [len(prompt) for prompt in prompts]
+    tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=decoder.device)
+    last = torch.tensor([row * longest + length - 1 for row, length in enumerate(lengths)], device=decoder.device)
+    logits_BV = decoder.logits(tokens_BT, cache, last)  # only these: (B, T, V) would fill a GPU
+    cache.rewind(lengths)
+    return logits_BV
 
 
 @torch.inference_mode()
-def decode_one_token(fused: FusedModel, token_B: torch.Tensor, position_B: torch.Tensor, cache: KVCache, length: int,
-                     aligned: bool = False) -> torch.Tensor:
-    """Put one token of each row into the cache at its position; logits (B, V) after it, at least float32.
-
-    `length` is the largest position + 1, which the device would have to be asked for, and `aligned` whether all
-    positions are the same.
-    """
-    if len(token_B) == 1 and fused.native is not None:
-        cache.check_room(length)
-        return fused.native(int(token_B), length - 1, cache.keys, cache.values)
-    return fused.logits(fused.hidden(token_B[:, None], position_B[:, None], cache, length, aligned)[:, 0])
+def decode_one_token(decoder: Decoder, token_B: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Put the next token of each row into the cache; logits (B, V) after it, at least float32."""
+    if len(token_B) == 1 and decoder.native is not None:
+        cache.positions(1)  # refuses what has no room
+        logits_BV = decoder.native(int(token_B), cache.longest, cache.keys, cache.values)
+        cache.advance(1)
+        return logits_BV
+    return decoder.logits(token_B[:, None], cache, torch.arange(len(token_B), device=decoder.device))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,7 +182,7 @@ class Generation:
 
 
 @torch.inference_mode()
-def stream(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+def stream(model: WeakWater | Decoder, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
            stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
            sync_every: int | None = 1) -> Iterator[tuple[int, list[int], str | None]]:
     """Continue a batch of prompts; yields (row, new ids, None or the reason the row ended), as in Generation.
@@ -284,15 +190,15 @@ def stream(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_toke
     Tokens are brought to the host `sync_every` at a time, the loop's only wait for the device (None: 1 on a CPU and 16
     elsewhere, where waiting costs more than tokens past the end). Rows that have ended then leave the batch. Ids from
     `vocab_size` on (a model may have more rows than its tokenizer entries) are never sampled. `generator` stands on the
-    model's device. A model is fused first, for which whoever asks again and again does better to give the FusedModel.
+    model's device. A model becomes a Decoder first: pass a Decoder to generate more than once.
 
     Raises UserError when a prompt is empty or leaves no room in the context, or the weights give no finite logits.
     """
-    fused = model if isinstance(model, FusedModel) else FusedModel(model)
-    context, device = fused.config.max_seq_len, fused.device
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    context, device = decoder.config.max_seq_len, decoder.device
     if sync_every is None:
         sync_every = 1 if device.type == "cpu" else 16
-    stop_ids, vocab_size = set(stop_ids), vocab_size or fused.config.vocab_size
+    stop_ids, vocab_size = set(stop_ids), vocab_size or decoder.config.vocab_size
     for prompt in prompts:
         if not 0 < len(prompt) < context:
             raise UserError(f"a prompt must have 1 to {context - 1} tokens, not {len(prompt)}")
@@ -300,18 +206,16 @@ def stream(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_toke
     filled = [len(prompt) for prompt in prompts]  # by prompt: tokens so far, and how many there may be
     limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
-    cache = KVCache(fused, len(prompts), max(limits))
+    cache = decoder.new_cache(len(prompts), max(limits))
     seen_BV = _seen(prompts, vocab_size, device) if sampling.repetition_penalty != 1 else None
-    token_B, position_B = None, torch.tensor(filled, device=device)
-    logits_BV = prefill(fused, prompts, cache)
+    token_B = None
+    logits_BV = prefill(decoder, prompts, cache)
     while rows:
         total = torch.zeros((), device=device)  # of all logits: not finite as soon as one is not
-        chosen, longest = [], max(filled[row] for row in rows)
-        aligned = all(filled[row] == longest for row in rows)
-        for step in range(min(sync_every, *(limits[row] - filled[row] for row in rows))):
+        chosen = []
+        for _ in range(min(sync_every, *(limits[row] - filled[row] for row in rows))):
             if token_B is not None:
-                logits_BV = decode_one_token(fused, token_B, position_B, cache, longest + step, aligned)
-                position_B = position_B + 1
+                logits_BV = decode_one_token(decoder, token_B, cache)
             total = total + logits_BV.sum()
             token_B = sample(adjust(logits_BV[:, :vocab_size], sampling, seen_BV), sampling.greedy, generator)
             if seen_BV is not None:
@@ -333,13 +237,15 @@ def stream(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_toke
                 going_on.append(index)
         if len(going_on) < len(rows):
             rows = [rows[index] for index in going_on]
+            if not rows:
+                return
             keep = torch.tensor(going_on, dtype=torch.long, device=device)
-            token_B, position_B = token_B[keep], position_B[keep]
+            token_B = token_B[keep]
             seen_BV = seen_BV[keep] if seen_BV is not None else None
-            cache.keep(keep)
+            cache.rewind([filled[row] - 1 for row in rows], keep)  # the newest token is not in it yet
 
 
-def generate(model: WeakWater | FusedModel, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+def generate(model: WeakWater | Decoder, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
              sync_every: int | None = None) -> list[Generation]:
     """Continue a batch of prompts to the end of each; arguments and errors are those of `stream`."""

@@ -19,16 +19,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import model as network
-from common import kernels
-from common.native import cpu_flags
 from Config import UserError
+from fastpath import DTYPES
+from fastpath.native import cpu_flags
 
 # read once, at the process's first matrix product on a GPU, and needed there for --deterministic
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --dtype, in torch's words
 
 
 class TrainingStopped(Exception):
@@ -179,9 +176,8 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peak for part, peak in known.items() if re.search(rf"\b{part}\b(?! (Laptop|D\b))", name)), None)
 
 
-def prepare(device: torch.device, dtype: str, seed: int, deterministic: bool) -> str:
-    """Seed torch and, if asked, allow deterministic kernels only; on a CPU, keep freed memory. Returns by what the
-    operations between matrix products are computed, for the log."""
+def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
+    """Seed torch and, if asked, allow deterministic kernels only; on a CPU, keep freed memory."""
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(seed)
@@ -189,7 +185,6 @@ def prepare(device: torch.device, dtype: str, seed: int, deterministic: bool) ->
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds in no fixed order
         torch.backends.cuda.enable_cudnn_sdp(False)  # nor does this one
-    return kernels.start(device, dtype)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -213,9 +208,6 @@ def compile_blocks(model, device: torch.device, say: Callable[[str], None] = pri
     trouble = compile_trouble(device)
     if trouble:
         return f"off: {trouble}; going on without it"
-    # Without a variable-length kernel each list of lengths would be a new graph. Not a decorator in model.py, which
-    # would import torch's compiler, a second, into every program.
-    network.attend_in_groups = torch.compiler.disable(network.attend_in_groups)
     CompileFallbackHandler.start(say)
     for block in model.model.layers:
         block.compile(dynamic=True)  # lengths differ in every buffer

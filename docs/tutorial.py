@@ -4,8 +4,9 @@
     python docs/tutorial.py answer --prompt "23加5等于多少？"
 
 reads what `bash quickstart.sh` leaves in out/quickstart (data, tokenizer, weights; --out_dir names another folder), on
-the CPU and in float32. All of it goes through the project's own functions. What is computed here a second time, by
-hand, is there to show that it comes to the same, and that is asserted.
+the CPU and in float32. All of it goes through the project's own functions, the network as model.py says it; only
+`resume`, which trains, and `answer` also use the faster forwards of fastpath/. What is computed here a second time, by
+hand, shows that the result is the same, and that is asserted.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 import pretrain
 from common import checkpoint, generation
 from common.answers import read_reply, wilson
-from common.generation import FusedModel, KVCache
+from common.generation import Decoder
 from common.optim import learning_rate, make_optimizers
 from common.runtime import autocast, run
 from common.scoring import score
@@ -47,7 +48,7 @@ from dataset import (
     read_lines,
 )
 from experiments.control import without_thoughts
-from model import Packing, attend_packed, boundaries_of, rotate
+from model import Packing, apply_rotary, attention, boundaries_of
 from train_tokenizer import CONTROL, MAX_WORD_CHARS, token_byte_lengths
 
 KINDS = {CONTEXT: "CONTEXT", REPLY: "REPLY", TAG: "TAG", THINK: "THINK"}
@@ -242,17 +243,15 @@ def sample_batch(tokenizer, few, step) -> None:
 
 
 def query_key_value(block, x_BTC, cos, sin):
-    """What a block's attention compares and mixes: q, k (turned by RoPE) and v, each (B, T, heads, D)."""
-    c, attention = block.self_attn.config, block.self_attn
-    h_BTC = block.input_layernorm(x_BTC)
-    q = attention.q_proj(h_BTC).unflatten(-1, (c.n_heads, c.head_dim))
-    k = attention.k_proj(h_BTC).unflatten(-1, (c.n_kv_heads, c.head_dim))
-    v = attention.v_proj(h_BTC).unflatten(-1, (c.n_kv_heads, c.head_dim))
-    if c.qk_norm:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    turned_q, turned_k = rotate(q, cos, sin), rotate(k, cos, sin)
-    same(turned_q.norm(dim=-1), q.norm(dim=-1))  # a rotation keeps every length
-    return turned_q, turned_k, v
+    """What a block's attention compares and mixes: q and k (rotated by RoPE) and v, each (B, T, heads, D)."""
+    layer, h_BTC = block.self_attn, block.input_layernorm(x_BTC)
+    q, k, v = (project(h_BTC).unflatten(-1, (-1, layer.head_dim))
+               for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+    if layer.qk_norm:
+        q, k = layer.q_norm(q), layer.k_norm(k)
+    rotated_q, rotated_k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    same(rotated_q.norm(dim=-1), q.norm(dim=-1))  # a rotation keeps every length
+    return rotated_q, rotated_k, v
 
 
 def sample_forward(model, step) -> None:
@@ -260,7 +259,7 @@ def sample_forward(model, step) -> None:
     micro_batch, begin, _ = with_first(step)
     batch = micro_batch.to(CPU)
     packing = Packing(batch["lengths"], batch["boundaries"])
-    c, decoder = model.config, model.model
+    c, network = model.config, model.model
     title(f"through the network: dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads of {c.head_dim}, "
           f"hidden {c.hidden_dim}, {c.vocab_size} entries")
 
@@ -269,17 +268,18 @@ def sample_forward(model, step) -> None:
         print(f"{name:34}{shape(tensor):18} {root_mean_square}")
 
     tell("tokens", batch["tokens"])
-    x = decoder.embed_tokens(batch["tokens"])
+    x = network.embed_tokens(batch["tokens"])
     tell("embedding x", x)
-    cos, sin = decoder.rotary(packing.positions(), x.dtype)
+    cos, sin = network.rotary(packing.positions())
     tell("cos (and sin) of RoPE", cos)
-    block = decoder.layers[0]
+    block = network.layers[0]
     tell("layer 0: RMSNorm(x)", block.input_layernorm(x))
     q, k, v = query_key_value(block, x, cos, sin)
     tell("  q after RoPE", q)
     tell("  k after RoPE", k)
     tell("  v", v)
-    mixed = attend_packed(q, k, v, packing)
+    documents = zip(*(heads.split(packing.lengths, dim=1) for heads in (q, k, v)), strict=True)
+    mixed = torch.cat([attention(*document) for document in documents], dim=1)
     tell("  attention inside each document", mixed)
     attended = block.self_attn.o_proj(mixed.flatten(2))
     tell("  o_proj, joins the heads", attended)
@@ -291,12 +291,12 @@ def sample_forward(model, step) -> None:
     y = y + block.mlp.down_proj(inside)
     tell("  x + SwiGLU: the block's output", y)
     same(y, block(x, cos, sin, packing))
-    for block in decoder.layers[1:]:
+    for block in network.layers[1:]:
         y = block(y, cos, sin, packing)
     tell(f"after all {c.n_layers} blocks", y)
-    hidden = decoder.norm(y)
+    hidden = network.norm(y)
     tell("final RMSNorm", hidden)
-    same(hidden, decoder(batch["tokens"], batch["lengths"]))
+    same(hidden, network(batch["tokens"], packing.positions(), packing))
     predicting = hidden[0, batch["target_index"]]
     tell("only where there is a target", predicting)
     logits = model.lm_head(predicting)
@@ -385,13 +385,17 @@ def show_attention(args) -> None:
         tokens, lengths = torch.cat([first[said], second[said]])[None], [4, 4]
         packing = Packing(lengths, boundaries_of(lengths))
         block, x = model.model.layers[0], model.model.embed_tokens(tokens)
-        q, k, v = query_key_value(block, x, *model.model.rotary(packing.positions(), x.dtype))
+        cos, sin = model.model.rotary(packing.positions())
+        q, k, v = query_key_value(block, x, cos, sin)
         place, document = torch.arange(8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
         visible = (place[:, None] >= place) & (document[:, None] == document)
-        scores = q[0, :, 0] @ k[0, :, 0].T / math.sqrt(model.config.head_dim)
+        group = q.shape[2] // k.shape[2]  # query heads for each key/value head
+        k, v = (heads.repeat_interleave(group, dim=2) for heads in (k, v))
+        scores = torch.einsum("thd,shd->hts", q[0], k[0]) / math.sqrt(model.config.head_dim)
         weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
-        same(weights @ v[0, :, 0], attend_packed(q, k, v, packing)[0, :, 0])
-        for row, text in zip(weights.tolist(), texts(tokenizer, tokens[0].tolist()), strict=True):
+        mixed = torch.einsum("hts,shd->thd", weights, v[0]).flatten(1)
+        same(block.self_attn.o_proj(mixed), block.self_attn(block.input_layernorm(x), cos, sin, packing)[0])
+        for row, text in zip(weights[0].tolist(), texts(tokenizer, tokens[0].tolist()), strict=True):
             print(" ".join(f"{w:.2f}" if w else "   ." for w in row) + f"   {text}")
 
         title("how far the second document's logits move, at most")
@@ -550,21 +554,21 @@ def show_answer(args) -> None:
     tokenizer, model = open_tokenizer(args), open_model(args, args.stage)
     encoder, sampling = TextEncoder.of(tokenizer), generation.Sampling(args.temperature, args.top_p)
     prompt, _ = encode_chat(tokenizer, [{"role": "user", "content": args.prompt}], add_generation_prompt=True)
-    whole = generation.generate(model, [prompt], args.max_new_tokens, sampling, {encoder.eos_id},
+    decoder = Decoder(open_model(args, args.stage))  # `model` stays as model.py says
+    whole = generation.generate(decoder, [prompt], args.max_new_tokens, sampling, {encoder.eos_id},
                                 generator=torch.Generator().manual_seed(args.seed))[0]
     title(f"the prompt: {len(prompt)} ids")
     print(f"{prompt}\n{' | '.join(texts(tokenizer, prompt))}")
 
     longest = min(len(prompt) + args.max_new_tokens, model.config.max_seq_len)
-    fused = FusedModel(model)
-    cache = KVCache(fused, 1, longest)
-    logits = generation.prefill(fused, [prompt], cache)
+    cache = decoder.new_cache(1, longest)
+    logits = generation.prefill(decoder, [prompt], cache)
     title("prefill")
     print(f"keys and values (layers, B, heads, slots, D) {shape(cache.keys)}, of which {len(prompt)} slots are filled; "
           f"logits {shape(logits)}")
 
     title("token by token: position, id, p, the three likeliest, text so far certain")
-    generator, decoder = torch.Generator().manual_seed(args.seed), generation.StreamDecoder(tokenizer)
+    generator, words = torch.Generator().manual_seed(args.seed), generation.StreamDecoder(tokenizer)
     ids, shown = [], ""
     while True:
         scores = generation.adjust(logits, sampling)
@@ -576,17 +580,17 @@ def show_answer(args) -> None:
         candidates = [f"{text} {p:.3f}" for text, p in zip(texts(tokenizer, likeliest.indices.tolist()),
                                                           likeliest.values.tolist(), strict=True)]
         if ids[-1] != encoder.eos_id:
-            shown += decoder.push(ids[-1])
+            shown += words.push(ids[-1])
         print(f"{position:4} {ids[-1]:5}  {probability[token].item():.3f}  [{', '.join(candidates)}]  {shown[-12:]!r}")
         if ids[-1] == encoder.eos_id or position + 1 == longest:
             break
-        logits = generation.decode_one_token(fused, token, torch.tensor([position]), cache, position + 1)
-    with torch.no_grad():  # without a cache, all over again: the same logits
+        logits = generation.decode_one_token(decoder, token, cache)
+    with torch.no_grad():  # plain, without a cache, all over again: the same logits
         same(logits[0], model(torch.tensor([prompt + ids[:-1]]))[0, -1])
     ended = ids[-1] == encoder.eos_id
     assert whole.ids == (ids[:-1] if ended else ids) and (whole.reason == "eos") == ended
     title("the answer" if ended else f"cut after --max_new_tokens {args.max_new_tokens}")
-    print(repr(shown + decoder.flush()))
+    print(repr(shown + words.flush()))
 
 
 def show_score(args) -> None:

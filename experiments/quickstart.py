@@ -48,12 +48,14 @@ def estimate() -> int:
 
     from common import runtime
     from common.optim import make_optimizers
+    from fastpath import accelerate
     from model import WeakWater
 
     device, _ = runtime.pick_device("auto")
     dtype, reason = runtime.pick_dtype("auto", device)
-    runtime.prepare(device, dtype, 0, False)
+    runtime.prepare(device, 0, False)
     model = WeakWater(LLMConfig.preset("demo", vocab_size=2048)).to(device)
+    accelerate(model, device, dtype)
     optimizers = make_optimizers(model, "muon", 1e-3, 0.1)
     lengths = [64] * 64
     tokens = torch.randint(0, 2048, (1, sum(lengths)), device=device)

@@ -53,6 +53,7 @@ from dataset import (
     make_micro_batch,
     write_jsonl,
 )
+from fastpath import accelerate
 from model import WeakWater
 
 CPU = torch.device("cpu")
@@ -124,8 +125,9 @@ class Original:
     def __init__(self, args, name: str, seed: int, train, val):
         self.args, self.train, self.val = args, train, val
         self.dtype, _ = runtime.pick_dtype("auto", CPU)
-        runtime.prepare(CPU, self.dtype, seed, False)
+        runtime.prepare(CPU, seed, False)
         self.model = new_model(args)
+        accelerate(self.model, CPU, self.dtype)
         self.rate, (self.optimizer,) = ORIGINAL["learning_rate"], make_optimizers(
             self.model, ORIGINAL["optimizer"], 0, ORIGINAL["weight_decay"], ORIGINAL["beta2"], ORIGINAL["decayed"])
         rng, rows, tokens = np.random.default_rng(seed), rows_of(args, name), 0
@@ -276,7 +278,7 @@ def time_steps(args) -> dict[str, list[float]]:
     """Seconds of a step of each recipe that differs in this, in turns; `original` takes 21 times `original_8`'s."""
     train, val = splits(args)
     dtype, _ = runtime.pick_dtype("auto", CPU)
-    runtime.prepare(CPU, dtype, 1, False)
+    runtime.prepare(CPU, 1, False)
     padded = Transformers(new_model(args).config, CPU, dtype="fp32", padded_to=args.max_seq_len, compiled=False)
     steps = cycle(Original(args, "original_8", 1, train, val).steps)
 
@@ -298,6 +300,7 @@ def time_steps(args) -> dict[str, list[float]]:
 def our_step(args, optimizer: str, rows: int, train, dtype: str):
     """A function that makes the next step of a stage script, with weights of its own."""
     model = new_model(args)
+    accelerate(model, CPU, dtype)
     optimizers = make_optimizers(model, optimizer, 1e-4, 0.1)
     loader = StepLoader(train, args.max_seq_len, rows, 1, 1)
     batches = (loader.step(0, number) for number in cycle(range(loader.steps_in_epoch(0))))

@@ -99,12 +99,6 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def simple_operations(monkeypatch):
-    """model.py without common/kernels.py, until a test or a stage starts that."""
-    monkeypatch.setattr("model.kernels", None)
-
-
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """Folder with pretrain.jsonl, sft.jsonl (conversations below and above 512 tokens, up to 1,024) and r1.jsonl."""
@@ -172,6 +166,23 @@ def tokenizer(tokenizer_dir):
     from dataset import load_tokenizer
 
     return load_tokenizer(str(tokenizer_dir))
+
+
+# ---------------------------------------------------------------------------------------------
+# a model's faster forwards
+
+
+def replace_forwards(model, dtype):
+    """`model`, on a CPU, with the first replacement of each part that is made for `dtype`, and without the check that
+    `accelerate` makes first: that knows no float64, in which a test sees more."""
+    import torch
+
+    from fastpath import REPLACEMENTS, Case, patch
+
+    case = Case(model.config, torch.device("cpu"), dtype, compile=False)
+    for choices in REPLACEMENTS.values():
+        patch(model, next(each for each in choices if each.accepts(case)), case)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Sampling, the decoding loop, and text that streams in whole characters."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from common import generation as decoding
-from common.generation import FusedModel, KVCache, Sampling, StreamDecoder, adjust, generate, sample, stream
+from common.generation import Decoder, Sampling, StreamDecoder, adjust, generate, sample, stream
 from Config import LLMConfig, UserError
 from model import WeakWater
 
@@ -123,12 +124,23 @@ def test_stream_yields_token_by_token_and_joins_to_generate(model):
     assert joined == [g.ids for g in generate(model, [[1, 2], [3]], 6, Sampling(), (), sync_every=4)]
 
 
-def test_autocast_decides_the_precision_of_products_and_cache(model):
-    assert KVCache(FusedModel(model), 1, 2).keys.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        fused = FusedModel(model)
-    assert fused.dtype == fused.head.dtype == torch.bfloat16
-    assert len(generate(fused, [[1, 2, 3]], 8, Sampling(), ())[0].ids) == 8
+def test_the_precision_of_matmuls_and_cache(model):
+    decoder = Decoder(model, "bf16")
+    assert decoder.new_cache(1, 2).keys.dtype == torch.float32  # on a CPU
+    assert model.lm_head.matmul.dtype == model.model.layers[0].self_attn.qkv.dtype == torch.bfloat16
+    assert len(generate(decoder, [[1, 2, 3]], 8, Sampling(), ())[0].ids) == 8
+
+
+def test_a_decoder_sees_weights_that_changed(model):
+    """The forwards of an earlier Decoder hold copies of the weights: another one makes them anew."""
+    torch.manual_seed(2)
+    changed = WeakWater(replace(model.config, tie_embeddings=False)).eval()
+    before = generate(changed, [[1, 2], [3, 4]], 8, Sampling(), ())
+    with torch.no_grad():
+        for weight in changed.parameters():
+            weight.copy_(weight.flip(0))
+    after = generate(changed, [[1, 2], [3, 4]], 8, Sampling(), ())
+    assert after == generate(Decoder(changed, plain=True), [[1, 2], [3, 4]], 8, Sampling(), ()) != before
 
 
 def test_logits_that_overflow_in_the_middle_are_named(model, monkeypatch):

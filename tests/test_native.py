@@ -1,5 +1,6 @@
-"""common/native.py and decoder.py: C compiled where it can be, and decoding that goes on where it cannot."""
+"""fastpath/native.py and decoder.py: C compiled where it can be, and decoding that goes on where it cannot."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -7,9 +8,9 @@ import subprocess
 import pytest
 import torch
 
-from common import native
-from common.generation import FusedModel, KVCache, Sampling, generate
+from common.generation import Decoder, Sampling, generate
 from Config import LLMConfig
+from fastpath import kernels, native
 from model import WeakWater
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
@@ -26,14 +27,16 @@ def afresh(monkeypatch, tmp_path):
     """A copy of decode.c, and the others beside it, that has never been compiled."""
     folder = tmp_path / "code"
     folder.mkdir()
-    for name in ("lanes.h", *native.SOURCES):
+    for name in ("simd.h", *native.SOURCES):
         shutil.copy(native.FOLDER / name, folder)
     monkeypatch.setattr(native, "FOLDER", folder)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    native.library.cache_clear()
+    for each in (native.library, kernels.compiled):
+        each.cache_clear()
     yield folder / "decode.c"
-    native.library.cache_clear()
+    for each in (native.library, kernels.compiled):
+        each.cache_clear()
 
 
 @needs_compiler
@@ -44,7 +47,7 @@ def test_it_is_compiled_once_and_beside_its_source(afresh, model, monkeypatch):
     native.library.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)  # a second compilation would call it
     assert native.library()[0] is not None and made.exists()
-    assert FusedModel(model).native is not None
+    assert Decoder(model).native is not None
 
 
 @needs_compiler
@@ -76,7 +79,7 @@ def test_where_the_folder_is_not_ours_alone_another_is_taken(afresh, tmp_path, h
 
 @needs_compiler
 @pytest.mark.parametrize("vocab_size", [300, 301])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_any_number_of_threads_and_none_of_openmp_give_the_same_tokens(afresh, model, monkeypatch, dtype, vocab_size):
     prompt = list(range(5, 25))
     monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
@@ -87,10 +90,9 @@ def test_any_number_of_threads_and_none_of_openmp_give_the_same_tokens(afresh, m
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                fused = FusedModel(model)
-            assert fused.native is not None
-            return generate(fused, [prompt], 30, Sampling(), ())[0].ids
+            decoder = Decoder(copy.deepcopy(model), dtype)
+            assert decoder.native is not None
+            return generate(decoder, [prompt], 30, Sampling(), ())[0].ids
         finally:
             torch.set_num_threads(before)
 
@@ -122,9 +124,9 @@ def test_without_a_working_compiler_torch_decodes(afresh, model, monkeypatch, tm
     monkeypatch.setenv("PATH", str(tmp_path / path) if path else "")
     loaded, said = native.library()
     assert loaded is None and reason in said
-    fused = FusedModel(model)
-    assert fused.native is None and reason in fused.computed_by
-    generation = generate(fused, [prompt], 30, Sampling(), ())[0]
+    decoder = Decoder(model)
+    assert decoder.native is None and reason in decoder.computed_by
+    generation = generate(decoder, [prompt], 30, Sampling(), ())[0]
     logits_TV = model(torch.tensor([prompt + generation.ids]))[0]
     assert generation.ids == logits_TV[len(prompt) - 1:-1].argmax(-1).tolist()
     assert not list((afresh.parent / "__pycache__").glob("*"))  # nothing half made
@@ -132,19 +134,20 @@ def test_without_a_working_compiler_torch_decodes(afresh, model, monkeypatch, tm
 
 @needs_compiler
 def test_only_what_it_can_compute_is_given_to_it(model):
-    assert FusedModel(model).native is not None
+    for dtype in ("fp32", "bf16"):
+        assert Decoder(copy.deepcopy(model), dtype).native is not None
     narrow = WeakWater(LLMConfig.preset("nano", vocab_size=300, hidden_dim=100))
-    with torch.autocast("cpu", torch.float16):
-        assert FusedModel(model).native is None
-    for other, reason in ((narrow, "multiples of 64"), (model.double(), "fp32 and bf16 only")):
-        fused = FusedModel(other)
-        assert fused.native is None and reason in fused.computed_by
+    for other, dtype, reason in ((narrow, "fp32", "multiples of 64"), (copy.deepcopy(model), "fp16", "fp32 and bf16"),
+                                 (copy.deepcopy(model).double(), "fp32", "fp32 and bf16 only")):
+        decoder = Decoder(other, dtype)
+        assert decoder.native is None and reason in decoder.computed_by
+    assert Decoder(model, plain=True).native is None
 
 
 @needs_compiler
 @pytest.mark.parametrize("token, position", [(-1, 0), (300, 0), (1, -1), (1, 64)])
 def test_no_memory_beyond_is_touched(model, token, position):
-    fused = FusedModel(model)
-    cache = KVCache(fused, 1, 64)
+    decoder = Decoder(model)
+    cache = decoder.new_cache(1, 64)
     with pytest.raises(AssertionError):
-        fused.native(token, position, cache.keys, cache.values)
+        decoder.native(token, position, cache.keys, cache.values)

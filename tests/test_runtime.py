@@ -192,7 +192,8 @@ def test_steps_are_what_the_loader_gives(text_file, tokenizer_dir, tmp_path, mon
                         lambda self, *place: asked.append((place, step(self, *place))) or asked[-1][1])
     forward = WeakWater.forward
     monkeypatch.setattr(WeakWater, "forward", lambda self, tokens, *rest, **named: (
-        trained.append(tokens.flatten().tolist()) if self.training else None) or forward(self, tokens, *rest, **named))
+        trained.append(tokens.flatten().tolist()) if self.training and self.config.vocab_size == 800  # not the twin
+        else None) or forward(self, tokens, *rest, **named))
     train("pretrain", text_file, tokenizer_dir, tmp_path, preset="nano", batch_size=4, epochs=2, eval_interval=0)
     assert [place for place, _ in asked] == sorted({place for place, _ in asked}), "each once and in order"
     assert {epoch for (epoch, _), _ in asked} == {0, 1}

@@ -65,18 +65,19 @@ def test_a_stage_can_be_read(stage):
 
 
 SCRIPTS = {"pretrain", "SFT", "SFT_long", "distill", "train_tokenizer", "eval_model", "evaluate", "make_demo_data"}
-MAY_IMPORT = {"Config": set(), "model": {"Config"}, "dataset": {"Config"}, "common": {"Config", "model", "dataset"}} | {
-    script: {"Config", "model", "dataset", "common"} for script in SCRIPTS} | {
-    "SFT_long": {"Config", "model", "dataset", "common", "SFT"},
-    "evaluate": {"Config", "model", "dataset", "common", "eval_model"}}  # loads what the chat loads; neither is a stage
+ALL = {"Config", "model", "dataset", "common", "fastpath"}
+MAY_IMPORT = {"Config": set(), "model": {"Config"}, "dataset": {"Config"}, "fastpath": {"Config", "model"},
+              "common": ALL} | {script: ALL for script in SCRIPTS} | {
+    "SFT_long": ALL | {"SFT"}, "evaluate": ALL | {"eval_model"}}  # loads what the chat loads; neither is a stage
 
 
 def test_who_imports_whom():
-    """Scripts → Config, model, dataset, common; dataset and model → Config; common knows no stage; no stage another."""
-    rooms = {path.stem for path in ROOT.glob("*.py")} | {"common", "tests", "experiments", "benchmarks"}
+    """Scripts → Config, model, dataset, fastpath, common; fastpath → model; dataset and model → Config; common knows no
+    stage; no stage another."""
+    rooms = {path.stem for path in ROOT.glob("*.py")} | {"common", "fastpath", "tests", "experiments", "benchmarks"}
     seen = set()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]:
-        room = "common" if path.parent.name == "common" else path.stem
+    for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py"), *(ROOT / "fastpath").glob("*.py")]:
+        room = path.stem if path.parent == ROOT else path.parent.name
         if room not in MAY_IMPORT:
             continue
         seen.add(room)
@@ -90,7 +91,39 @@ def test_who_imports_whom():
             for name in names:
                 target = name.split(".")[0]
                 assert target not in rooms or target in MAY_IMPORT[room] | {room}, f"{path.name} imports {name}"
-    assert seen >= {"Config", "model", "dataset", "common", "train_tokenizer", *STAGES}
+    assert seen >= {"Config", "model", "dataset", "common", "fastpath", "train_tokenizer", *STAGES}
+
+
+def test_nothing_is_assigned_into_another_module():
+    """`module.name = …`, `setattr(module, …)` and the same for a class of model.py: what computes would then depend on
+    who was imported before. Instances of a model may be changed."""
+    for folder in (ROOT, ROOT / "common", ROOT / "fastpath", ROOT / "experiments", ROOT / "benchmarks"):
+        for path in folder.glob("*.py"):
+            tree, foreign = parse(path), set()
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Import):
+                    foreign |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):  # a module of the project, or a class of the network
+                    foreign |= {alias.asname or alias.name for alias in node.names if node.module in (
+                        "common", "fastpath", "benchmarks", "experiments") or node.module == "model"}
+            foreign -= {"torch", "sys", "os"}  # settings of libraries and of the process
+            for node in ast.walk(tree):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(
+                    node, (ast.AugAssign, ast.AnnAssign)) else []
+                targets = [t.value for t in targets if isinstance(t, ast.Attribute)]
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+                    targets = node.args[:1]
+                for target in targets:
+                    name = ast.unparse(target).split(".")[0]
+                    assert name not in foreign, f"{path.name}:{node.lineno} assigns into {name}"
+
+
+def test_the_network_is_read_in_one_sitting():
+    """model.py: at most 300 lines, no hand-written gradient, nothing of how it is made faster."""
+    source = (ROOT / "model.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 300
+    for word in ("autograd.Function", "is_compiling", "kernels", "varlen", "ctypes"):
+        assert word not in source, word
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,7 +133,7 @@ CONTRACT = """--data_path --val_path --tokenizer_path --out_dir --init_from --pr
 --max_tokens --epochs --max_steps --batch_size --accumulation_steps --learning_rate --lr_schedule --warmup_ratio
 --decay_ratio --min_lr_ratio --optimizer --weight_decay --grad_clip --dropout --dtype --device --compile
 --gradient_checkpointing --deterministic --seed --order --log_interval --eval_interval --eval_tokens --save_interval
---keep_checkpoints --max_bad_ratio --resume --use_wandb --wandb_project --tag_weight --think_weight""".split()
+--keep_checkpoints --max_bad_ratio --resume --use_wandb --wandb_project --tag_weight --think_weight --plain""".split()
 CHOICES = {"--lr_schedule": "{constant,cosine,trapezoid}", "--optimizer": "{adamw,muon}", "--order": "{shuffled,file}",
            "--output_init": "{zero,normal}", "--dtype": "{auto,bf16,fp16,fp32}", "--device": "{auto,cpu,cuda,mps}"}
 DEFAULTS = {"pretrain": dict(max_seq_len=512, batch_size=32, learning_rate=4e-3),

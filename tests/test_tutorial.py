@@ -12,12 +12,12 @@ import torch
 from conftest import ROOT, write_jsonl
 
 from common.checkpoint import save_weights
-from common.generation import FusedModel
+from common.generation import Decoder
 from common.runtime import run
 from Config import LLMConfig
 from dataset import StepLoader, TextEncoder, evaluation_batches
 from make_demo_data import World
-from model import WeakWater
+from model import Packing, WeakWater
 
 sys.path.insert(0, str(ROOT / "docs"))
 import refresh
@@ -96,15 +96,13 @@ def test_weights_follow_the_flags(folder, capsys):
     assert re.search(r"TAG +5  <think>\n.* THINK +0\.5  ", weighted)
 
 
-class Doubled(FusedModel):
+class Doubled(Decoder):
     """Decodes with other logits than the model gives."""
 
-    def __init__(self, model):
-        super().__init__(model)
-        self.native = None
+    native = None
 
-    def logits(self, hidden):
-        return 2 * super().logits(hidden)
+    def logits(self, *arguments):
+        return 2 * super().logits(*arguments)
 
 
 class FirstWeight(StepLoader):
@@ -116,17 +114,29 @@ class FirstWeight(StepLoader):
         return step
 
 
+class OneDocument(Packing):
+    """Puts the documents of a buffer into one, from which positions and attention then do not start anew."""
+
+    def __init__(self, lengths, boundaries):
+        super().__init__([sum(lengths)], boundaries[[0, -1]])
+
+
 @pytest.mark.parametrize("command, name, broken", [
-    ("sample", "rotate", lambda x, cos, sin: x),
-    ("sample", "StepLoader", FirstWeight),
-    ("step", "StepLoader", FirstWeight),
-    ("attention", "attend_packed", lambda q, k, v, packing: v),
-    ("answer", "FusedModel", Doubled),
-    ("score", "evaluation_batches", lambda documents, *window: evaluation_batches(documents.take([0, 1]), *window)),
+    ("sample", "tutorial.apply_rotary", lambda x, cos, sin: x),
+    ("sample", "tutorial.attention", lambda q, k, v: v),
+    ("sample", "tutorial.StepLoader", FirstWeight),
+    ("sample", "model.attention", lambda q, k, v, mask=None: v),
+    ("step", "tutorial.StepLoader", FirstWeight),
+    ("attention", "model.attention", lambda q, k, v, mask=None: v),
+    ("attention", "model.Packing", OneDocument),
+    ("attention", "tutorial.Packing", OneDocument),
+    ("answer", "tutorial.Decoder", Doubled),
+    ("score", "tutorial.evaluation_batches",
+     lambda documents, *window: evaluation_batches(documents.take([0, 1]), *window)),
 ])
 def test_what_is_computed_by_hand_must_agree(command, name, broken, folder, monkeypatch):
     """With a part of the project replaced by something else the assertions do not hold."""
-    monkeypatch.setattr(tutorial, name, broken)
+    monkeypatch.setattr(name, broken)
     with pytest.raises(AssertionError):
         tutorial.main([command, "--out_dir", str(folder)])
 

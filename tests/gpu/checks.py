@@ -170,7 +170,7 @@ def transformers_logits(measured: dict, folder: Path, preset: str) -> None:
 
 def decoding(measured: dict, folder: Path, preset: str) -> None:
     """Cached logits of prompts of unequal length in a batch are the full forward's, and `generate` chooses by them."""
-    from common.generation import FusedModel, KVCache, Sampling, decode_one_token, generate, prefill
+    from common.generation import Decoder, Sampling, decode_one_token, generate, prefill
     from common.runtime import autocast
 
     torch.set_float32_matmul_precision("highest")
@@ -190,34 +190,32 @@ def decoding(measured: dict, folder: Path, preset: str) -> None:
                     for p, r in zip(prompts, replies, strict=True)]
         return torch.stack(rows)
 
-    def cached(fused: FusedModel) -> torch.Tensor:
+    def cached(decoder: Decoder) -> torch.Tensor:
         """The same for `answers`, all rows at once, from the cache."""
-        cache = KVCache(fused, len(prompts), max(map(len, prompts)) + new)
-        logits, positions = [prefill(fused, prompts, cache)], [len(p) for p in prompts]
+        cache = decoder.new_cache(len(prompts), max(map(len, prompts)) + new)
+        logits = [prefill(decoder, prompts, cache)]
         for step in range(new - 1):
             tokens = torch.tensor([answer[step] for answer in answers], device=DEVICE)
-            at = torch.tensor(positions, device=DEVICE) + step
-            logits.append(decode_one_token(fused, tokens, at, cache, max(positions) + step + 1))
+            logits.append(decode_one_token(decoder, tokens, cache))
         return torch.stack(logits, 1).float()
 
     exact = full_forward(answers, "fp32")
     for dtype in ("fp32", "bf16"):
-        with autocast(DEVICE, dtype):
-            fused = FusedModel(model)
-        replies = [g.ids for g in generate(fused, prompts, new, Sampling(), ())]
-        every_token = [g.ids for g in generate(fused, prompts, new, Sampling(), (), sync_every=1)]
-        one_by_one = [generate(fused, [prompt], new, Sampling(), ())[0].ids for prompt in prompts]
+        decoder = Decoder(model, dtype)
+        replies = [g.ids for g in generate(decoder, prompts, new, Sampling(), ())]
+        every_token = [g.ids for g in generate(decoder, prompts, new, Sampling(), (), sync_every=1)]
+        one_by_one = [generate(decoder, [prompt], new, Sampling(), ())[0].ids for prompt in prompts]
         gaps = {}  # by how much another token's logit is larger than that of the token chosen, in standard deviations
         for name, ids in (("batch", replies), ("one_by_one", one_by_one)):
             logits = full_forward(ids, "fp32")
             chosen = logits.gather(2, torch.tensor(ids, device=DEVICE)[..., None])[..., 0]
             gaps[name] = float(((logits.amax(-1) - chosen) / logits.std(-1)).max())
         stop = replies[0][3]
-        ended = generate(fused, prompts, new, Sampling(), (stop,))[0]
-        sampled = [[g.ids for g in generate(fused, prompts, new, Sampling(0.7, 0.9, 50, 1.1), (),
+        ended = generate(decoder, prompts, new, Sampling(), (stop,))[0]
+        sampled = [[g.ids for g in generate(decoder, prompts, new, Sampling(0.7, 0.9, 50, 1.1), (),
                                             generator=torch.Generator(DEVICE).manual_seed(1))] for _ in range(2)]
         measured[dtype] = {
-            "cached_error": error(cached(fused), exact), "full_error": error(full_forward(answers, dtype), exact),
+            "cached_error": error(cached(decoder), exact), "full_error": error(full_forward(answers, dtype), exact),
             "greedy_gap": gaps, "same_as_one_by_one": sum(a == b for a, b in zip(replies, one_by_one, strict=True)),
             "sync_every_same": replies == every_token, "sampling_repeats": sampled[0] == sampled[1],
             "stopped": [ended.reason, ended.ids == replies[0][:replies[0].index(stop)]],

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from conftest import replace_forwards
 
-import model as network
 from benchmarks.measure import to_transformers
 from Config import LLMConfig, UserError
-from model import WeakWater
+from fastpath import accelerate, kernels, training
+from model import WeakWater, attention
 
 VARIANTS = {
     "llama, tied, MHA": dict(),
@@ -17,10 +18,12 @@ VARIANTS = {
     "qwen3, untied, MHA": dict(qk_norm=True, tie_embeddings=False),
 }
 LENGTHS = [1, 23, 7, 33]
+PATHS = dict(argvalues=[False, True], ids=["plain", "replaced"])
 
 
-def twins(variant: str, dtype: torch.dtype):
-    """(our model, transformers' with the same weights), all weights random, those of the norms too.
+def twins(variant: str, dtype: torch.dtype, replaced: bool):
+    """(our model, transformers' with the same weights), all weights random, those of the norms too; ours as model.py
+    says, or with the faster forwards.
 
     Not its eager attention, whose softmax is float32 whatever the model is.
     """
@@ -29,7 +32,8 @@ def twins(variant: str, dtype: torch.dtype):
     ours = WeakWater(c)
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    return ours.to(dtype), to_transformers(ours).to(dtype)
+    theirs = to_transformers(ours).to(dtype)
+    return replace_forwards(ours.to(dtype), dtype) if replaced else ours.to(dtype), theirs
 
 
 def close(a: torch.Tensor, b: torch.Tensor, float64: float = 1e-9) -> bool:
@@ -55,11 +59,12 @@ def test_untied_head_is_counted():
     assert parts["lm_head"] == parts["embedding"] == 6400 * 64
 
 
+@pytest.mark.parametrize("replaced", **PATHS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_and_gradients(variant, dtype):
+def test_logits_and_gradients(variant, dtype, replaced):
     """Rows: logits, the loss of the training path, and every gradient equal transformers'."""
-    ours, theirs = twins(variant, dtype)
+    ours, theirs = twins(variant, dtype, replaced)
     tokens = torch.randint(0, 97, (3, 64))
     logits = theirs(tokens).logits
     assert close(ours(tokens), logits)
@@ -81,15 +86,16 @@ def test_logits_and_gradients(variant, dtype):
             assert close(parameter.grad.float(), expected[name].float()), name
 
 
+@pytest.mark.parametrize("replaced", **PATHS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_logits(variant, dtype):
+def test_packed_logits(variant, dtype, replaced):
     """Packed: each document has the logits that transformers gives it alone.
 
     Products of other shapes differ in their last bit, and a norm, which rounds to float32 in a float64 model too, can
     make 1e-8 of that (one value in this test; none in 900 other documents). Rows have the same shapes and no such luck.
     """
-    ours, theirs = twins(variant, dtype)
+    ours, theirs = twins(variant, dtype, replaced)
     documents = [torch.randint(0, 97, (1, n)) for n in LENGTHS]
     packed = ours(torch.cat(documents, 1), lengths=LENGTHS).split(LENGTHS, 1)
     for document, logits in zip(documents, packed, strict=True):
@@ -145,8 +151,8 @@ def test_attention_in_blocks(shape, dtype, tolerance):
     B, T, H, K, D = shape
     ours = [torch.randn(B, T, heads, D, dtype=dtype, requires_grad=True) for heads in (H, K, K)]
     theirs = [x.detach().float().requires_grad_() for x in ours]
-    out = network.attend_in_blocks(*ours)
-    expected = network.attend(*theirs, causal=True)
+    out = training.attention_in_blocks(*ours)
+    expected = attention(*theirs)
     gradient = torch.randn_like(expected)
     out.backward(gradient.to(dtype))
     expected.backward(gradient)
@@ -155,13 +161,26 @@ def test_attention_in_blocks(shape, dtype, tolerance):
 
 
 def test_which_attention_a_cpu_takes(monkeypatch):
-    """In bf16 in blocks, in float32 the library's."""
-    taken = []
-    monkeypatch.setattr(network, "attend_in_blocks", lambda q, k, v: taken.append(q.dtype) or q)
-    net = WeakWater(LLMConfig.preset("nano", vocab_size=97))
+    """In bf16 in blocks (packed, only without kernels.c), in float32 the library's."""
+    taken, has_c = [], kernels.trouble() is None
     tokens = torch.randint(0, 97, (1, 30))
-    net(tokens)
+
+    def net(dtype: str) -> WeakWater:
+        model = WeakWater(LLMConfig.preset("nano", vocab_size=97))
+        assert "attention (" in accelerate(model, torch.device("cpu"), dtype)[0]
+        return model
+
+    single, half = net("fp32"), net("bf16")
+    monkeypatch.setattr(kernels, "trouble", lambda: "not wanted here")
+    half_without_c = net("bf16")
+    monkeypatch.setattr(training, "attention_in_blocks", lambda q, k, v: taken.append(q.dtype) or q)
+    single(tokens)
+    single(tokens, lengths=[10, 10, 10])
+    assert not taken
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        net(tokens)
-        net(tokens, lengths=[10, 10, 10])
-    assert taken == [torch.bfloat16] * 4  # two layers, twice
+        half_without_c(tokens)
+        half_without_c(tokens, lengths=[10, 10, 10])
+        assert taken == [torch.bfloat16] * 4  # two layers, twice
+        half(tokens)
+        half(tokens, lengths=[10, 10, 10])
+    assert taken == [torch.bfloat16] * (6 if has_c else 8)

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from common.generation import FusedModel, KVCache, Sampling, decode_one_token, generate, prefill
+import fastpath
+from common.generation import Decoder, Sampling, decode_one_token, generate, prefill
 from Config import LLMConfig, UserError
-from model import WeakWater
+from model import KVCache, WeakWater
 
 VARIANTS = {
     "tied": dict(),
@@ -35,41 +36,50 @@ def prompts_of(*lengths: int) -> list[list[int]]:
     return [torch.randint(3, 331, (n,), generator=generator).tolist() for n in lengths]
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
 @pytest.mark.parametrize("prompt_lengths", [[1, 17, 30], [17]], ids=["batch", "one row, compiled C in float32"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_cached_logits_are_those_of_the_full_forward_at_every_position(variant, dtype, prompt_lengths):
+def test_cached_logits_are_those_of_the_full_forward_at_every_position(variant, dtype, prompt_lengths, plain):
     model, B = nano(dtype, **VARIANTS[variant]), len(prompt_lengths)
     sequences = prompts_of(40, 40, 40)[:B]
     full_BTV = model(torch.tensor(sequences))
     tolerance = TOLERANCE[dtype] * full_BTV.abs().max()
-    fused = FusedModel(model)
-    assert (fused.native is not None) == (dtype == torch.float32) or not shutil.which("cc")
-    cache = KVCache(fused, B, 48)
-    logits_BV = prefill(fused, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
+    decoder = Decoder(model, plain=plain)
+    assert (decoder.native is not None) == (dtype == torch.float32 and not plain) or not shutil.which("cc")
+    cache = decoder.new_cache(B, 48)
+    logits_BV = prefill(decoder, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
     position_B = torch.tensor(prompt_lengths)
     for _ in range(10):
         expected_BV = full_BTV[torch.arange(B), position_B - 1]
         assert (logits_BV - expected_BV).abs().max() <= tolerance
         token_B = torch.tensor([s[p] for s, p in zip(sequences, position_B.tolist(), strict=True)])
-        logits_BV = decode_one_token(fused, token_B, position_B, cache, int(position_B.max()) + 1)
+        logits_BV = decode_one_token(decoder, token_B, cache)
         position_B = position_B + 1
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_several_new_tokens_at_once_against_a_cache(variant, dtype):
+def test_several_new_tokens_at_once_against_a_cache(variant, dtype, fast):
+    """Rows that stand at equal and at unequal positions; after a rewind what was padding is written anew."""
     model = nano(dtype, **VARIANTS[variant])
     tokens_BT = torch.tensor(prompts_of(24, 24))
-    positions_BT = torch.arange(24).expand(2, 24)
     full_BTV = model(tokens_BT)
-    fused = FusedModel(model)
-    cache = KVCache(fused, 2, 48)
-    parts = [fused.hidden(tokens_BT[:, a:b], positions_BT[:, a:b], cache, b, aligned)
-             for a, b, aligned in ((0, 5, True), (5, 6, False), (6, 14, True), (14, 24, False))]
-    assert (fused.logits(torch.cat(parts, 1)) - full_BTV).abs().max() <= TOLERANCE[dtype] * full_BTV.abs().max()
+    if fast:
+        fastpath.patch_for_decoding(model, fastpath.Case(model.config, torch.device("cpu"), dtype, False))
+    cache = KVCache(model.config, 2, 48, dtype=dtype)
+    tolerance = TOLERANCE[dtype] * full_BTV.abs().max()
+    parts = [model(tokens_BT[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 14), (14, 24))]
+    assert (torch.cat(parts, 1) - full_BTV).abs().max() <= tolerance
+    cache.rewind([7, 11])
+    for _ in range(2):  # 4 tokens of each row
+        index_BT = cache.positions(4)
+        logits_BTV = model(tokens_BT.gather(1, index_BT), cache=cache)
+        expected_BTV = full_BTV.gather(1, index_BT[..., None].expand(-1, -1, full_BTV.shape[-1]))
+        assert (logits_BTV - expected_BTV).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("prompt_lengths", [[9, 30], [20, 20], [20]], ids=["ragged", "aligned", "one row, compiled C"])
@@ -77,27 +87,28 @@ def test_several_new_tokens_at_once_against_a_cache(variant, dtype):
 @torch.inference_mode()
 def test_in_half_precision_cached_logits_are_as_exact_as_the_full_forward(variant, prompt_lengths):
     model = nano(**VARIANTS[variant])
-    sequences, aligned = prompts_of(40, 40)[:len(prompt_lengths)], len(set(prompt_lengths)) == 1
+    sequences = prompts_of(40, 40)[:len(prompt_lengths)]
     exact_BTV = model(torch.tensor(sequences))
     with torch.autocast("cpu", torch.bfloat16):
-        full_BTV, fused = model(torch.tensor(sequences)), FusedModel(model)
-    assert fused.dtype == torch.bfloat16 and (fused.native is not None or not shutil.which("cc"))
+        full_BTV = model(torch.tensor(sequences))
+    decoder = Decoder(model, "bf16")
+    assert decoder.native is not None or not shutil.which("cc")
     allowed = 1.5 * (full_BTV - exact_BTV).abs().max()  # what rounding costs the full forward
-    cache, rows = KVCache(fused, len(sequences), 48), torch.arange(len(sequences))
-    logits_BV = prefill(fused, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
+    cache, rows = decoder.new_cache(len(sequences), 48), torch.arange(len(sequences))
+    logits_BV = prefill(decoder, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
     for position_B in torch.tensor(prompt_lengths) + torch.arange(10)[:, None]:
         assert (logits_BV - exact_BTV[rows, position_B - 1]).abs().max() <= allowed
         token_B = torch.tensor([s[p] for s, p in zip(sequences, position_B.tolist(), strict=True)])
-        logits_BV = decode_one_token(fused, token_B, position_B, cache, int(position_B.max()) + 1, aligned)
+        logits_BV = decode_one_token(decoder, token_B, cache)
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-def test_a_full_cache_is_refused(aligned):
-    fused = FusedModel(nano())
-    cache = KVCache(fused, 1, 4)
-    prefill(fused, [[5, 6, 7, 8]], cache)
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_full_cache_is_refused(plain):
+    decoder = Decoder(nano(), plain=plain)
+    cache = decoder.new_cache(1, 4)
+    prefill(decoder, [[5, 6, 7, 8]], cache)
     with pytest.raises(UserError, match="position 5 is beyond the 4"):
-        decode_one_token(fused, torch.tensor([9]), torch.tensor([4]), cache, 5, aligned)
+        decode_one_token(decoder, torch.tensor([9]), cache)
 
 
 @pytest.mark.parametrize("penalty, sync_every", [(1.0, 5), (1.3, 1)])

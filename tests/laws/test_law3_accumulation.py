@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import train, write_jsonl
+from conftest import replace_forwards, train, write_jsonl
 
 from Config import LLMConfig
 from dataset import StepLoader, load_documents
@@ -40,13 +40,16 @@ def make_loader(documents, cut, **options):
     return StepLoader(documents, ROW, *cut, seed=7, **WEIGHTS, **options)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["plain", "replaced"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
 @pytest.mark.parametrize("kind", ["text", "chat"])
-def test_gradients(weighted_data, tokenizer, cache_dir, kind, checkpointing):
+def test_gradients(weighted_data, tokenizer, cache_dir, kind, checkpointing, replaced):
     """In float64 the gradient of a step is the same to rounding, for a full step and for an epoch's short last one."""
     documents = load(weighted_data, tokenizer, cache_dir, kind)
     torch.manual_seed(1)
     model = WeakWater(LLMConfig.preset("nano", vocab_size=800, max_seq_len=ROW, n_kv_heads=1)).double().train()
+    if replaced:
+        replace_forwards(model, torch.float64)
     model.model.gradient_checkpointing = checkpointing
     last = make_loader(documents, (8, 1)).steps_in_epoch(0) - 1
     for number in (0, last):
@@ -109,11 +112,11 @@ def test_more_ranks_than_documents(weighted_data, tokenizer, cache_dir):
         assert weight == pytest.approx(steps[0].total_weight)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "SFT", "distill"])
-def test_the_real_loop(weighted_data, tokenizer_dir, cache_dir, tmp_path, stage):
+@pytest.mark.parametrize("stage, plain", [("pretrain", False), ("pretrain", True), ("SFT", False), ("distill", False)])
+def test_the_real_loop(weighted_data, tokenizer_dir, cache_dir, tmp_path, stage, plain):
     """Four steps of each stage's own loop log the same losses and gradient norms."""
     flags = dict(preset="nano", init_from="none", max_seq_len=ROW, max_steps=4, cache_dir=cache_dir, grad_clip=0.5,
-                 learning_rate=3e-3, eval_interval=0, eval_tokens=1000)
+                 learning_rate=3e-3, eval_interval=0, eval_tokens=1000, plain=plain)
     if stage == "SFT":
         flags |= dict(max_tokens=1024)
     if stage == "distill":

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import replace_forwards
 
 import model as network
 from common import runtime
 from common.scoring import score
 from Config import LLMConfig
 from dataset import StepLoader, evaluated, evaluation_batches, load_documents
-from model import LinearCrossEntropy, WeakWater
+from fastpath import accelerate, training
+from fastpath.training import LinearCrossEntropy
+from model import WeakWater
 
 VARIANTS = {
     "tied": dict(),
@@ -24,15 +27,19 @@ VARIANTS = {
     "tied, GQA, qk_norm": dict(n_heads=4, n_kv_heads=2, qk_norm=True),
 }
 LENGTHS = [5, 1, 33, 2, 64, 17, 64]
+CPU = torch.device("cpu")
+PATHS = pytest.mark.parametrize("replaced", [False, True], ids=["plain", "replaced"])
 
 
-def make_model(dtype=torch.float64, vocab_size=97, max_seq_len=64, **changes) -> WeakWater:
-    """A nano model whose attention is far from uniform: weights ten times as large as at the start."""
+def make_model(dtype=torch.float64, replaced=False, vocab_size=97, max_seq_len=64, **changes) -> WeakWater:
+    """A nano model whose attention is far from uniform: weights ten times as large as at the start; as model.py says,
+    or with the faster forwards."""
     torch.manual_seed(3)
     model = WeakWater(LLMConfig.preset("nano", vocab_size=vocab_size, max_seq_len=max_seq_len, **changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    return model.to(dtype).train()
+    model = model.to(dtype).train()
+    return replace_forwards(model, dtype) if replaced else model
 
 
 def make_buffer(dtype=torch.float64, lengths=LENGTHS):
@@ -73,11 +80,12 @@ def assert_same(a, b, tolerance: float):
 
 # RMSNorm computes in float32, as transformers' does: where a product's last bit in float64 differs, the float32
 # beside may too, so float64 agrees to 1e-7 at worst (and mostly to 1e-12)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@PATHS
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_is_one_by_one(variant, checkpointing):
+def test_packed_is_one_by_one(variant, checkpointing, replaced):
     """Loss and every gradient of a packed buffer are the sums over its documents alone."""
-    model = make_model(**VARIANTS[variant])
+    model = make_model(replaced=replaced, **VARIANTS[variant])
     buffer = make_buffer()
     expected = loss_and_gradients(model, one_by_one(*buffer))
     assert expected[0] > 0 and all(g.abs().max() > 0 for g in expected[1].values())
@@ -85,10 +93,11 @@ def test_packed_is_one_by_one(variant, checkpointing):
     assert_same(loss_and_gradients(model, [(buffer[0], LENGTHS, *buffer[1:])]), expected, 1e-7)
 
 
+@PATHS
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_document_sees_another(variant):
+def test_no_document_sees_another(variant, replaced):
     """Changing one document changes no other's logits, and no earlier token of its own."""
-    model = make_model(**VARIANTS[variant])
+    model = make_model(replaced=replaced, **VARIANTS[variant])
     tokens = make_buffer()[0]
     before = model(tokens, lengths=LENGTHS)
     begin, end = sum(LENGTHS[:2]), sum(LENGTHS[:3])
@@ -100,9 +109,10 @@ def test_no_document_sees_another(variant):
     assert difference.max() <= 1e-7
 
 
-def test_positions_restart():
+@PATHS
+def test_positions_restart(replaced):
     """The same document has the same logits wherever it stands; rows of equal length are the buffer they make."""
-    model = make_model()
+    model = make_model(replaced=replaced)
     document = torch.randint(0, 97, (1, 20))
     packed = model(torch.cat([document[:, :7], document, document], 1), lengths=[7, 20, 20])
     alone = model(document)
@@ -113,11 +123,12 @@ def test_positions_restart():
     assert difference.abs().max() <= 1e-7 * alone.abs().max()
 
 
-def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
+@PATHS
+def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir, replaced):
     """What StepLoader lays out, conversations whole and text cut at rows, is worth its documents alone."""
     for kind, file in (("text", "pretrain"), ("chat", "r1")):
         documents = load_documents(str(data_dir / f"{file}.jsonl"), tokenizer, kind, str(cache_dir), 256)
-        model = make_model(vocab_size=800, max_seq_len=256)
+        model = make_model(replaced=replaced, vocab_size=800, max_seq_len=256)
         loader = StepLoader(documents, 256, 6, 1, seed=1, tag_weight=3.0, think_weight=0.5)
         step = loader.step(0, 0)
         batch = step.micro_batches[0].to("cpu")
@@ -139,7 +150,7 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir):
 
 def documents_alone(q, k, v, bounds):
     """Causal attention to each document of a buffer, (T, H, D): what the variable-length kernel computes."""
-    return torch.cat([network.attend(*(x[None, a:b] for x in (q, k, v)), causal=True)[0]
+    return torch.cat([network.attention(*(x[None, a:b] for x in (q, k, v)))[0]
                       for a, b in zip(bounds.tolist(), bounds.tolist()[1:], strict=False)])
 
 
@@ -147,7 +158,7 @@ def documents_alone(q, k, v, bounds):
 def test_the_call_of_the_varlen_kernel(monkeypatch, variant):
     """On CUDA one kernel attends to all documents. A stand-in with its signature shows on any machine that it is told
     where they lie: boundaries from 0 to T in int32, the longest there may be, causal, grouped heads where it asks."""
-    kernel = network.varlen_kernel()
+    kernel = training.varlen_kernel()
     if kernel is None:
         pytest.skip("this torch has no varlen_attn")
     signature, calls = inspect.signature(kernel.func), []
@@ -165,10 +176,11 @@ def test_the_call_of_the_varlen_kernel(monkeypatch, variant):
         assert max_q == max_k == 64 and q.ndim == k.ndim == v.ndim == 3
         return documents_alone(q, k, v, bounds_q)
 
-    model, buffer = make_model(**VARIANTS[variant]), make_buffer()
+    buffer, _ = make_buffer(), monkeypatch.setattr(training, "use_varlen", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(training, "varlen_kernel", lambda: functools.partial(stand_in, **kernel.keywords))
+    model = make_model(replaced=True, **VARIANTS[variant])
     expected = loss_and_gradients(model, one_by_one(*buffer))
-    monkeypatch.setattr(network, "varlen_kernel", lambda: functools.partial(stand_in, **kernel.keywords))
-    monkeypatch.setattr(network, "use_varlen", lambda device, dtype, head_dim: True)
+    assert not calls  # rows have no use for it
     assert_same(loss_and_gradients(model, [(buffer[0], LENGTHS, *buffer[1:])]), expected, 1e-7)
     assert len(calls) == 2
 
@@ -177,16 +189,16 @@ def test_where_the_varlen_kernel_can_run(monkeypatch):
     """Half precision, Ampere or later, heads of a multiple of 8 dimensions, at most 256; also where torch is told to be
     deterministic."""
     capability = [(8, 9)]
-    monkeypatch.setattr(network, "varlen_kernel", lambda: functools.partial(print))
+    monkeypatch.setattr(training, "varlen_kernel", lambda: functools.partial(print))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     gpu = torch.device("cuda", 0)
-    assert network.use_varlen(gpu, torch.bfloat16, 64) and network.use_varlen(gpu, torch.float16, 8)
-    assert network.use_varlen(gpu, torch.bfloat16, 256) and not network.use_varlen(gpu, torch.bfloat16, 264)
-    assert not network.use_varlen(gpu, torch.bfloat16, 60) and not network.use_varlen(gpu, torch.float32, 64)
-    assert not network.use_varlen(torch.device("cpu"), torch.bfloat16, 64)
+    assert training.use_varlen(gpu, torch.bfloat16, 64) and training.use_varlen(gpu, torch.float16, 8)
+    assert training.use_varlen(gpu, torch.bfloat16, 256) and not training.use_varlen(gpu, torch.bfloat16, 264)
+    assert not training.use_varlen(gpu, torch.bfloat16, 60) and not training.use_varlen(gpu, torch.float32, 64)
+    assert not training.use_varlen(torch.device("cpu"), torch.bfloat16, 64)
     capability[0] = (7, 5)
-    assert not network.use_varlen(gpu, torch.bfloat16, 64)
+    assert not training.use_varlen(gpu, torch.bfloat16, 64)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -231,22 +243,28 @@ def test_linear_cross_entropy_under_autocast(dtype):
         assert a.dtype == torch.float32 and (a - b).norm() <= tolerance * b.norm()
 
 
-def test_no_target_no_loss():
+@PATHS
+def test_no_target_no_loss(replaced):
     """A buffer in which nothing predicts has loss 0 and gradients 0, not NaN."""
     empty = torch.zeros(0, dtype=torch.long)
     buffer = (torch.randint(0, 97, (1, sum(LENGTHS))), LENGTHS, empty, empty, torch.zeros(0, dtype=torch.float64))
-    loss, gradients = loss_and_gradients(make_model(), [buffer])
+    loss, gradients = loss_and_gradients(make_model(replaced=replaced), [buffer])
     assert loss == 0 and all((g == 0).all() for g in gradients.values())
 
 
+@PATHS
 @pytest.mark.parametrize("changes", [dict(), dict(n_heads=4, n_kv_heads=2, qk_norm=True)], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_attention_is_computed_in_the_precision_of_products(monkeypatch, changes, packed):
+def test_attention_is_computed_in_the_precision_of_matmuls(monkeypatch, changes, packed, replaced):
     """Under autocast norms and rotation may give float32, for which the fast kernels are not."""
-    attend, seen = network.attend, set()
-    monkeypatch.setattr(network, "attend", lambda q, k, v, **how: seen.update((q.dtype, k.dtype, v.dtype)) or attend(
-        q, k, v, **how))
+    module, name = (training, "causal_attention") if replaced else (network, "attention")
+    attention, seen = getattr(module, name), set()
     model = make_model(torch.float32, **changes)
+    if replaced:
+        monkeypatch.setattr("fastpath.kernels.trouble", lambda: "not wanted here")
+        replace_forwards(model, torch.bfloat16)
+    monkeypatch.setattr(module, name, lambda q, k, v, *mask: seen.update((q.dtype, k.dtype, v.dtype)) or attention(
+        q, k, v, *mask))
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.ones(1, 12, dtype=torch.long), lengths=[5, 7] if packed else None)
     assert seen == {torch.bfloat16}
@@ -260,7 +278,6 @@ def compile_with(backend: str, monkeypatch) -> None:
     """Have compile_blocks use another backend of torch's compiler: only "inductor" needs a C++ compiler."""
     import torch._dynamo as dynamo
 
-    monkeypatch.setattr(network, "attend_in_groups", network.attend_in_groups)  # put back what compile_blocks changes
     monkeypatch.setattr(runtime, "compile_trouble", lambda device: None)
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
     dynamo.reset()
@@ -272,10 +289,12 @@ def test_compiled_blocks(monkeypatch, backend):
     """Compiled blocks give what plain ones give, rows and packed, checkpointed or not; and buffers with other
     numbers of documents and tokens compile nothing new (after some recompilations torch gives up, in silence)."""
     model, plain = make_model(torch.float32, n_layers=1), make_model(torch.float32, n_layers=1)
-    if backend == "inductor" and (trouble := runtime.compile_trouble(torch.device("cpu"))):
+    if backend == "inductor" and (trouble := runtime.compile_trouble(CPU)):
         pytest.skip(trouble)
     compile_with(backend, monkeypatch)
-    runtime.compile_blocks(model, torch.device("cpu"))
+    assert "attention (documents of similar length together), loss (in blocks)" in accelerate(
+        model, CPU, "fp32", compile=True)[0]
+    runtime.compile_blocks(model, CPU)
     import torch._dynamo as dynamo
 
     torch.manual_seed(5)
@@ -288,7 +307,7 @@ def test_compiled_blocks(monkeypatch, backend):
             graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
         # the second may, where sizes of the first were equal by chance: torch then takes them for the same
         assert 0 < graphs[1] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
-        breaks = [reason for reason in dynamo.utils.counters["graph_break"] if "attend_in_groups" not in reason]
+        breaks = [reason for reason in dynamo.utils.counters["graph_break"] if "attention_buckets" not in reason]
         assert not breaks, breaks  # all but attention is one graph
         model.model.gradient_checkpointing = True
         assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
@@ -332,11 +351,12 @@ def test_a_block_is_one_graph(monkeypatch):
     train (the last block computes only what predicts) and two more to validate, without a break."""
     import torch._dynamo as dynamo
 
-    monkeypatch.setattr(network, "varlen_kernel", lambda: varlen_stand_in)
-    monkeypatch.setattr(network, "use_varlen", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(training, "varlen_kernel", lambda: varlen_stand_in)
+    monkeypatch.setattr(training, "use_varlen", lambda device, dtype, head_dim: True)
     compile_with("aot_eager", monkeypatch)
     model, plain = (make_model(torch.float32, **VARIANTS["tied, GQA, qk_norm"]) for _ in range(2))
-    assert runtime.compile_blocks(model, torch.device("cpu")) == "each of 2 blocks, on first use"
+    assert "attention (a variable-length flash kernel)" in accelerate(model, CPU, "fp32", compile=True)[0]
+    assert runtime.compile_blocks(model, CPU) == "each of 2 blocks, on first use"
     rng = np.random.default_rng(7)
     buffers = []
     for lengths in (rng.integers(1, 65, rng.integers(2, 12)).tolist() for _ in range(20)):
@@ -361,13 +381,12 @@ def test_it_is_said_that_torch_compiles_no_more(monkeypatch):
     import torch._dynamo as dynamo
 
     said = []
-    monkeypatch.setattr(network, "attend_in_groups", network.attend_in_groups)
     monkeypatch.setattr(runtime, "compile_trouble", lambda device: None)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
     logger = logging.getLogger("torch._dynamo.convert_frame")
     monkeypatch.setattr(logger, "handlers", list(logger.handlers))
     for _ in range(2):  # the second run of a process alone
-        runtime.compile_blocks(make_model(torch.float32), torch.device("cpu"), said.append)
+        runtime.compile_blocks(make_model(torch.float32), CPU, said.append)
     dynamo.reset()
     compiled = torch.compile(lambda x, n: x * n, backend="eager", dynamic=False)
     for n in range(dynamo.config.recompile_limit + 2):
@@ -379,15 +398,18 @@ def test_it_is_said_that_torch_compiles_no_more(monkeypatch):
 # validation
 
 
+@PATHS
 @pytest.mark.parametrize("kind, file", [("text", "pretrain"), ("chat", "sft")])
 @pytest.mark.parametrize("batch_tokens", [64, 500, 10**6])
-def test_evaluation_windows(tokenizer, data_dir, cache_dir, kind, file, batch_tokens):
+def test_evaluation_windows(tokenizer, data_dir, cache_dir, kind, file, batch_tokens, replaced):
     """Each target of each document once and at weight 1, in disjoint windows from its `<s>`, however they are batched;
     loss and bits per byte are those of the documents one by one."""
     window = 64 if kind == "text" else 1024
     documents = load_documents(str(data_dir / f"{file}.jsonl"), tokenizer, kind, str(cache_dir), 1024)
     documents = documents.take(np.arange(0, len(documents), 7))
-    model = make_model(torch.float32, vocab_size=800, max_seq_len=window)
+    model, plain = (make_model(torch.float32, vocab_size=800, max_seq_len=window) for _ in range(2))
+    if replaced:
+        accelerate(model, CPU, "fp32")
     limit = 3000
     n = evaluated(documents, limit)
     assert documents.length[:n - 1].sum() < limit <= documents.length[:n].sum()
@@ -404,7 +426,7 @@ def test_evaluation_windows(tokenizer, data_dir, cache_dir, kind, file, batch_to
         counted = torch.ones(len(ids)) if kind == "text" else torch.from_numpy(documents.kinds(document) > 0).float()
         for begin in range(0, len(ids) - 1, window):
             following = ids[begin + 1:begin + window + 1]
-            logits = model(ids[None, begin:begin + window][:, :len(following)])[0]
+            logits = plain(ids[None, begin:begin + window][:, :len(following)])[0]
             mask = counted[begin + 1:begin + window + 1]
             nats += (F.cross_entropy(logits, following, reduction="none") * mask).sum().item()
             targets += int(mask.sum())

@@ -1,7 +1,7 @@
-/* One token through the network on a CPU: common/generation.py calls this where it decodes a single row.
+/* One token through the network on a CPU: fastpath/generation.py calls this where it decodes a single row.
 
    Decoding reads every weight once for each token, so memory sets its speed. In Python each of a hundred small
-   operations costs about as much as the weights that it reads; here they are one call. common/decoder.py hands
+   operations costs about as much as the weights that it reads; here they are one call. fastpath/decoder.py hands
    over the same weights and the same cache.
 
    Matrices are (rows, columns), row after row, in float32 or bfloat16; all else, and every sum, is in float32. Columns
@@ -10,7 +10,7 @@
 #include <math.h>
 #include <stddef.h>
 
-#include "lanes.h"
+#include "simd.h"
 
 enum { FLOAT32, BFLOAT16 };
 

@@ -1,11 +1,11 @@
-"""decode.c over a model's weights: one token through the network on a CPU, for generation.py."""
+"""decode.c over a model's weights: one token through the network on a CPU."""
 
 import ctypes
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 
 import torch
 
-from common.native import library
+from fastpath.native import library
 from model import WeakWater
 
 MATRIX_TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -27,24 +27,21 @@ class Model(ctypes.Structure):
     _fields_ += [(name, c_void_p) for name in ("embedding", "norm", "cos", "sin", "head")]
 
 
-def applies(model: WeakWater, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether a NativeDecoder can be made, with products in `dtype`; and the reason, for the user."""
+def native_trouble(model: WeakWater, dtype: torch.dtype) -> str | None:
+    """Why no NativeDecoder can be made, with matmuls in `dtype`; None if one can."""
     weight, c = model.lm_head.weight, model.config
-    by_torch = "tokens are computed by torch's operations"
-    if weight.device.type != "cpu":
-        return False, f"{by_torch} on {weight.device.type}"
     if weight.dtype != torch.float32 or dtype not in MATRIX_TYPES:
-        return False, f"{by_torch}: decode.c knows fp32 and bf16 only"
+        return "decode.c knows fp32 and bf16 only"
     if c.dim % 64 or c.hidden_dim % 64:
-        return False, f"{by_torch}: decode.c needs widths that are multiples of 64"
-    loaded, reason = library()
-    if loaded is None:
-        return False, f"{by_torch}, since decode.c was not compiled: {reason}"
-    return True, f"tokens are computed by decode.c, {reason}"
+        return "decode.c needs widths that are multiples of 64"
+    if library()[0] is None:
+        return f"decode.c was not compiled: {library()[1]}"
+    return None
 
 
 class NativeDecoder:
-    """decode.c over a model's weights, matrices in `dtype`, where `applies`. Make it anew after the weights change."""
+    """decode.c over a model's weights, matrices in `dtype`, where there is no `native_trouble`. Make it anew after the
+    weights change."""
 
     def __init__(self, model: WeakWater, dtype: torch.dtype):
         c, decoder = model.config, model.model

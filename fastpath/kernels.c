@@ -1,4 +1,4 @@
-/* What training computes between its matrix products, on a CPU in bf16: common/kernels.py calls this where model.py would
+/* What training computes between its matrix products, on a CPU in bf16: fastpath/kernels.py calls this where model.py would
    take several passes over memory for what needs one.
 
    A row is read, computed in float32 and rounded to bfloat16 once. Widths come in multiples of 16, but for rows of
@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stddef.h>
 
-#include "lanes.h"
+#include "simd.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -145,7 +145,7 @@ void gated_silu_gradient(const uint16_t *gate_up, const uint16_t *grad_y, int64_
 }
 
 /* ---------------------------------------------------------------------------------------------
-   attention: model.attend_packed, the products apart */
+   packed attention, the matmuls apart */
 
 /* Heads of tokens that lie in a packed buffer, `stride` numbers from token to token, brought together as rows: of each
    document and each of the heads / group key/value heads (length · group, D), a token's heads that share one after the

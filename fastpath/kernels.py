@@ -1,18 +1,14 @@
-"""kernels.c called through ctypes: on a CPU in bf16, what model.py computes between its matrix products.
-
-Each Function here is model.py's of the same name, or says which it is, in fewer passes over memory and with one
-rounding where that has several. `start` puts this module into model.py, which asks `take` before each.
+"""kernels.c called through ctypes: on a CPU in bf16, what the network computes between its matmuls, in fewer passes
+over memory and with one rounding where model.py has several. fastpath/training.py says where each is used.
 """
 
 import functools
-import sys
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 
 import torch
 from torch.autograd.function import once_differentiable
 
-import model as network
-from common.native import library
+from fastpath.native import library
 
 ARGUMENTS = {  # of the functions of kernels.c, but for the last: how many threads
     "normalise": [c_void_p, c_int, c_void_p, c_float, c_int64, c_int, c_void_p, c_void_p],
@@ -39,23 +35,13 @@ def compiled() -> CDLL | None:
     return loaded
 
 
-def start(device: torch.device, dtype: str) -> str:
-    """Have model.py use this module from here on, or no more; and in words for the log."""
-    network.kernels = None
-    if device.type != "cpu" or dtype != "bf16":
-        return "torch's operations"
+def trouble() -> str | None:
+    """Why no function of kernels.c can be used here; None if they can."""
     if compiled() is None:
-        return f"torch's operations, since kernels.c was not compiled: {library()[1]}"
+        return f"kernels.c was not compiled: {library()[1]}"
     if not compiled().has_openmp() and torch.get_num_threads() > 1:
-        return f"torch's operations, which use all {torch.get_num_threads()} threads; kernels.c was {library()[1]}"
-    network.kernels = sys.modules[__name__]
-    return f"kernels.c, {library()[1]}"
-
-
-def take(x: torch.Tensor, width: int) -> bool:
-    """Whether what follows x is computed here; `width`: how many numbers lie together, to be taken 16 at a time."""
-    return (x.device.type == "cpu" and width % 16 == 0 and x.dtype in (torch.float32, torch.bfloat16)
-            and network.product_dtype(x) == torch.bfloat16 and not torch.compiler.is_compiling())
+        return f"kernels.c, {library()[1]}, would use one of {torch.get_num_threads()} threads"
+    return None
 
 
 def call(name: str, *arguments) -> None:
@@ -71,8 +57,8 @@ def empty(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
-class Normalise(torch.autograd.Function):
-    """As model.Normalise; the result is in bf16, which is what a product makes of it."""
+class RMSNormFunction(torch.autograd.Function):
+    """model.RMSNorm; the result is in bf16, to which a matmul would round it."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -94,7 +80,7 @@ class Normalise(torch.autograd.Function):
 
 
 class GatedSiLU(torch.autograd.Function):
-    """As model.GatedSiLU."""
+    """gate and up in one tensor (..., 2F) → silu(gate) · up (..., F)."""
 
     @staticmethod
     def forward(ctx, gate_up):
@@ -115,19 +101,18 @@ class GatedSiLU(torch.autograd.Function):
 
 
 class PackedAttention(torch.autograd.Function):
-    """model.rotate and model.attend_packed: queries, keys and values (T, H + 2K, D) of a packed buffer → (T, H, D).
+    """RoPE and causal attention in each document: queries, keys and values (T, H + 2K, D) of a buffer → (T, H, D).
 
-    As in model.attend_in_blocks a block of queries at a time; here the G heads that share a key/value head lie side by
-    side.
+    A block of queries at a time; the G heads that share a key/value head lie side by side.
     """
 
     @staticmethod
-    def forward(ctx, heads_TWD, cos, sin, n_heads, packing):
+    def forward(ctx, heads_TWD, cos, sin, n_heads, buckets):
         assert heads_TWD.is_contiguous() and heads_TWD.dtype == cos.dtype == sin.dtype == torch.bfloat16
         T, width, D = heads_TWD.shape
         K, cos, sin = (width - n_heads) // 2, cos.contiguous(), sin.contiguous()
         out, saved, G = heads_TWD.new_empty(T, n_heads, D), [], n_heads // K
-        for starts, lengths, longest in packing.alike():
+        for starts, lengths, longest in buckets:
             where, batch = (starts, lengths, len(starts), longest), len(starts) * K
             q, k, v = (heads_TWD.new_empty(batch, longest * g, D) for g in (G, 1, 1))
             for rows, part, g, angles in three_parts(q, k, v, heads_TWD, cos, sin, n_heads):
@@ -143,7 +128,7 @@ class PackedAttention(torch.autograd.Function):
             call("unpack_heads", out, n_heads * D, n_heads, G, D, *where, None, None, attended)
             saved += [q, k, v, *probabilities]
         ctx.save_for_backward(cos, sin, *saved)
-        ctx.packing, ctx.K = packing, K
+        ctx.buckets, ctx.K = buckets, K
         return out
 
     @staticmethod
@@ -152,7 +137,7 @@ class PackedAttention(torch.autograd.Function):
         (T, n_heads, D), K, grad_THD = grad_THD.shape, ctx.K, grad_THD.contiguous()
         G, (cos, sin, *saved), saved_here = n_heads // K, ctx.saved_tensors, 0
         grad = grad_THD.new_empty(T, n_heads + 2 * K, D)
-        for starts, lengths, longest in ctx.packing.alike():
+        for starts, lengths, longest in ctx.buckets:
             where, batch, blocks = (starts, lengths, len(starts), longest), len(starts) * K, range(0, longest, BLOCK)
             q, k, v, *probabilities = saved[saved_here:saved_here + 3 + len(blocks)]
             saved_here += 3 + len(blocks)

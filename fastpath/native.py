@@ -40,7 +40,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     commands = [command for command in commands if command and shutil.which(command[0])]
     trouble = [] if commands else ["no C compiler was found (cc, gcc, clang or $CC)"]
     # compiled for one kind of CPU, the file may lie where another one reads it
-    key = [*((FOLDER / name).read_bytes().hex() for name in ("lanes.h", *SOURCES)), *FLAGS, platform.system(),
+    key = [*((FOLDER / name).read_bytes().hex() for name in ("simd.h", *SOURCES)), *FLAGS, platform.system(),
            platform.machine(), *sorted(cpu_flags())]
     for command in commands:
         name = f"native-{hashlib.sha256(' '.join([*key, *command]).encode()).hexdigest()[:16]}.so"

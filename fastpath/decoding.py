@@ -1,0 +1,67 @@
+"""Replacements of the network's forwards for weights that no longer change, in chat and when answers are scored.
+
+As in training.py each function takes the place of one module's forward. Matrices that multiply the same vector are one,
+kept in the precision of the run and, on a CPU, in the layout of its library.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastpath.training import checked
+
+
+class Matmul:
+    """x (..., C) → x @ weightᵀ (..., out) in `dtype`, the weight (out, C) laid out for that once."""
+
+    def __init__(self, dtype: torch.dtype, *layers: nn.Linear):
+        weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
+        self.dtype, self.weight, self.packed = dtype, weight, None
+        if weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+            with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # a torch without oneDNN
+                self.packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(weight), None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.dtype)
+        if self.packed is None:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+def attention_cached(self, x, cos, sin, packing=None, cache=None):
+    """The next tokens of each row against the cache; RoPE in float32."""
+    if cache is None or not checked(self, x):
+        return self.without_cache(x, cos, sin, packing, cache)
+    D, T = self.head_dim, x.shape[1]
+    H, K = self.q_proj.out_features // D, self.k_proj.out_features // D
+    q_and_k, v = self.qkv(x).unflatten(-1, (-1, D)).split([H + K, K], dim=2)
+    if self.qk_norm:
+        q_and_k = torch.cat((self.q_norm(q_and_k[:, :, :H]), self.k_norm(q_and_k[:, :, H:])), dim=2)
+    first, second = q_and_k.chunk(2, dim=-1)
+    q, k = (q_and_k * cos + torch.cat((-second, first), dim=-1) * sin).split([H, K], dim=2)
+    prefill = cache.aligned and not cache.longest and T > 1
+    keys, values = cache.store(self.layer, k, v)
+    if prefill:  # against themselves
+        q, keys, values = q.to(v.dtype), k.to(v.dtype), v
+    mask = None if prefill or T == 1 and cache.aligned else cache.mask(T)  # all rows see all slots
+    mixed = F.scaled_dot_product_attention(
+        q.to(keys.dtype).transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask,
+        is_causal=prefill, enable_gqa=H != K).transpose(1, 2)
+    return self.output(mixed.flatten(2))
+
+
+def swiglu_packed(self, x):
+    """SwiGLU from two matmuls."""
+    if torch.is_grad_enabled() or not checked(self, x):
+        return self.with_gradient(x)
+    gate, up = self.gate_up(x).chunk(2, dim=-1)
+    return self.down(F.silu(gate).mul_(up))
+
+
+def linear_packed(self, x):
+    """The output projection."""
+    if torch.is_grad_enabled() or not checked(self, x):
+        return type(self).forward(self, x)
+    return self.matmul(x)
