@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 
 from Config import UserError
-from fastpath import DTYPES, accelerate, native_reason
+from fastpath import DTYPES, accelerate
 from fastpath.decoder import NativeDecoder
+from fastpath.decoding import cache_dtype, versions
 from fastpath.native import library
 from model import KVCache, WeakWater
 
@@ -58,19 +59,26 @@ class Sampling:
 
 
 class Decoder:
-    """A model ready to generate, its weights not to be changed any more: in the precision `dtype` ("bf16", "fp16",
-    "fp32"), with faster forwards where they agree with model.py's (`plain`: none). `lines` say what computes."""
+    """A model ready to generate in the precision `dtype` ("bf16", "fp16", "fp32"), with faster forwards where they
+    agree with model.py's (`plain`: none). `lines` say what computes."""
 
     def __init__(self, model: WeakWater, dtype: str = "fp32", plain: bool = False):
         self.model, self.config, self.dtype = model, model.config, dtype
         self.weight_dtype, self.device = model.lm_head.weight.dtype, model.lm_head.weight.device
-        self.native_reason = "--plain" if plain else native_reason(model, self.device, dtype)
         self.lines = accelerate(model, self.device, dtype, inference=True, plain=plain)
+        self.native_reason: str | None = model.native_reason
+        self.versions = versions(*model.parameters())
 
     @functools.cached_property
     def native(self) -> NativeDecoder | None:
         """What computes a single row, if there is such a thing; made when it is first wanted."""
         return None if self.native_reason else NativeDecoder(self.model, DTYPES[self.dtype])
+
+    def see_weights(self) -> None:
+        """Before a prompt: weights that have changed since are those that count."""
+        if self.versions != (now := versions(*self.model.parameters())):
+            self.versions = now
+            vars(self).pop("native", None)
 
     @property
     def computed_by(self) -> str:
@@ -79,11 +87,11 @@ class Decoder:
                 else f"tokens are computed by decode.c, {library()[1]}")
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        """An empty cache. On a CPU in full precision: attention over it is several times as fast there as in bf16
-        (docs/LOG.md)."""
-        half = self.device.type != "cpu" and self.dtype != "fp32"
-        return KVCache(self.config, batch_size, length, self.device,
-                       DTYPES[self.dtype] if half else torch.promote_types(self.weight_dtype, torch.float32))
+        """An empty cache."""
+        dtype = cache_dtype(self.device, DTYPES[self.dtype])
+        if self.dtype == "fp32":
+            dtype = torch.promote_types(self.weight_dtype, dtype)
+        return KVCache(self.config, batch_size, length, self.device, dtype)
 
     def logits(self, tokens_BT: torch.Tensor, cache: KVCache, target_index: torch.Tensor) -> torch.Tensor:
         """Put tokens into the cache; logits (N, V) at N positions of the flattened tokens, at least float32."""
@@ -100,6 +108,7 @@ def prefill(decoder: Decoder, prompts: list[list[int]], cache: KVCache) -> torch
     Shorter prompts are padded on the right. What the padding leaves in the cache is never seen: it stands beyond the
     row's position, and the row's own next tokens overwrite it.
     """
+    decoder.see_weights()
     longest, lengths = max(map(len, prompts)), [len(prompt) for prompt in prompts]
     tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=decoder.device)
     last = torch.tensor([row * longest + length - 1 for row, length in enumerate(lengths)], device=decoder.device)

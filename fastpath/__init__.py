@@ -6,7 +6,6 @@ has shown that loss and all gradients agree. What does not agree stays plain, an
 model.py costs speed and never changes what is computed.
 """
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,13 +15,10 @@ from torch import nn
 from Config import LLMConfig
 from fastpath import decoding, kernels, training
 from fastpath.decoder import NativeDecoder, native_trouble
-from fastpath.twin import Twin, reason_against
+from fastpath.replace import put, replace, restore
+from fastpath.training import DTYPES
+from fastpath.twin import Twins, reason_against
 from model import Attention, RMSNorm, SwiGLU, WeakWater
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-PLAIN = "computed as model.py says, without replacements (--plain)"
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,11 @@ class Case:
     device: torch.device
     dtype: torch.dtype  # of matmuls
     compile: bool
+
+    @property
+    def checked_for(self) -> tuple[str, torch.dtype]:
+        """What a replaced forward asks for, each time, before it computes."""
+        return self.device.type, self.dtype
 
     @property
     def c_applies(self) -> bool:
@@ -79,22 +80,6 @@ REPLACEMENTS = {  # slot → the choices, best first
 }
 
 
-def replace(module: nn.Module, attribute: str, function: Callable, case: Case, **beside) -> None:
-    """Put `function` in the place of a method of this module alone, and what it needs beside it."""
-    before = vars(module).get("replaced", {})
-    beside |= {"checked_for": (case.device.type, case.dtype), attribute: types.MethodType(function, module)}
-    for name, value in beside.items():
-        setattr(module, name, value)
-    module.replaced = before | dict.fromkeys(beside)
-
-
-def restore(model: nn.Module) -> None:
-    """Undo all replacements: from here on model.py computes."""
-    for module in model.modules():
-        for name in vars(module).pop("replaced", {}):
-            vars(module).pop(name, None)
-
-
 def patch(model: nn.Module, replacement: Replacement, case: Case) -> None:
     """Put the replacement's function into each module of its class."""
     function, beside = replacement.function, {}
@@ -104,23 +89,22 @@ def patch(model: nn.Module, replacement: Replacement, case: Case) -> None:
         function = torch.compiler.disable(function)  # each list of lengths would be a new graph
     for module in model.modules():
         if type(module) is replacement.owner:
-            replace(module, replacement.attribute, function, case, **beside)
+            replace(module, replacement.attribute, function, case.checked_for, **beside)
 
 
 def patch_for_decoding(model: nn.Module, case: Case) -> None:
-    """Give each module its matrices as decoding reads them, and the forward that uses them. Weights that change later
-    are not seen."""
+    """Give each module its matrices as decoding reads them, and the forward that uses them."""
     for module in model.modules():
         if type(module) is Attention:
-            replace(module, "forward", decoding.attention_cached, case, without_cache=module.forward,
+            replace(module, "forward", decoding.attention_cached, case.checked_for, without_cache=module.forward,
                     qkv=decoding.Matmul(case.dtype, module.q_proj, module.k_proj, module.v_proj),
                     output=decoding.Matmul(case.dtype, module.o_proj))
         elif type(module) is SwiGLU:
-            replace(module, "forward", decoding.swiglu_packed, case, with_gradient=module.forward,
+            replace(module, "forward", decoding.swiglu_packed, case.checked_for, with_gradient=module.forward,
                     gate_up=decoding.Matmul(case.dtype, module.gate_proj, module.up_proj),
                     down=decoding.Matmul(case.dtype, module.down_proj))
         elif module is getattr(model, "lm_head", None):
-            replace(module, "forward", decoding.linear_packed, case, matmul=decoding.Matmul(case.dtype, module))
+            replace(module, "forward", decoding.linear_packed, case.checked_for, matmul=decoding.Matmul(case.dtype, module))
 
 
 @torch.inference_mode(False)  # the check needs gradients
@@ -129,72 +113,74 @@ def accelerate(model: WeakWater, device: torch.device, dtype: str, compile: bool
     """Replace forwards of `model`, which is on `device` and whose weights are loaded, by faster ones; `dtype` is the
     run's ("bf16", "fp16", "fp32"). Returns log lines: what computes each part, and what stays plain and why.
 
-    With `compile` the compiler fuses norm and SwiGLU itself; with `inference` weights do not change any more, and the
-    forward with a cache is faster too; with `plain` nothing is replaced. Call this before torch.compile and
-    DistributedDataParallel, after anything that changes modules.
+    With `compile` the compiler fuses norm and SwiGLU itself. With `inference`, for weights that seldom change, the
+    forward with a cache is faster too, and `model.native_reason` says why decode.c cannot compute single rows (None if
+    it can). With `plain` nothing is replaced. Call this before torch.compile and DistributedDataParallel, after
+    anything that changes modules.
     """
     restore(model)
     case = Case(model.config, device, DTYPES[dtype], compile)
-    lines = [PLAIN] if plain else choose(model, case, dtype, inference)
+    reason = "--plain" if plain else reason_against(model)
+    if reason is not None:
+        lines = [f"computed as model.py says, without replacements: {reason}"]
+    else:
+        twins = Twins(model, case.device, case.dtype)
+        lines = choose(model, case, twins)
+        if inference:
+            reason = native_reason(model, case, twins)
+            lines += choose_decoding(model, case, twins)
+        if device.type == "cpu" and dtype == "bf16" and (trouble := kernels.trouble()):
+            lines.append(f"kernels.c is not used: {trouble}")
+    if inference:
+        put(model, native_reason=reason)
     for module in model.modules() if compile else ():
         if isinstance(module, Attention) and "forward" not in vars(module):  # each list of lengths would be a new graph
-            replace(module, "forward", torch.compiler.disable(type(module).forward), case)
+            replace(module, "forward", torch.compiler.disable(type(module).forward), case.checked_for)
     return lines
 
 
-def choose(model: WeakWater, case: Case, dtype: str, inference: bool) -> list[str]:
-    """Replace what agrees with model.py, one slot after another, if all of it agrees together. Returns log lines."""
-    if (reason := reason_against(model)) is not None:
-        return [f"computed as model.py says, without replacements: {reason}"]
-    twin = Twin(model, case.device, dtype)
-    chosen, lines = {}, []
-    for slot, choices in REPLACEMENTS.items():
-        for replacement in choices:
-            if not replacement.accepts(case):
-                continue
-            error = twin.error(lambda copy, each=replacement: patch(copy, each, case))
-            if error <= twin.limit:
-                chosen[slot] = replacement
-                break
-            lines.append(f"{slot}: {replacement.name} differs from model.py by {error:.2g}, more than "
-                         f"{twin.limit:.2g}: not used")
-        else:
-            if choices[-1].accepts(case):
-                lines.append(f"{slot}: computed as model.py says")
+def choose(model: WeakWater, case: Case, twins: Twins) -> list[str]:
+    """Replace what agrees with model.py: all at once if all of it agrees together, as it does unless model.py was
+    edited, else what agrees one by one. Returns log lines."""
+    applicable = {slot: [choice for choice in choices if choice.accepts(case)] for slot, choices in REPLACEMENTS.items()}
+    chosen, lines = {slot: choices[0] for slot, choices in applicable.items() if choices}, []
 
     def patch_all(target: nn.Module) -> None:
         for each in chosen.values():
             patch(target, each, case)
 
-    if chosen and (error := twin.error(patch_all)) > twin.limit:
-        return [*lines, f"computed as model.py says: all replacements together differ by {error:.2g}, more than "
-                f"{twin.limit:.2g}"]
+    if twins.excess(patch_all) is not None:
+        for slot, choices in applicable.items():
+            for replacement in choices:
+                if (excess := twins.excess(lambda copy, each=replacement: patch(copy, each, case))) is None:
+                    chosen[slot] = replacement
+                    break
+                lines.append(f"{slot}: {replacement.name} differs from model.py {excess}: not used")
+            else:
+                chosen.pop(slot, None)
+        if chosen and (excess := twins.excess(patch_all)) is not None:
+            chosen.clear()
+            lines.append(f"all replacements together differ from model.py {excess}: none is used")
     patch_all(model)
     if chosen:
         lines.insert(0, "faster than model.py, and equal to it: " + ", ".join(
             f"{slot} ({replacement.name})" for slot, replacement in chosen.items()))
-    if inference:
-        error, limit = twin.decoding_errors(lambda target: patch_for_decoding(target, case))
-        if error <= limit:
-            patch_for_decoding(model, case)
-        else:
-            lines.append(f"decoding: fewer matmuls differ from model.py by {error:.2g}, more than {limit:.2g}: not "
-                         "used")
-    if case.device.type == "cpu" and case.dtype == torch.bfloat16 and (trouble := kernels.trouble()):
-        lines.append(f"kernels.c is not used: {trouble}")
-    return lines
+    return lines + [f"{slot}: computed as model.py says" for slot in applicable if applicable[slot] and slot not in chosen]
 
 
-@torch.inference_mode(False)
-def native_reason(model: WeakWater, device: torch.device, dtype: str) -> str | None:
-    """Why decode.c cannot compute the next token of a single row; None if it can and agrees with model.py. Ask before
-    `accelerate`, which changes modules."""
-    if device.type != "cpu":
-        return f"on {device.type}"
-    restore(model)
-    reason = native_trouble(model, DTYPES[dtype]) or reason_against(model)
-    if reason is None:
-        error, limit = Twin(model, device, dtype).native_errors(lambda twin: NativeDecoder(twin, DTYPES[dtype]))
-        if error > limit:
-            return f"decode.c differs from model.py by {error:.2g}, more than {limit:.2g}"
-    return reason
+def choose_decoding(model: WeakWater, case: Case, twins: Twins) -> list[str]:
+    """Replace what decoding computes, if it agrees. Returns log lines."""
+    if (excess := twins.excess_in_decoding(lambda target: patch_for_decoding(target, case))) is not None:
+        return [f"decoding: fewer matmuls differ from model.py {excess}: not used"]
+    patch_for_decoding(model, case)
+    return []
+
+
+def native_reason(model: WeakWater, case: Case, twins: Twins) -> str | None:
+    """Why decode.c cannot compute the next token of a single row; None if it can and agrees with model.py."""
+    if case.device.type != "cpu":
+        return f"on {case.device.type}"
+    if (trouble := native_trouble(model, case.dtype)) is not None:
+        return trouble
+    excess = twins.excess_of_native(lambda twin: NativeDecoder(twin, case.dtype))
+    return None if excess is None else f"decode.c differs from model.py {excess}"

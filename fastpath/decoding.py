@@ -1,4 +1,4 @@
-"""Replacements of the network's forwards for weights that no longer change, in chat and when answers are scored.
+"""Replacements of the network's forwards for weights that seldom change, in chat and when answers are scored.
 
 As in training.py each function takes the place of one module's forward. Matrices that multiply the same vector are one,
 kept in the precision of the run and, on a CPU, in the layout of its library.
@@ -13,17 +13,38 @@ from torch import nn
 from fastpath.training import checked
 
 
+def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The precision of a KVCache: that of matmuls, but on a CPU float32, since attention over it is several times as
+    fast there as in bf16 (docs/LOG.md)."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def versions(*weights: torch.Tensor) -> list[tuple]:
+    """What becomes another when a weight does, in place or not."""
+    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
+
+
 class Matmul:
-    """x (..., C) → x @ weightᵀ (..., out) in `dtype`, the weight (out, C) laid out for that once."""
+    """x (..., C) → x @ weightᵀ (..., out) in `dtype`, the weights (out, C) of several layers laid out for that at the
+    first call, and again after they change."""
 
     def __init__(self, dtype: torch.dtype, *layers: nn.Linear):
-        weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
-        self.dtype, self.weight, self.packed = dtype, weight, None
-        if weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        self.dtype, self.layers, self.versions = dtype, layers, None
+
+    def lay_out(self) -> None:
+        self.versions = versions(*(layer.weight for layer in self.layers))
+        weight = torch.cat([layer.weight.detach() for layer in self.layers]).to(self.dtype)
+        self.weight, self.packed = weight, None
+        if weight.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
             with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # a torch without oneDNN
                 self.packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(weight), None
 
+    def __reduce__(self):  # the layout cannot be copied
+        return Matmul, (self.dtype, *self.layers)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.versions != versions(*(layer.weight for layer in self.layers)):
+            self.lay_out()
         x = x.to(self.dtype)
         if self.packed is None:
             return F.linear(x, self.weight)
@@ -46,9 +67,10 @@ def attention_cached(self, x, cos, sin, packing=None, cache=None):
     if prefill:  # against themselves
         q, keys, values = q.to(v.dtype), k.to(v.dtype), v
     mask = None if prefill or T == 1 and cache.aligned else cache.mask(T)  # all rows see all slots
-    mixed = F.scaled_dot_product_attention(
-        q.to(keys.dtype).transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask,
-        is_causal=prefill, enable_gqa=H != K).transpose(1, 2)
+    with torch.autocast(x.device.type, enabled=False):  # which would copy all keys and values to its precision
+        mixed = F.scaled_dot_product_attention(
+            q.to(keys.dtype).transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask,
+            is_causal=prefill, enable_gqa=H != K).transpose(1, 2)
     return self.output(mixed.flatten(2))
 
 

@@ -18,6 +18,9 @@ from fastpath import kernels
 from model import Packing, apply_rotary
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The precision of matmuls with x: autocast's if it is on."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -76,7 +79,7 @@ def norm_cuda(self, x):
 
 def norm_c(self, x):
     """RMSNorm by kernels.c."""
-    if not checked(self, x) or x.dtype not in (torch.float32, torch.bfloat16):
+    if not checked(self, x) or x.dtype not in (torch.float32, torch.bfloat16) or x.shape[-1] % 16:
         return type(self).forward(self, x)
     return kernels.RMSNormFunction.apply(x, self.weight, self.eps)
 
