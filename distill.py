@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     def save_weights(path: Path) -> None:
         if ranks.is_main:
             meta = {"stage": args.stage, "step": done, "tokens": tokens, "val": val_scores, "command": args.command,
-                    "tokenizer_sha256": encoder.fingerprint, "init_from_sha256": start_sha256, "settings": settings}
+                    "tokenizer_sha256": encoder.fingerprint, "init_from_sha256": start_sha256, "settings": settings,
+                    "computed_by": computed_by}
             checkpoint.save_weights(path, net, meta)
 
     def save_all() -> None:

@@ -104,7 +104,8 @@ def patch_for_decoding(model: nn.Module, case: Case) -> None:
                     gate_up=decoding.Matmul(case.dtype, module.gate_proj, module.up_proj),
                     down=decoding.Matmul(case.dtype, module.down_proj))
         elif module is getattr(model, "lm_head", None):
-            replace(module, "forward", decoding.linear_packed, case.checked_for, matmul=decoding.Matmul(case.dtype, module))
+            replace(module, "forward", decoding.linear_packed, case.checked_for,
+                    matmul=decoding.Matmul(case.dtype, module))
 
 
 @torch.inference_mode(False)  # the check needs gradients
@@ -142,15 +143,15 @@ def accelerate(model: WeakWater, device: torch.device, dtype: str, compile: bool
 def choose(model: WeakWater, case: Case, twins: Twins) -> list[str]:
     """Replace what agrees with model.py: all at once if all of it agrees together, as it does unless model.py was
     edited, else what agrees one by one. Returns log lines."""
-    applicable = {slot: [choice for choice in choices if choice.accepts(case)] for slot, choices in REPLACEMENTS.items()}
-    chosen, lines = {slot: choices[0] for slot, choices in applicable.items() if choices}, []
+    accepted = {slot: [each for each in choices if each.accepts(case)] for slot, choices in REPLACEMENTS.items()}
+    chosen, lines = {slot: choices[0] for slot, choices in accepted.items() if choices}, []
 
     def patch_all(target: nn.Module) -> None:
         for each in chosen.values():
             patch(target, each, case)
 
     if twins.excess(patch_all) is not None:
-        for slot, choices in applicable.items():
+        for slot, choices in accepted.items():
             for replacement in choices:
                 if (excess := twins.excess(lambda copy, each=replacement: patch(copy, each, case))) is None:
                     chosen[slot] = replacement
@@ -165,7 +166,7 @@ def choose(model: WeakWater, case: Case, twins: Twins) -> list[str]:
     if chosen:
         lines.insert(0, "faster than model.py, and equal to it: " + ", ".join(
             f"{slot} ({replacement.name})" for slot, replacement in chosen.items()))
-    return lines + [f"{slot}: computed as model.py says" for slot in applicable if applicable[slot] and slot not in chosen]
+    return lines + [f"{slot}: computed as model.py says" for slot in accepted if accepted[slot] and slot not in chosen]
 
 
 def choose_decoding(model: WeakWater, case: Case, twins: Twins) -> list[str]:

@@ -17,7 +17,6 @@ from torch import nn
 from fastpath import kernels
 from model import Packing, apply_rotary
 
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -185,6 +185,18 @@ def replace_forwards(model, dtype):
     return model
 
 
+@pytest.fixture
+def without_check(monkeypatch):
+    """Replacements are used without the check that they agree with model.py: it takes longer than a small test, and
+    what it would refuse is to be seen."""
+    from faults import Agreed
+
+    import fastpath
+
+    monkeypatch.setattr(fastpath, "reason_against", lambda model: None)
+    monkeypatch.setattr(fastpath, "Twins", Agreed)
+
+
 # ---------------------------------------------------------------------------------------------
 # a stage, run in this process
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_rows
 
 EDITS = {  # name: (what stands in model.py, what is put there, words of the log)
     "nothing": ("", "", "faster than model.py"),
@@ -31,7 +31,7 @@ EDITS = {  # name: (what stands in model.py, what is put there, words of the log
                                   "self.dropout(self.post_attention_layernorm(self.mlp(x_BTC)))", None),
 }
 DRIVER = """
-import json, sys
+import contextlib, json, sys
 import torch
 import fastpath
 from common import runtime
@@ -41,8 +41,9 @@ from Config import LLMConfig
 from dataset import MicroBatch
 from model import WeakWater
 
-dtype, device = sys.argv[1], torch.device("cpu")
+torch.set_num_threads(1)
 torch.manual_seed(3)
+device = torch.device("cpu")
 model = WeakWater(LLMConfig.preset("nano", vocab_size=200, n_heads=2, n_kv_heads=1)).train()
 with torch.no_grad():
     for p in model.parameters():
@@ -52,7 +53,7 @@ tokens = torch.randint(0, 200, (96,))
 index = torch.arange(95)
 batch = MicroBatch(tokens.numpy(), lengths, index.numpy(), tokens[1:].numpy(), torch.rand(95).numpy())
 
-def learn(plain):
+def learn(plain, dtype):
     model.zero_grad()
     fastpath.restore(model)
     lines = [] if plain else fastpath.accelerate(model, device, dtype)
@@ -63,45 +64,114 @@ def learn(plain):
     scores = score(model, [batch], 300, device, lambda: runtime.autocast(device, dtype))["loss"]
     return lines, loss.item(), gradient, scores
 
-_, loss, gradient, scored = learn(plain=True)
-lines, fast_loss, fast_gradient, fast_scored = learn(plain=False)
-prompts, new = [[5, 6, 7, 8, 9], [11, 12]], 12
-decoder = Decoder(model.eval(), dtype)
-batched = [g.ids for g in generate(decoder, prompts, new, Sampling(), ())]
-alone = [generate(decoder, [p], new, Sampling(), ())[0].ids for p in prompts]
-native = decoder.native is not None
-fastpath.restore(model)
-uncached = []
-for prompt in prompts:
-    ids = list(prompt)
-    for _ in range(new):
-        with torch.no_grad(), runtime.autocast(device, dtype):
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    uncached.append(ids[len(prompt):])
-print(json.dumps({"lines": lines + decoder.lines, "native": native, "loss": fast_loss / loss - 1,
-                  "gradient": float((fast_gradient - gradient).norm() / gradient.norm()),
-                  "score": fast_scored / scored - 1, "batched": batched == uncached, "alone": alone == uncached}))
+def compare(dtype):
+    _, loss, gradient, scored = learn(True, dtype)
+    lines, fast_loss, fast_gradient, fast_scored = learn(False, dtype)
+    prompts, new = [[5, 6, 7, 8, 9], [11, 12]], 12
+    decoder = Decoder(model.eval(), dtype)
+    batched = [g.ids for g in generate(decoder, prompts, new, Sampling(), ())]
+    alone = [generate(decoder, [p], new, Sampling(), ())[0].ids for p in prompts]
+    native = decoder.native is not None
+    fastpath.restore(model)
+    uncached = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(new):
+            with torch.no_grad(), runtime.autocast(device, dtype):
+                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        uncached.append(ids[len(prompt):])
+    return ({"lines": lines + decoder.lines, "native": native, "loss": fast_loss / loss - 1,
+                      "gradient": float((fast_gradient - gradient).norm() / gradient.norm()),
+                      "score": fast_scored / scored - 1, "batched": batched == uncached, "alone": alone == uncached})
+
+open("found.json", "w").write(json.dumps({dtype: compare(dtype) for dtype in ("fp32", "bf16")}))
+"""
+FORKS = """
+import os, sys, torch
+driver, *folders = sys.argv[1:]
+for folder in folders:  # importing torch takes longer than all the rest
+    if os.fork() == 0:
+        os.chdir(folder)
+        sys.path[0] = folder
+        exec(driver)
+        os._exit(0)
+    os.wait()
 """
 
 
+def copy_with(folder, *edits: str) -> None:
+    """A copy of the code, edited."""
+    for path in [*ROOT.glob("*.py"), ROOT / "common", ROOT / "fastpath"]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    source = (folder / "model.py").read_text(encoding="utf-8")
+    for before, after in edits:
+        assert before in source
+        source = source.replace(before, after, 1) if before else source
+    (folder / "model.py").write_text(source, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """edit → dtype → what DRIVER found."""
+    folders = {edit: tmp_path_factory.mktemp("edited") for edit in EDITS}
+    for edit, folder in folders.items():
+        copy_with(folder, EDITS[edit][:2])
+    done = subprocess.run([sys.executable, "-c", FORKS, DRIVER, *map(str, folders.values())], capture_output=True,
+                          text=True)
+    assert done.stderr == "", done.stderr[-2000:]
+    return {edit: json.loads((folder / "found.json").read_text()) for edit, folder in folders.items()}
+
+
 @pytest.mark.parametrize("edit", EDITS)
-def test_all_follow_an_edit_of_the_network(tmp_path, edit):
+def test_all_follow_an_edit_of_the_network(found, edit):
     """Losses, gradients and scores to the precision's error; greedy text token for token in float32."""
-    before, after, words = EDITS[edit]
-    for name in ("Config.py", "dataset.py", "model.py", "common", "fastpath"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    source = (tmp_path / "model.py").read_text(encoding="utf-8")
-    assert before in source
-    (tmp_path / "model.py").write_text(source.replace(before, after, 1) if before else source, encoding="utf-8")
-    for dtype in ("fp32", "bf16"):
-        done = subprocess.run([sys.executable, "-c", DRIVER, dtype], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found = json.loads(done.stdout.splitlines()[-1])
+    words = EDITS[edit][2]
+    for dtype, here in found[edit].items():
         tolerance = 1e-5 if dtype == "fp32" else 0.03
-        assert abs(found["loss"]) < tolerance and abs(found["score"]) < tolerance, (dtype, found)
-        assert found["gradient"] < 3 * tolerance, (dtype, found)
-        assert words is None or any(words in line for line in found["lines"]), found["lines"]
+        assert abs(here["loss"]) < tolerance and abs(here["score"]) < tolerance, (dtype, here)
+        assert here["gradient"] < 3 * tolerance, (dtype, here)
+        assert words is None or any(words in line for line in here["lines"]), here["lines"]
         if dtype == "fp32":
-            assert found["batched"] and found["alone"], found
-            assert found["native"] == (edit in ("nothing", "soft-capped logits") and bool(shutil.which("cc"))), found
+            assert here["batched"] and here["alone"], here
+            assert here["native"] == (edit in ("nothing", "soft-capped logits") and bool(shutil.which("cc"))), here
+
+
+SCRIPTS = """
+import contextlib, io, json, sys
+import torch
+import eval_model, evaluate, pretrain
+
+torch.set_num_threads(1)
+data, tokenizer = sys.argv[1:]
+
+def run(main, *argv):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main([*argv, "--tokenizer_path", tokenizer, "--device", "cpu", "--dtype", "fp32"])
+    return out.getvalue()
+
+for name, plain in (("plain", ["--plain"]), ("fast", [])):
+    log = run(pretrain.main, "--data_path", data, "--out_dir", name, "--preset", "nano", "--max_seq_len", "64",
+              "--batch_size", "4", "--max_steps", "6", "--log_interval", "1", "--optimizer", "adamw",
+              "--learning_rate", "0.01", *plain)
+    weights = ["--checkpoint", "plain/pretrain.pth", *plain]
+    scores = json.loads(run(evaluate.main, *weights, "--data_path", data).splitlines()[-1])
+    text = run(eval_model.main, *weights, "--prompt", "小明", "--temperature", "0", "--max_new_tokens", "24")
+    print(json.dumps({"log": log, "scores": scores, "text": text}))
+"""
+
+
+def test_the_scripts_follow_an_edit(tmp_path, text_file, tokenizer_dir):
+    """pretrain.py, evaluate.py and eval_model.py, with and without --plain, after two edits at once."""
+    copy_with(tmp_path, *(EDITS[edit][:2] for edit in ("another slope", "another norm")))
+    done = subprocess.run([sys.executable, "-c", SCRIPTS, str(text_file), str(tokenizer_dir)], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, fast = map(json.loads, done.stdout.splitlines())
+    losses = [[row["loss"] for row in read_rows(tmp_path / name, "pretrain")] for name in ("plain", "fast")]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+    assert fast["scores"]["loss"] == pytest.approx(plain["scores"]["loss"], rel=1e-5)
+    assert fast["text"] == plain["text"] != ""
+    for words in ("mlp: computed as model.py says", "norm: computed as model.py says", "attention (documents"):
+        assert words in fast["log"] and words not in plain["log"]
+    assert "without replacements: --plain" in plain["log"]

@@ -377,7 +377,7 @@ def test_the_twin_finds_what_a_fresh_model_hides():
     """With output projections at zero, GELU for SiLU changes nothing of the loss: the twin's are random."""
     twin = make_twin(nano())
     assert all(p.abs().min() > 0 for name, p in twin.named_parameters() if "proj" in name and p.numel() < 10)
-    assert Twins(nano(), CPU, torch.float32).error(lambda twin: [replace(
-        m, "forward", lambda self, x: self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x)), ("cpu", torch.float32))
-        for m in twin.modules() if isinstance(m, SwiGLU)]) > 0.01
+    forward, checked_for = EDITS["activation"][1], ("cpu", torch.float32)
+    assert Twins(nano(), CPU, torch.float32).error(lambda twin: [
+        replace(m, "forward", forward, checked_for) for m in twin.modules() if isinstance(m, SwiGLU)]) > 0.01
     assert isinstance(twin.model.layers[0].self_attn, Attention)

@@ -20,6 +20,8 @@ from common.generation import Decoder, Sampling, StreamDecoder, adjust, generate
 from Config import LLMConfig, UserError
 from model import WeakWater
 
+pytestmark = pytest.mark.usefixtures("without_check")
+
 
 @pytest.fixture(scope="module")
 def model():

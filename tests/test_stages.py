@@ -468,6 +468,16 @@ def test_too_high_a_learning_rate_stops_the_run(text_file, tokenizer_dir, tmp_pa
 # what a run leaves
 
 
+def test_a_resume_that_computes_otherwise_says_so(text_file, tokenizer_dir, tmp_path, capsys):
+    said = []
+    for steps, flags in ((2, {}), (3, dict(resume=True)), (4, dict(resume=True, plain=True))):
+        train("pretrain", text_file, tokenizer_dir, tmp_path, **SMALL, max_steps=steps, **flags)
+        said.append(re.findall(r"^before, it was computed otherwise: .*", capsys.readouterr().out, re.MULTILINE))
+    assert said[:2] == [[], []] and len(said[2]) == 1 and "faster than model.py" in said[2][0]
+    meta = checkpoint.load_weights(tmp_path / "pretrain.pth")[2]
+    assert meta["computed_by"] == ["computed as model.py says, without replacements: --plain"]
+
+
 def test_what_a_run_leaves(text_file, tokenizer_dir, tmp_path, capsys):
     """Console line, log, JSONL, charts, weights and checkpoints are where and what the contract says."""
     flags = SMALL | dict(epochs=2, eval_interval=3, save_interval=4, learning_rate=2.0, warmup_ratio=1.0)

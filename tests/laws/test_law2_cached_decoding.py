@@ -11,6 +11,8 @@ from common.generation import Decoder, Sampling, decode_one_token, generate, pre
 from Config import LLMConfig, UserError
 from model import KVCache, WeakWater
 
+pytestmark = pytest.mark.usefixtures("without_check")
+
 VARIANTS = {
     "tied": dict(),
     "untied": dict(tie_embeddings=False),

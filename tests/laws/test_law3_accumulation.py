@@ -11,6 +11,8 @@ from Config import LLMConfig
 from dataset import StepLoader, load_documents
 from model import WeakWater
 
+pytestmark = pytest.mark.usefixtures("without_check")
+
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 ROW = 256
 WEIGHTS = dict(tag_weight=4.0, think_weight=0.25)
