@@ -64,7 +64,8 @@ class Decoder:
 
     def __init__(self, model: WeakWater, dtype: str = "fp32", plain: bool = False):
         self.model, self.config, self.dtype = model, model.config, dtype
-        self.weight_dtype, self.device = model.lm_head.weight.dtype, model.lm_head.weight.device
+        weight = next(model.parameters())
+        self.weight_dtype, self.device = weight.dtype, weight.device
         self.lines = accelerate(model, self.device, dtype, inference=True, plain=plain)
         self.native_reason: str | None = model.native_reason
         self.versions = versions(*model.parameters())

@@ -1,4 +1,4 @@
-/* One token through the network on a CPU: fastpath/generation.py calls this where it decodes a single row.
+/* One token through the network on a CPU: common/generation.py calls this where it decodes a single row.
 
    Decoding reads every weight once for each token, so memory sets its speed. In Python each of a hundred small
    operations costs about as much as the weights that it reads; here they are one call. fastpath/decoder.py hands
@@ -81,7 +81,7 @@ static void normalise(const float *x, const float *weight, float eps, int n, flo
     for (int i = 0; i < n; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
-/* A query or key made ready in place: normalised (Qwen3 only), then dimension i turned with i + D/2 (model.rotate). */
+/* A query or key made ready in place: normalised (Qwen3 only), then dimension i turned with i + D/2 (model.apply_rotary). */
 static void place(float *x, const float *norm, float eps, const float *cos, const float *sin, int D) {
     if (norm) normalise(x, norm, eps, D, x);
     for (int i = 0, half = D / 2; i < half; i++) {

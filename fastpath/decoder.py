@@ -52,23 +52,31 @@ class NativeDecoder:
                                            c_void_p, c_void_p, c_int], None
         self.tensors = []  # what decode.c is given the addresses of must live as long as this
 
-        def address(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> int:
+        def address(tensor: torch.Tensor, shape: tuple, dtype: torch.dtype = torch.float32) -> int:
+            if tensor.shape != shape:  # C would read whatever lies there
+                raise ValueError(f"a tensor {tuple(tensor.shape)} where decode.c reads {shape}")
             self.tensors.append(tensor.detach().to(dtype).contiguous())
             return self.tensors[-1].data_ptr()
 
+        C, F, D, V, S = c.dim, c.hidden_dim, c.head_dim, c.vocab_size, c.max_seq_len
         self.model = Model(
-            c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.vocab_size, MATRIX_TYPES[dtype],
-            c.norm_eps, address(decoder.embed_tokens.weight), address(decoder.norm.weight),
-            address(decoder.rotary.cos_SD), address(decoder.rotary.sin_SD), address(model.lm_head.weight, dtype))
+            C, F, c.n_layers, c.n_heads, c.n_kv_heads, D, V, MATRIX_TYPES[dtype], c.norm_eps,
+            address(decoder.embed_tokens.weight, (V, C)), address(decoder.norm.weight, (C,)),
+            address(decoder.rotary.cos_SD, (S, D)), address(decoder.rotary.sin_SD, (S, D)),
+            address(model.lm_head.weight, (V, C), dtype))
         self.layers = (Layer * c.n_layers)()
         for layer, block in zip(self.layers, decoder.layers, strict=True):
             attention, mlp = block.self_attn, block.mlp
-            norms = [block.input_layernorm, *((attention.q_norm, attention.k_norm) if c.qk_norm else (None, None)),
-                     block.post_attention_layernorm]
-            matrices = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-                        mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-            layer.__init__(*(norm and address(norm.weight) for norm in norms),
-                           *(address(matrix.weight, dtype) for matrix in matrices))
+            head_norms = (attention.q_norm, attention.k_norm) if c.qk_norm else (None, None)
+            queries, keys = c.n_heads * D, c.n_kv_heads * D
+            layer.__init__(
+                address(block.input_layernorm.weight, (C,)),
+                *(norm and address(norm.weight, (D,)) for norm in head_norms),
+                address(block.post_attention_layernorm.weight, (C,)),
+                *(address(matrix.weight, shape, dtype) for matrix, shape in (
+                    (attention.q_proj, (queries, C)), (attention.k_proj, (keys, C)), (attention.v_proj, (keys, C)),
+                    (attention.o_proj, (C, queries)), (mlp.gate_proj, (F, C)), (mlp.up_proj, (F, C)),
+                    (mlp.down_proj, (C, F)))))
 
     def __call__(self, token: int, position: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Put a token into the cache (layers, 1, K, S, D), float32, at `position`; logits (1, V) after it."""

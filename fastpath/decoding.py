@@ -20,7 +20,7 @@ def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def versions(*weights: torch.Tensor) -> list[tuple]:
-    """What becomes another when a weight does, in place or not."""
+    """What becomes another when a weight does, but not by way of `.data` or of an inference tensor."""
     return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
 
 
@@ -53,7 +53,7 @@ class Matmul:
 
 def attention_cached(self, x, cos, sin, packing=None, cache=None):
     """The next tokens of each row against the cache; RoPE in float32."""
-    if cache is None or not checked(self, x):
+    if cache is None or torch.is_grad_enabled() or not checked(self, x):
         return self.without_cache(x, cos, sin, packing, cache)
     D, T = self.head_dim, x.shape[1]
     H, K = self.q_proj.out_features // D, self.k_proj.out_features // D

@@ -69,7 +69,7 @@ static inline floats exponential(floats x) {
 }
 
 /* ---------------------------------------------------------------------------------------------
-   RMSNorm: model.Normalise */
+   RMSNorm: training.RMSNormFunction */
 
 static inline floats load(const void *x, int is_bfloat16, int64_t i) {
     return is_bfloat16 ? load_bfloat16((const uint16_t *)x + i) : load_float32((const float *)x + i);
@@ -121,7 +121,7 @@ void normalise_gradient(const void *x, int is_bfloat16, const float *weight, con
 }
 
 /* ---------------------------------------------------------------------------------------------
-   SwiGLU: model.GatedSiLU */
+   SwiGLU: training.GatedSiLU */
 
 /* y (rows, F) = silu(gate) · up of gate and up (rows, 2F). */
 void gated_silu(const uint16_t *gate_up, int64_t rows, int F, uint16_t *y, int threads) {
@@ -150,7 +150,7 @@ void gated_silu_gradient(const uint16_t *gate_up, const uint16_t *grad_y, int64_
 /* Heads of tokens that lie in a packed buffer, `stride` numbers from token to token, brought together as rows: of each
    document and each of the heads / group key/value heads (length · group, D), a token's heads that share one after the
    other. Documents shorter than `length` are filled up with zeros. With cos and sin (tokens, D) also rotated
-   (model.rotate); without, they are NULL. */
+   (model.apply_rotary); without, they are NULL. */
 void pack_heads(const uint16_t *buffer, int64_t stride, int heads, int group, int D, const int32_t *starts,
                 const int32_t *lengths, int documents, int length, const uint16_t *cos, const uint16_t *sin,
                 uint16_t *rows, int threads) {
@@ -243,7 +243,7 @@ void causal_softmax_gradient(const uint16_t *probabilities, uint16_t *grad, int 
 }
 
 /* ---------------------------------------------------------------------------------------------
-   the loss: model.LinearCrossEntropy, the products apart */
+   the loss: training.LinearCrossEntropy, the products apart */
 
 /* losses (N,) in nats of softmax(logits (N, V)); with weights (N,) the logits become the weighted sum's ∂logits. */
 void cross_entropy(uint16_t *logits, const int64_t *targets, const float *weights, int64_t N, int V, float *losses,

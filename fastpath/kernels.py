@@ -44,6 +44,12 @@ def trouble() -> str | None:
     return None
 
 
+def must(be_true: bool) -> None:
+    """C would read and write whatever lies there. Raises ValueError."""
+    if not be_true:
+        raise ValueError("a tensor of another shape or type than kernels.c takes")
+
+
 def call(name: str, *arguments) -> None:
     """A function of kernels.c; a tensor is handed over as its address, which says nothing of its shape and type."""
     for each in arguments:
@@ -63,7 +69,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         x = x.contiguous()
-        assert x.dtype in (torch.float32, torch.bfloat16)
+        must(x.dtype in (torch.float32, torch.bfloat16) and x.shape[-1:] == weight.shape and len(weight) % 16 == 0)
         y, r = torch.empty_like(x, dtype=torch.bfloat16), empty(x.numel() // x.shape[-1])
         call("normalise", x, x.dtype == torch.bfloat16, weight.float(), eps, len(r), x.shape[-1], y, r)
         ctx.save_for_backward(x, weight, r)
@@ -84,7 +90,7 @@ class GatedSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up):
-        assert gate_up.dtype == torch.bfloat16
+        must(gate_up.dtype == torch.bfloat16 and gate_up.is_contiguous() and gate_up.shape[-1] % 32 == 0)
         ctx.save_for_backward(gate_up)
         width = gate_up.shape[-1] // 2
         y = gate_up.new_empty(*gate_up.shape[:-1], width)
@@ -108,8 +114,9 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, heads_TWD, cos, sin, n_heads, buckets):
-        assert heads_TWD.is_contiguous() and heads_TWD.dtype == cos.dtype == sin.dtype == torch.bfloat16
         T, width, D = heads_TWD.shape
+        must(heads_TWD.is_contiguous() and heads_TWD.dtype == cos.dtype == sin.dtype == torch.bfloat16)
+        must(D % 32 == 0 and cos.numel() == sin.numel() == T * D)
         K, cos, sin = (width - n_heads) // 2, cos.contiguous(), sin.contiguous()
         out, saved, G = heads_TWD.new_empty(T, n_heads, D), [], n_heads // K
         for starts, lengths, longest in buckets:

@@ -13,9 +13,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+import model as network
 from fastpath import kernels
-from model import Packing, apply_rotary
+from model import Packing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +56,7 @@ class RMSNormFunction(torch.autograd.Function):
         return weight * (x32 * r).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         x, weight, r = ctx.saved_tensors
         unit = (x.float() * r).to(torch.promote_types(grad_y.dtype, torch.float32))
@@ -97,6 +100,7 @@ class GatedSiLU(torch.autograd.Function):
         return F.silu(gate) * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate_up, = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
@@ -180,6 +184,7 @@ class Gather(torch.autograd.Function):
         return x[padded_index]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad[ctx.saved_tensors[0]], None, None
 
@@ -194,6 +199,7 @@ class Scatter(torch.autograd.Function):
         return x[place]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grad), None
 
@@ -248,7 +254,7 @@ def attention_buckets(self, x, cos, sin, packing=None, cache=None):
     if cache is not None or not checked(self, x):
         return type(self).forward(self, x, cos, sin, packing, cache)
     q, k, v = project_heads(self, x)
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    q, k = network.apply_rotary(q, cos, sin), network.apply_rotary(k, cos, sin)
     if packing is None:
         return self.o_proj(causal_attention(q, k, v).flatten(2))
     buckets = buckets_of(packing)
@@ -280,7 +286,7 @@ def attention_varlen(self, x, cos, sin, packing=None, cache=None):
     if packing is None or cache is not None or not checked(self, x):
         return type(self).forward(self, x, cos, sin, packing, cache)
     q, k, v = project_heads(self, x)
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    q, k = network.apply_rotary(q, cos, sin), network.apply_rotary(k, cos, sin)
     q, k, v = (heads.squeeze(0) for heads in (q, k, v))  # x[0] would have a costly gradient
     bounds, longest = packing.boundaries, self.longest
     out = self.varlen_kernel(q, k, v, bounds, bounds, longest, longest)
@@ -364,20 +370,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None
 
 
+def takes(head: nn.Module, weights: torch.Tensor) -> bool:
+    """True if LinearCrossEntropy can compute this: it reads the head's matrix, and gives loss weights no gradient."""
+    return type(head) is nn.Linear and head.bias is None and not weights.requires_grad
+
+
 def loss_blocks(self, hidden_NC, targets, weights):
     """The loss a block of rows at a time."""
-    if not checked(self, hidden_NC):
+    if not checked(self, hidden_NC) or not takes(self.lm_head, weights):
         return type(self).loss(self, hidden_NC, targets, weights)
     return LinearCrossEntropy.apply(hidden_NC, self.lm_head.weight, targets, weights, torch.is_grad_enabled())
 
 
 def loss_c(self, hidden_NC, targets, weights):
     """The same, softmax and its gradient by kernels.c."""
-    if not checked(self, hidden_NC):
+    if not checked(self, hidden_NC) or not takes(self.lm_head, weights):
         return type(self).loss(self, hidden_NC, targets, weights)
     return LinearCrossEntropy.apply(hidden_NC, self.lm_head.weight, targets, weights, torch.is_grad_enabled(), True)

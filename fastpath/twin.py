@@ -1,16 +1,11 @@
-"""Small twins of a model, on which replacements are compared with what model.py says.
+"""A small twin of a model, on which replacements are compared with what model.py says.
 
-A twin is made of the model's own classes, with its head width and its options, but few entries and random weights,
-biases and norm scales: a fresh model hides edits, since its output projections are zero. Some inputs are so small that
-a norm's eps matters. There are two:
-
-    small   two layers, the model's groups of heads: the loss and the gradient of every parameter
-    deep    all layers, one or two heads, a document as long as the context allows: logits, for what model.py may do in
-            some layers, beyond some distance or outside training only
+It is made of the model's own classes, with its head width, its groups and its options, but two layers, few entries and
+random weights, biases and norm scales: a fresh model hides faults, since its output projections are zero. Some inputs
+are so small that a norm's eps matters.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,8 +18,7 @@ from fastpath.decoding import cache_dtype
 from fastpath.replace import restore
 from model import KVCache, WeakWater
 
-LENGTHS = [3, 1, 134, 21, 2, 21]  # the small twin's documents; the longest takes more than one block of queries
-DEEP_LENGTH = 640  # the deep twin's tokens, if the context holds so many
+LENGTHS = [3, 1, 134, 21, 2, 21]  # documents; the longest takes more than one block of queries
 VOCAB = 61
 
 
@@ -39,33 +33,27 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def twin_config(config: LLMConfig, deep: bool = False) -> LLMConfig:
+def twin_config(config: LLMConfig) -> LLMConfig:
     """A small architecture for which the same replacements apply."""
-    group = 1 if deep else config.n_heads // config.n_kv_heads
-    most = config.n_heads // group
+    group = config.n_heads // config.n_kv_heads
 
     def alike(n_kv_heads: int) -> bool:
         """True if the width is a multiple of what C takes at a time where the model's is."""
         dim = group * n_kv_heads * config.head_dim
         return all((dim % n == 0) == (config.dim % n == 0) for n in (16, 64))
 
-    n_kv_heads = next((n for n in range(1 if deep else min(2, most), most) if alike(n)), most)
+    n_kv_heads = next((n for n in range(min(2, config.n_kv_heads), config.n_kv_heads) if alike(n)), config.n_kv_heads)
     n_heads = group * n_kv_heads
-    return replace(config, vocab_size=VOCAB, n_layers=config.n_layers if deep else 2, n_heads=n_heads,
-                   n_kv_heads=n_kv_heads, dim=n_heads * config.head_dim, hidden_dim=64 + config.hidden_dim % 64,
-                   max_seq_len=max(64, min(DEEP_LENGTH, config.max_seq_len)) if deep else max(LENGTHS))
+    return replace(config, vocab_size=VOCAB, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads,
+                   dim=n_heads * config.head_dim, hidden_dim=64 + config.hidden_dim % 64, max_seq_len=max(LENGTHS),
+                   dropout=0.0)
 
 
-def make_twin(model: WeakWater, deep: bool = False) -> WeakWater:
-    """A twin on the CPU in float32, in training mode, without the dropout between a block's parts (no replacement
-    computes that). The caller's random numbers do not move."""
+def small_copy(model: WeakWater) -> WeakWater:
+    """The twin's network, on the CPU in float32, in training mode. The caller's random numbers do not move."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        twin = type(model)(twin_config(model.config, deep)).train()
-        for module in (twin.model, *twin.model.layers):
-            for child in module.children():
-                if isinstance(child, nn.Dropout):
-                    child.p = 0.0
+        twin = type(model)(twin_config(model.config)).train()
         with torch.no_grad():
             for parameter in twin.parameters():
                 if parameter.ndim < 2:  # biases around 0, the scales of norms around 1
@@ -77,7 +65,7 @@ def make_twin(model: WeakWater, deep: bool = False) -> WeakWater:
 
 
 def make_buffer(device: torch.device) -> dict:
-    """A packed buffer for the small twin; half of its positions predict."""
+    """A packed buffer for the twin; half of its positions predict."""
     generator, total = torch.Generator().manual_seed(2), sum(LENGTHS)
     index = torch.randperm(total, generator=generator)[:total // 2].sort().values
     tensors = dict(tokens=torch.randint(0, VOCAB, (1, total), generator=generator), target_index=index,
@@ -86,15 +74,17 @@ def make_buffer(device: torch.device) -> dict:
     return {name: tensor.to(device) for name, tensor in tensors.items()} | {"lengths": LENGTHS}
 
 
-def loss_and_gradients(model: nn.Module, buffer: dict, context=contextlib.nullcontext) -> list[torch.Tensor]:
-    """The loss and the gradient of every parameter, in float64 on the CPU."""
+def losses_and_gradients(model: nn.Module, buffer: dict, context=contextlib.nullcontext) -> list[torch.Tensor]:
+    """The loss in evaluation and in training, and the gradient of every parameter, in float64 on the CPU."""
     model.zero_grad()
+    with torch.no_grad(), context():
+        scored = model.eval()(**buffer)
     with torch.enable_grad():
         with context():
-            loss = model(**buffer)
+            loss = model.train()(**buffer)
         loss.backward()
     gradients = (torch.zeros(()) if p.grad is None else p.grad for p in model.parameters())
-    return [x.detach().cpu().double() for x in (loss, *gradients)]
+    return [x.detach().cpu().double() for x in (scored, loss, *gradients)]
 
 
 def shape_of(module: nn.Module) -> list[tuple]:
@@ -105,36 +95,7 @@ def shape_of(module: nn.Module) -> list[tuple]:
             for name, part in module.named_modules()]
 
 
-@one_thread()
-def reason_against(model: WeakWater) -> str | None:
-    """Why twins cannot stand for this model; None if they can."""
-    try:
-        twin = make_twin(model)
-        if not isinstance(model.model.layers[0], type(twin.model.layers[0])):
-            return "its layers are of another class than model.py's"
-        expected = shape_of(twin.model.layers[0])
-        others = [[part for part in shape_of(m) if ".layers." not in part[0]] for m in (model, twin)]
-        if others[0] != others[1] or any(shape_of(layer) != expected for layer in model.model.layers):
-            return "its modules are not those that model.py makes"
-        buffer = make_buffer(torch.device("cpu"))
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            losses = []
-            for seed in (1, 2):
-                torch.manual_seed(seed)
-                losses.append(float(twin(**buffer)))
-        if losses[0] != losses[1]:
-            return "it answers differently with another random seed"
-    except Exception as error:  # an edited model may fail in any way
-        return f"no small model of the same kind can be made and run ({type(error).__name__}: {str(error)[:100]})"
-    return None
-
-
 Change = Callable[[nn.Module], None]  # of a twin, by `replace`
-Logits = Callable[[nn.Module], torch.Tensor]
-
-
-def unchanged(model: nn.Module) -> None:
-    """The change that is none."""
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -143,147 +104,111 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else math.inf
 
 
-def after(change: Change, function: Logits) -> Logits:
-    """The function of a model after `change`."""
-    def changed(model):
-        change(model)
-        return function(model)
-
-    return changed
-
-
-def tokens_of(model: nn.Module) -> torch.Tensor:
-    """Tokens (1, max_seq_len) for a twin."""
-    return (torch.arange(model.config.max_seq_len, device=model.lm_head.weight.device)[None] * 7) % VOCAB
-
-
-def rows_and_documents(model: nn.Module) -> torch.Tensor:
-    """Logits of two short rows, and at the end of the longest document."""
-    tokens = tokens_of(model)
-    n = tokens.shape[1]
-    last = torch.arange(n - 32, n, device=tokens.device)
-    return torch.cat([model(tokens[:, :32].view(2, 16)).flatten(0, 1),
-                      model(tokens, lengths=[5, n - 5], target_index=last)])
-
-
-def cached_logits(model: nn.Module, dtype: torch.dtype, rows: int = 1, step: Callable | None = None) -> torch.Tensor:
-    """Logits (N, V) after a prompt and after each of the 4 tokens up to the end of the context; of two rows also at
-    positions of their own. `step` computes them otherwise: (token, position, keys, values) → logits (1, V)."""
-    tokens = tokens_of(model)
-    n = tokens.shape[1]
-    tokens = torch.cat([tokens, tokens.flip(1)])[:rows]
-    cache = KVCache(model.config, rows, n, tokens.device, dtype)
-    last = torch.arange(rows, device=tokens.device) * (n - 4) + n - 5
-    found = [model(tokens[:, :n - 4], cache=cache, target_index=last)]
-    for position in range(n - 4, n):
-        if step is not None:
-            found.append(step(int(tokens[0, position]), position, cache.keys, cache.values))
-        else:
-            found += model(tokens[:, position:position + 1], cache=cache).unbind(1)
-    if rows == 2:
-        cache.rewind([9, 13])
-        for begin, end in ((13, 14), (14, 17)):
-            found += model(tokens[:, begin:end], cache=cache).unbind(1)
+def cached_logits(model: nn.Module, rows: int, cache_dtype: torch.dtype, step: Callable | None = None) -> torch.Tensor:
+    """Logits (N, V) after a prompt and after each of 8 more tokens, after each of the first 8 without a prompt, and of
+    two rows also at positions of their own. `step` computes single tokens otherwise: (token, position, keys, values) →
+    logits (1, V)."""
+    weight, n = next(model.parameters()), 40
+    tokens = (torch.arange(2 * n, device=weight.device).view(2, n) * 7 % VOCAB)[:rows]
+    found = []
+    for prompt in (n - 8, 0):
+        cache = KVCache(model.config, rows, n, weight.device, torch.promote_types(cache_dtype, weight.dtype))
+        if prompt:
+            found += model(tokens[:, :prompt], cache=cache)[:, -1:].unbind(1)
+        for position in range(prompt, prompt + 8):
+            if step is not None:
+                found.append(step(int(tokens[0, position]), position, cache.keys, cache.values))
+            else:
+                found += model(tokens[:, position:position + 1], cache=cache).unbind(1)
+        if prompt and rows == 2:
+            cache.rewind([9, 13])
+            for begin, end in ((13, 14), (14, 17)):
+                found += model(tokens[:, begin:end], cache=cache).unbind(1)
     return torch.cat(found)
 
 
-class Twins:
-    """Both twins, what they should give, and by how much a change of them may be off: the plain model rounds too, and a
-    replacement may round at other places.
+class Twin:
+    """The twin, what it should give, and by how much a change of it may be off: the plain model rounds too, and a
+    replacement may round at other places. The methods return None if what they try agrees, else what is wrong."""
 
-    The excess_… methods return None if what they try agrees, else by how much it differs, in words.
-    """
-
-    @one_thread()
-    def __init__(self, model: WeakWater, device: torch.device, dtype: torch.dtype):
+    def __init__(self, twin: WeakWater, device: torch.device, dtype: torch.dtype):
         half = dtype != torch.float32
         self.context = (lambda: torch.autocast(device.type, dtype)) if half else contextlib.nullcontext
         self.device, self.cache_dtype = device, cache_dtype(device, dtype)
-        self.small, self.deep = make_twin(model), make_twin(model, deep=True)
+        self.twin = twin
         self.buffer, precise = make_buffer(device), make_buffer(torch.device("cpu"))
         precise["weights"] = precise["weights"].double()
-        self.truth = loss_and_gradients(self.small.double(), precise)
-        self.small.to(device, torch.float32), self.deep.to(device)
-        self.typical = float(torch.stack([gradient.norm() for gradient in self.truth[1:]]).median())
-        self.limit = 1.5 * self.error(unchanged) + 1e-5
+        self.expected = losses_and_gradients(self.twin.double(), precise)
+        self.typical = float(torch.stack([gradient.norm() for gradient in self.expected[2:]]).median())
+        self.twin.to(device, torch.float32)
+        self.limit = 1.5 * self.error(losses_and_gradients(self.twin, self.buffer, self.context)) + 1e-5
 
-    @one_thread()
-    def error(self, change: Change) -> float:
-        """The largest relative error of the small twin's loss and of a gradient, after `change`; infinite if it
-        fails."""
-        try:
-            change(self.small.train())
-            loss, *gradients = loss_and_gradients(self.small, self.buffer, self.context)
-        except Exception:  # whatever a replacement cannot do, it is not to be used for
-            return math.inf
-        finally:
-            restore(self.small)
-        errors = [relative(loss, self.truth[0])]
-        for gradient, expected in zip(gradients, self.truth[1:], strict=True):
+    def error(self, found: list[torch.Tensor]) -> float:
+        """The largest relative error of a loss or a gradient."""
+        errors = [relative(*losses) for losses in zip(found[:2], self.expected[:2], strict=True)]
+        for gradient, expected in zip(found[2:], self.expected[2:], strict=True):
             # a gradient that is nearly zero, that of a key's bias say, is not compared by its own size
             error = float((gradient - expected).norm() / (expected.norm() + 1e-3 * self.typical))
             errors.append(error if error == error else math.inf)
         return max(errors)
 
+    def objection(self, change: Change) -> str | None:
+        """To a change of what is computed in training and evaluation."""
+        def compute() -> tuple[float, float]:
+            change(self.twin)
+            return self.error(losses_and_gradients(self.twin, self.buffer, self.context)), self.limit
+
+        return self.try_out(compute)
+
+    def objection_in_decoding(self, change: Change) -> str | None:
+        """To a change of the forward with a cache."""
+        return self.try_out(lambda: self.compare_cached(2, change))
+
+    def objection_to_decoder(self, make: Callable[[nn.Module], Callable]) -> str | None:
+        """To a decoder of single rows, which `make` makes for a model."""
+        return self.try_out(lambda: self.compare_cached(1, lambda twin: None, make))
+
     @one_thread()
-    def logits(self, twin: nn.Module, function: Logits, exact: torch.dtype | None = None) -> torch.Tensor:
-        """A function's logits for a twin in evaluation mode, as in the run or in `exact` on the CPU."""
-        twin.eval().to(*(("cpu", exact) if exact else (self.device, torch.float32)))
+    def try_out(self, compute: Callable[[], tuple[float, float]]) -> str | None:
+        """What is wrong with the (error, limit) that `compute` returns."""
         try:
-            with torch.no_grad(), contextlib.nullcontext() if exact else self.context():
-                return function(twin).double().cpu()
+            error, limit = compute()
+        except Exception as trouble:  # whatever a replacement cannot do, it is not to be used for
+            return f"fails ({type(trouble).__name__}: {str(trouble)[:80]})"
         finally:
-            restore(twin)
+            restore(self.twin)
+        return None if error <= limit else f"differs from model.py by {error:.2g}, more than {limit:.2g}"
 
-    def judge(self, twin: nn.Module, function: Logits, exact: torch.dtype, floor: float) -> Callable:
-        """Returns what compares logits: found → (error, limit from the error that `function` makes of the twin in the
-        run's precision). The truth is what it makes in the precision `exact`."""
-        truth = self.logits(twin, function, exact)
-        limit = 1.5 * relative(self.logits(twin, function), truth) + floor
+    def compare_cached(self, rows: int, change: Change, make: Callable | None = None) -> tuple[float, float]:
+        """(error, limit) of cached_logits after `change`, or of what `make` makes."""
+        def logits(step=None) -> torch.Tensor:
+            with torch.no_grad(), self.context():
+                return cached_logits(self.twin, rows, self.cache_dtype, step).double().cpu()
 
-        def compare(found: Logits) -> tuple[float, float]:
-            try:
-                return relative(self.logits(twin, found), truth), limit
-            except Exception:  # whatever it cannot do, it is not to be used for
-                return math.inf, limit
-
-        return compare
-
-    @functools.cached_property
-    def judge_deep(self) -> Callable:
-        return self.judge(self.deep, rows_and_documents, torch.float32, 1e-4)
-
-    @functools.cached_property
-    def judge_deep_cached(self) -> Callable:
-        return self.judge(self.deep, self.with_cache, torch.float32, 1e-4)
-
-    def with_cache(self, model: nn.Module, rows: int = 1) -> torch.Tensor:
-        """cached_logits, the cache in the precision that decoding has."""
-        return cached_logits(model, torch.promote_types(self.cache_dtype, model.lm_head.weight.dtype), rows)
-
-    def excess(self, change: Change) -> str | None:
-        """Of losses, gradients and logits after `change`."""
-        return (too_much(self.error(change), self.limit)
-                or too_much(*self.judge_deep(after(change, rows_and_documents)), DEEP))
-
-    def excess_in_decoding(self, change: Change) -> str | None:
-        """Of logits with a cache after `change`."""
-        rows = functools.partial(self.with_cache, rows=2)
-        return (too_much(*self.judge(self.small, rows, torch.float64, 1e-5)(after(change, rows)))
-                or too_much(*self.judge_deep_cached(after(change, self.with_cache)), DEEP))
-
-    def excess_of_native(self, make: Callable[[nn.Module], Callable]) -> str | None:
-        """The same of a decoder of one row, which `make` makes for a copy."""
-        def found(model):
-            return cached_logits(model, torch.float32, step=make(model))
-
-        return (too_much(*self.judge(self.small, self.with_cache, torch.float64, 1e-5)(found))
-                or too_much(*self.judge_deep_cached(found), DEEP))
+        with torch.no_grad():
+            expected = cached_logits(self.twin.eval().to("cpu", torch.float64), rows, self.cache_dtype)
+        self.twin.to(self.device, torch.float32)
+        limit = 1.5 * relative(logits(), expected) + 1e-5
+        change(self.twin)
+        return relative(logits(make and make(self.twin)), expected), limit
 
 
-DEEP = " in some layers or far back in long documents"
-
-
-def too_much(error: float, limit: float, where: str = "") -> str | None:
-    """By how much an error is beyond its limit, in words; None if it is not."""
-    return None if error <= limit else f"by {error:.2g}{where}, more than {limit:.2g}"
+@one_thread()
+def make_twin(model: WeakWater, device: torch.device, dtype: torch.dtype) -> tuple[Twin | None, str | None]:
+    """(twin, None), or (None, why no twin can stand for this model)."""
+    try:
+        copy = small_copy(model)
+        expected = shape_of(copy.model.layers[0])
+        others = [[part for part in shape_of(m) if ".layers." not in part[0]] for m in (model, copy)]
+        if others[0] != others[1] or any(shape_of(layer) != expected for layer in model.model.layers):
+            return None, "its modules are not those that model.py makes"
+        buffer, losses = make_buffer(torch.device("cpu")), []
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for seed in (1, 2):
+                torch.manual_seed(seed)
+                losses.append(float(copy(**buffer)))
+        if losses[0] != losses[1]:
+            return None, "it answers differently with another random seed"
+        return Twin(copy, device, dtype), None
+    except Exception as error:  # an edited model may fail in any way
+        return None, f"no small model of the same kind can be made and run ({type(error).__name__}: {str(error)[:100]})"

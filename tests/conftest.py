@@ -193,8 +193,7 @@ def without_check(monkeypatch):
 
     import fastpath
 
-    monkeypatch.setattr(fastpath, "reason_against", lambda model: None)
-    monkeypatch.setattr(fastpath, "Twins", Agreed)
+    monkeypatch.setattr(fastpath, "make_twin", lambda model, device, dtype: (Agreed(), None))
 
 
 # ---------------------------------------------------------------------------------------------

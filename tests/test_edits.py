@@ -8,25 +8,32 @@ import sys
 import pytest
 from conftest import ROOT, read_rows
 
-EDITS = {  # name: (what stands in model.py, what is put there, words of the log)
+EDITS = {  # name: (what stands in model.py, what is put there, of the log)
     "nothing": ("", "", "faster than model.py"),
-    "GELU for SiLU": ("F.silu(self.gate_proj(x))", "F.gelu(self.gate_proj(x))", "mlp: computed as model.py says"),
-    "another slope": ("F.silu(self.gate_proj(x))", "F.silu(4 * self.gate_proj(x))", "mlp: computed as model.py says"),
+    "GELU for SiLU": ("F.silu(self.gate_proj(x))", "F.gelu(self.gate_proj(x))", "since SwiGLU edited"),
+    "another slope": ("F.silu(self.gate_proj(x))", "F.silu(4 * self.gate_proj(x))", "since SwiGLU edited"),
     "another norm": ("x32.pow(2).mean(-1, keepdim=True)", "x32.abs().mean(-1, keepdim=True).pow(2)",
-                     "norm: computed as model.py says"),
-    "a larger eps": ("keepdim=True) + self.eps", "keepdim=True) + 100 * self.eps", "norm: computed as model.py says"),
+                     "since RMSNorm edited"),
+    "a larger eps": ("keepdim=True) + self.eps", "keepdim=True) + 100 * self.eps", "since RMSNorm edited"),
     "RoPE with neighbours": (
         """first, second = x_BTHD.chunk(2, dim=-1)
     return x_BTHD * cos.to(x_BTHD.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x_BTHD.dtype)""",
         """first, second = x_BTHD[..., ::2], x_BTHD[..., 1::2]
     turned = torch.stack((-second, first), -1).flatten(-2)
-    return x_BTHD * cos.to(x_BTHD.dtype) + turned * sin.to(x_BTHD.dtype)""", None),
+    return x_BTHD * cos.to(x_BTHD.dtype) + turned * sin.to(x_BTHD.dtype)""", "since apply_rotary edited"),
     "a bias": ("self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)",
                "self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=True)",
-               "attention: computed as model.py says"),
+               "since Attention edited"),
     "soft-capped logits": ("logits_NV = (logits := self.lm_head(hidden_NC))",
                            "logits_NV = (logits := 5 * torch.tanh(self.lm_head(hidden_NC) / 5))",
-                           "loss: computed as model.py says"),
+                           "since WeakWater.loss edited"),
+    "another width": (  # 171: no multiple of what C takes at a time
+        """config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim""",
+        """config.hidden_dim, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(config.dim, 171, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(171, config.dim""", "since SwiGLU edited"),
+    "another name": ("SwiGLU", "GatedMLP", "since SwiGLU edited"),
     "the norm after the branch": ("self.dropout(self.mlp(self.post_attention_layernorm(x_BTC)))",
                                   "self.dropout(self.post_attention_layernorm(self.mlp(x_BTC)))", None),
 }
@@ -106,7 +113,7 @@ def copy_with(folder, *edits: str) -> None:
     source = (folder / "model.py").read_text(encoding="utf-8")
     for before, after in edits:
         assert before in source
-        source = source.replace(before, after, 1) if before else source
+        source = source.replace(before, after) if before else source
     (folder / "model.py").write_text(source, encoding="utf-8")
 
 
@@ -172,6 +179,6 @@ def test_the_scripts_follow_an_edit(tmp_path, text_file, tokenizer_dir):
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
     assert fast["scores"]["loss"] == pytest.approx(plain["scores"]["loss"], rel=1e-5)
     assert fast["text"] == plain["text"] != ""
-    for words in ("mlp: computed as model.py says", "norm: computed as model.py says", "attention (documents"):
+    for words in ("since SwiGLU edited", "since RMSNorm edited", "attention (documents"):
         assert words in fast["log"] and words not in plain["log"]
     assert "without replacements: --plain" in plain["log"]

@@ -24,7 +24,7 @@ LENGTHS = [5, 1, 133, 2, 64, 17, 64, 300]
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 
 
-ALL_C = ("faster than model.py, and equal to it: attention (kernels.c), norm (kernels.c), mlp (kernels.c), "
+ALL_C = ("faster than model.py, and checked against it: attention (kernels.c), norm (kernels.c), mlp (kernels.c), "
          "loss (kernels.c)")
 
 
@@ -296,7 +296,7 @@ def test_a_compiled_block_is_torchs(backend, monkeypatch):
     expected = learn(model, buffer, "bf16", expected_calls=True)
     model, buffer = make_plain()
     assert accelerate(model, CPU, "bf16", compile=True) == [
-        "faster than model.py, and equal to it: attention (documents of similar length together), loss (kernels.c)"]
+        "faster than model.py, and checked against it: attention (documents of similar length together), loss (kernels.c)"]
     if backend == "inductor":
         said = runtime.compile_blocks(model, CPU)
         if said.startswith("off"):
