@@ -59,6 +59,7 @@ class Replacement:
 ATTENTION = ("Attention", "apply_rotary", "attention", "Packing")
 C_ATTENTION = (*ATTENTION, "RotaryEmbedding", "Transformer", "Block")  # cosines and sines as these make them
 C_NORM = ("RMSNorm", "Attention", "SwiGLU", "Block", "Transformer", "WeakWater.forward")  # only matmuls read its bf16
+LOSS = ("WeakWater.loss", "WeakWater.__init__")  # which makes the head
 REPLACEMENTS = {  # slot → the choices, best first
     "attention": [
         Replacement("a variable-length flash kernel", "Attention", training.attention_varlen,
@@ -79,8 +80,8 @@ REPLACEMENTS = {  # slot → the choices, best first
         Replacement("fewer passes", "SwiGLU", training.swiglu_torch, lambda case: not case.compile, ("SwiGLU",))],
     "loss": [
         Replacement("kernels.c", "WeakWater", training.loss_c, lambda case: case.device.type == "cpu" and (
-            case.dtype == torch.bfloat16) and not kernels.trouble(), ("WeakWater.loss",), "loss"),
-        Replacement("in blocks", "WeakWater", training.loss_blocks, lambda case: True, ("WeakWater.loss",), "loss")],
+            case.dtype == torch.bfloat16) and not kernels.trouble(), LOSS, "loss"),
+        Replacement("in blocks", "WeakWater", training.loss_blocks, lambda case: True, LOSS, "loss")],
 }
 
 

@@ -376,20 +376,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None
 
 
-def takes(head: nn.Module, weights: torch.Tensor) -> bool:
-    """True if LinearCrossEntropy can compute this: it reads the head's matrix, and gives loss weights no gradient."""
-    return type(head) is nn.Linear and head.bias is None and not weights.requires_grad
-
-
 def loss_blocks(self, hidden_NC, targets, weights):
     """The loss a block of rows at a time."""
-    if not checked(self, hidden_NC) or not takes(self.lm_head, weights):
+    if not checked(self, hidden_NC) or weights.requires_grad:
         return type(self).loss(self, hidden_NC, targets, weights)
     return LinearCrossEntropy.apply(hidden_NC, self.lm_head.weight, targets, weights, torch.is_grad_enabled())
 
 
 def loss_c(self, hidden_NC, targets, weights):
     """The same, softmax and its gradient by kernels.c."""
-    if not checked(self, hidden_NC) or not takes(self.lm_head, weights):
+    if not checked(self, hidden_NC) or weights.requires_grad:
         return type(self).loss(self, hidden_NC, targets, weights)
     return LinearCrossEntropy.apply(hidden_NC, self.lm_head.weight, targets, weights, torch.is_grad_enabled(), True)
