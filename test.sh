@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Sets up .venv (once) and runs style check and tests.   bash test.sh [--extra] [pytest options]
-# --extra adds the slow tests (marked `extra`) and installs requirements-extra.txt.
+# --extra adds the slow tests (marked `extra`) and installs requirements-extra.txt. For a debugger: bash test.sh -n 0 --pdb
 set -euo pipefail
 cd "$(dirname "$0")"
 source runs/venv.sh
 prepare_venv requirements.txt requirements-dev.txt
 activate_venv
-marks="not extra"
-if [ "${1:-}" = "--extra" ]; then
-    prepare_venv requirements-extra.txt || echo "requirements-extra.txt was not installed: what needs it is skipped" >&2
-    marks=""
-    shift
-fi
 ruff check .
-exec python -m pytest -m "$marks" "$@"
+# one thread each: two processes whose threads wait for one another are slower than one
+in_parallel() { OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n 2 --dist loadfile -m "not extra" "$@"; }
+if [ "${1:-}" != "--extra" ]; then
+    in_parallel "$@"
+    exit
+fi
+shift
+prepare_venv requirements-extra.txt || echo "requirements-extra.txt was not installed: what needs it is skipped" >&2
+in_parallel "$@" || [ $? -eq 5 ] # 5: none of the tests asked for
+python -m pytest -m extra "$@" || [ $? -eq 5 ]

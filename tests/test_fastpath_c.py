@@ -296,7 +296,8 @@ def test_a_compiled_block_is_torchs(backend, monkeypatch):
     expected = learn(model, buffer, "bf16", expected_calls=True)
     model, buffer = make_plain()
     assert accelerate(model, CPU, "bf16", compile=True) == [
-        "faster than model.py, and checked against it: attention (documents of similar length together), loss (kernels.c)"]
+        "faster than model.py, and checked against it: attention (documents of similar length together), "
+        "loss (kernels.c)"]
     if backend == "inductor":
         said = runtime.compile_blocks(model, CPU)
         if said.startswith("off"):
