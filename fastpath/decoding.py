@@ -25,11 +25,13 @@ def versions(*weights: torch.Tensor) -> list[tuple]:
 
 
 class Matmul:
-    """x (..., C) → x @ weightᵀ (..., out) in `dtype`, the weights (out, C) of several layers laid out for that at the
-    first call, and again after they change."""
+    """x (..., C) → x @ weightᵀ (..., out) in `dtype`, the weights (out, C) of several layers laid out for that, and
+    again after they change."""
 
     def __init__(self, dtype: torch.dtype, *layers: nn.Linear):
         self.dtype, self.layers, self.versions = dtype, layers, None
+        if all("weight" in layer.__dict__.get("_parameters", ()) for layer in layers):  # not while they are copied
+            self.lay_out()
 
     def lay_out(self) -> None:
         self.versions = versions(*(layer.weight for layer in self.layers))
