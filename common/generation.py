@@ -7,8 +7,7 @@
     stream, generate   the loop over these, as it goes or at its end
     StreamDecoder      ids → text, never a part of a character
 
-A tensor's name ends in its shape where that helps: B rows, T tokens, S cache slots, C model width, H query heads,
-K key/value heads, D head width, V vocabulary.
+A tensor's name ends in its shape where that helps: B rows, T tokens, V vocabulary.
 """
 
 import contextlib

@@ -128,10 +128,11 @@ def accelerate(model: WeakWater, device: torch.device, dtype: str, compile: bool
     anything that changes modules.
     """
     restore(model)
-    case, edited = Case(model.config, device, DTYPES[dtype], compile), known.edited()
+    case = Case(model.config, device, DTYPES[dtype], compile)
     with torch.autocast(device.type, enabled=False):  # the caller's
         twin, reason = (None, "--plain") if plain else make_twin(model, case.device, case.dtype)
         if reason is None:
+            edited = known.edited()
             lines = choose(model, case, twin, edited)
             if inference:
                 native_reason = why_not_native(model, case, twin, edited)
@@ -152,11 +153,12 @@ def choose(model: WeakWater, case: Case, twin: Twin, edited: set[str]) -> list[s
     one by one. Returns log lines."""
     chosen, refused, lines = {}, {}, []
     accepted = {slot: [each for each in choices if each.accepts(case)] for slot, choices in REPLACEMENTS.items()}
+    usable = {slot: [each for each in choices if not edited.intersection(each.stands_for)]
+              for slot, choices in accepted.items()}
     for slot, choices in accepted.items():
-        usable = [each for each in choices if not edited.intersection(each.stands_for)]
-        if usable:
-            chosen[slot] = usable[0]
-        if usable[:1] != choices[:1]:
+        if usable[slot]:
+            chosen[slot] = usable[slot][0]
+        if usable[slot][:1] != choices[:1]:
             refused[slot] = f"{', '.join(sorted(edited.intersection(choices[0].stands_for)))} edited in model.py"
 
     def patch_all(target: nn.Module) -> None:
@@ -165,8 +167,7 @@ def choose(model: WeakWater, case: Case, twin: Twin, edited: set[str]) -> list[s
 
     if twin.objection(patch_all) is not None:
         for slot in list(chosen):
-            choices = [each for each in accepted[slot] if not edited.intersection(each.stands_for)]
-            for replacement in choices:
+            for replacement in usable[slot]:
                 objection = twin.objection(lambda target, each=replacement: patch(target, each, case))
                 if objection is None:
                     chosen[slot] = replacement

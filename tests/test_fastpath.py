@@ -265,7 +265,6 @@ def other_norm(self, x):
 EDITS = {
     "norm": (RMSNorm, other_norm, "norm"),
     "activation": (SwiGLU, lambda self, x: self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x)), "mlp"),
-    "soft cap": (WeakWater, "loss", "loss"),
 }
 
 
