@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. Scripts print it as one line on stderr and exit with 2."""
+    """An error the user can fix. Scripts print it as one line on stderr and exit with 2."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ class LLMConfig:
     """Architecture of one decoder. The default is `weakwater-30m`: 28,975,616 parameters.
 
     The fields describe a Llama (with `qk_norm`: a Qwen3) exactly, so that weights can be
-    exported without renaming or change. Raises UserError when the numbers make no sense.
+    exported without renaming. Raises UserError for values that are not valid.
     """
 
     vocab_size: int = 6400
@@ -84,7 +84,7 @@ class LLMConfig:
         return asdict(self)
 
     def for_run(self, max_seq_len: int, dropout: float) -> "LLMConfig":
-        """The same architecture with a run's dropout, and room for its rows (RoPE has no weights to grow)."""
+        """The same architecture with the dropout of a run and a context for its rows (RoPE has no weights to grow)."""
         return replace(self, max_seq_len=max(self.max_seq_len, max_seq_len), dropout=dropout)
 
     @classmethod
@@ -118,81 +118,79 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Flag:
-    """One command-line flag. `steers` marks those that change the course of the training
-    (the losses that follow), which therefore may not differ between a run and its resumption."""
+    """One command-line flag. `trajectory` marks those that change the losses that follow, and so may not differ
+    between a run and its resumption."""
 
     kind: type  # int, float, str, bool
     default: object
     help: str
     choices: tuple = ()
-    everyday: bool = False
-    steers: bool = False
+    common: bool = False  # one of the ten that a newcomer needs
+    trajectory: bool = False
     low: float | None = None  # smallest value allowed
     high: float | None = None  # largest value allowed
+    several: bool = False  # takes one or more values
 
 
 FLAGS = {
-    # what goes in and out
-    "data_path": Flag(str, None, "training data: a JSONL file (plain, .gz, .xz, .zst), a folder or a glob", everyday=True),
-    "val_path": Flag(str, None, "validation data in the same form (default: 0.5 %% of data_path, chosen by hash)", everyday=True),
-    "tokenizer_path": Flag(str, "weakwater_tokenizer", "folder of the tokenizer", everyday=True),
-    "out_dir": Flag(str, "out", "where weights, checkpoints, logs, charts and the token cache go", everyday=True),
-    "init_from": Flag(str, None, "weights to start from ('none': from scratch)", everyday=True),
-    "preset": Flag(str, None, "architecture, when training from scratch", choices=tuple(PRESETS), everyday=True, steers=True),
-    "resume": Flag(bool, False, "go on from the newest whole checkpoint in out_dir", everyday=True),
-    "recipe": Flag(str, "ours", "original: the default values are those of the runs this came from: AdamW, betas 0.9 and 0.999, decay 0.01 on all weights, 5e-4 (distill: 1e-6) on a cosine to a tenth, 168 rows, random output projections", choices=("ours", "original"), everyday=True),
-    # how much, how fast
-    "max_seq_len": Flag(int, 512, "tokens in a row", everyday=True, steers=True, low=2),
-    "min_tokens": Flag(int, 0, "skip conversations with fewer tokens", everyday=True, steers=True, low=0),
-    "max_tokens": Flag(int, None, "skip conversations with more tokens", everyday=True, steers=True, low=1),
-    "epochs": Flag(int, 1, "passes over the data", everyday=True, steers=True, low=1),
-    "max_steps": Flag(int, 0, "stop after this many optimizer steps (0: no limit)", everyday=True, steers=True, low=0),
-    "batch_size": Flag(int, 32, "rows of max_seq_len tokens in a micro-batch, on each device (of chats up to one more)", everyday=True, steers=True, low=1),
-    "accumulation_steps": Flag(int, 1, "micro-batches in an optimizer step, on each device", everyday=True, steers=True, low=1),
-    "learning_rate": Flag(float, 4e-3, "peak learning rate", everyday=True, steers=True, low=0),
-    "dtype": Flag(str, "auto", "precision of the matrix products", choices=("auto", "bf16", "fp16", "fp32"), everyday=True),
-    "device": Flag(str, "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"), everyday=True),
-    "use_wandb": Flag(bool, False, "also log to Weights & Biases (works offline)", everyday=True),
-    # start, optimizer and schedule
-    "output_init": Flag(str, "zero", "from scratch, what each layer's output projections begin with: zeros, or random as in GPT-2", choices=("zero", "normal"), steers=True),
-    "lr_schedule": Flag(str, "trapezoid", "shape of the learning rate", choices=("constant", "cosine", "trapezoid"), steers=True),
-    "warmup_ratio": Flag(float, 0.02, "share of the steps over which the rate rises from 0", steers=True, low=0, high=1),
-    "decay_ratio": Flag(float, 0.4, "share of the steps over which a trapezoid falls", steers=True, low=0, high=1),
-    "min_lr_ratio": Flag(float, 0.0, "final learning rate / peak (cosine, trapezoid)", steers=True, low=0, high=1),
-    "optimizer": Flag(str, "muon", "muon: Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon"), steers=True),
-    "beta2": Flag(float, 0.95, "AdamW's memory of squared gradients", steers=True, low=0, high=0.999999),
-    "weight_decay": Flag(float, 0.1, "decoupled weight decay", steers=True, low=0),
-    "decayed": Flag(str, "matrices", "which weights decay", choices=("matrices", "all"), steers=True),
-    "grad_clip": Flag(float, 1.0, "largest gradient norm (0: no clipping)", steers=True, low=0),
-    "dropout": Flag(float, 0.0, "dropout on the embedding and each residual branch", steers=True, low=0, high=0.99),
-    "tag_weight": Flag(float, 1.0, "loss weight of <think> </think> <answer> </answer>", steers=True, low=0),
-    "think_weight": Flag(float, 1.0, "loss weight of the text inside <think>", steers=True, low=0),
-    # machine
-    "compile": Flag(bool, False, "torch.compile each block (needs a C++ compiler on CPU)", steers=True),
-    "gradient_checkpointing": Flag(bool, False, "recompute activations in the backward pass: less memory, more time"),
-    "deterministic": Flag(bool, False, "deterministic kernels only (slower on CUDA)", steers=True),
-    "seed": Flag(int, 42, "seed of weights, order and dropout", steers=True, low=0, high=2**63 - 1),
-    "order": Flag(str, "shuffled", "order of the documents in each epoch", choices=("shuffled", "file"), steers=True),
-    "plain": Flag(bool, False, "compute only what model.py says, without the faster replacements of fastpath/"),
+    # the ten that a newcomer needs
+    "data_path": Flag(str, None, "training data: JSONL files (plain, .gz, .xz, .zst), folders, globs or names in data/; A=0.7 B=0.3 mixes sources at these shares of the tokens", common=True, several=True),
+    "val_path": Flag(str, None, "validation data in the same form, without shares (default: 0.5 %% of each source, chosen by hash)", common=True, several=True),
+    "out_dir": Flag(str, "out", "folder for weights, checkpoints, logs, charts and the token cache", common=True),
+    "init_from": Flag(str, None, "weights to start from ('none': random weights)", common=True),
+    "preset": Flag(str, None, "architecture when starting from random weights (default: weakwater-30m)", choices=tuple(PRESETS), common=True, trajectory=True),
+    "epochs": Flag(int, 1, "passes over the data", common=True, trajectory=True, low=1),
+    "batch_size": Flag(int, 32, "rows of max_seq_len tokens in a micro-batch, on each device (of chats up to one more)", common=True, trajectory=True, low=1),
+    "learning_rate": Flag(float, 4e-3, "peak learning rate", common=True, trajectory=True, low=0),
+    "device": Flag(str, "auto", "device to compute on", choices=("auto", "cpu", "cuda", "mps"), common=True),
+    "resume": Flag(bool, False, "continue from the newest whole checkpoint in out_dir", common=True),
+    # data
+    "tokenizer_path": Flag(str, None, "folder of the tokenizer (default: the tokenizer inside the starting weights, else weakwater_tokenizer)"),
+    "max_seq_len": Flag(int, 512, "tokens in a row", trajectory=True, low=2),
+    "min_tokens": Flag(int, 0, "skip conversations with fewer tokens", trajectory=True, low=0),
+    "max_tokens": Flag(int, None, "skip conversations with more tokens", trajectory=True, low=1),
+    "max_bad_ratio": Flag(float, 0.01, "stop when more than this share of a source's lines is malformed", low=0, high=1),
+    "order": Flag(str, "shuffled", "order of the documents in each epoch", choices=("shuffled", "file"), trajectory=True),
     "cache_dir": Flag(str, None, "folder of the token cache (default: out_dir/cache)"),
-    "max_bad_ratio": Flag(float, 0.01, "stop when more than this share of the lines is malformed", low=0, high=1),
-    # watching and saving
+    # optimization
+    "max_steps": Flag(int, 0, "stop after this many optimizer steps (0: no limit)", trajectory=True, low=0),
+    "accumulation_steps": Flag(int, 1, "micro-batches in an optimizer step, on each device", trajectory=True, low=1),
+    "output_init": Flag(str, "zero", "from random weights: how each layer's output projections start, at zero or random as in GPT-2", choices=("zero", "normal"), trajectory=True),
+    "lr_schedule": Flag(str, "trapezoid", "learning rate schedule (trapezoid: warmup, stable, decay, also called WSD)", choices=("constant", "cosine", "trapezoid"), trajectory=True),
+    "warmup_ratio": Flag(float, 0.02, "share of the steps over which the rate rises from 0", trajectory=True, low=0, high=1),
+    "decay_ratio": Flag(float, 0.4, "share of the steps over which a trapezoid decays", trajectory=True, low=0, high=1),
+    "min_lr_ratio": Flag(float, 0.0, "final learning rate / peak (cosine, trapezoid)", trajectory=True, low=0, high=1),
+    "optimizer": Flag(str, "muon", "muon: Muon for the hidden matrices, AdamW for the rest", choices=("adamw", "muon"), trajectory=True),
+    "beta2": Flag(float, 0.95, "AdamW beta2", trajectory=True, low=0, high=0.999999),
+    "weight_decay": Flag(float, 0.1, "decoupled weight decay", trajectory=True, low=0),
+    "weight_decay_on": Flag(str, "matrices", "weights that decay", choices=("matrices", "all"), trajectory=True),
+    "grad_clip": Flag(float, 1.0, "largest gradient norm (0: no clipping)", trajectory=True, low=0),
+    "dropout": Flag(float, 0.0, "dropout on the embedding and each residual branch", trajectory=True, low=0, high=0.99),
+    "tag_weight": Flag(float, 1.0, "loss weight of <think> </think> <answer> </answer>", trajectory=True, low=0),
+    "think_weight": Flag(float, 1.0, "loss weight of the text inside <think>", trajectory=True, low=0),
+    "seed": Flag(int, 42, "seed of weights, order and dropout", trajectory=True, low=0, high=2**63 - 1),
+    # machine
+    "dtype": Flag(str, "auto", "precision of the matmuls", choices=("auto", "bf16", "fp16", "fp32")),
+    "compile": Flag(bool, False, "torch.compile each block (needs a C++ compiler on CPU)", trajectory=True),
+    "gradient_checkpointing": Flag(bool, False, "recompute activations in the backward pass: less memory, more time"),
+    "deterministic": Flag(bool, False, "deterministic kernels only (slower on CUDA)", trajectory=True),
+    "plain": Flag(bool, False, "compute only what model.py says, without the faster replacements of fastpath/"),
+    # logging and checkpoints
     "log_interval": Flag(int, 10, "steps between log lines", low=1),
     "eval_interval": Flag(int, 500, "steps between validations (0: only at the end)", low=0),
     "eval_tokens": Flag(int, 200_000, "validation tokens scored each time (0: all)", low=0),
     "save_interval": Flag(int, None, "steps between checkpoints (default: 500, but at most one a minute)", low=1),
-    "keep_checkpoints": Flag(int, 2, "how many of the newest checkpoints to keep", low=1),
+    "keep_checkpoints": Flag(int, 2, "newest checkpoints to keep", low=1),
+    "use_wandb": Flag(bool, False, "also log to Weights & Biases (works offline)"),
     "wandb_project": Flag(str, "weakwater", "Weights & Biases project"),
 }
 
-ORIGINAL = dict(optimizer="adamw", beta2=0.999, weight_decay=0.01, decayed="all", learning_rate=5e-4,
-                lr_schedule="cosine", warmup_ratio=0.0, min_lr_ratio=0.1, output_init="normal")  # and what each stage adds
 DISTILL_ONLY = ("tag_weight", "think_weight")
 CHAT_ONLY = ("min_tokens", "max_tokens")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that reports a mistake in one line and exits with 2."""
+    """argparse that reports an error in one line and exits with 2."""
 
     def error(self, message: str):
         print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
@@ -212,35 +210,34 @@ def number(kind: type, low: float, high: float = math.inf):
     return read
 
 
-def parse_args(stage: str, description: str, argv: list[str] | None = None, leave_out: tuple = (),
-               original: dict | None = None, **defaults):
+def parse_args(stage: str, description: str, argv: list[str] | None = None, previous: str | None = None,
+               leave_out: tuple = (), **defaults):
     """The arguments of one training stage as a namespace.
 
-    `defaults` are the stage's own default values, and `original` those that --recipe original puts in their place
-    besides ORIGINAL; `leave_out` names flags that do not apply to it.
-    The namespace also carries `stage` and `command`, the line that would run the same again.
+    `defaults` are the stage's own default values; `leave_out` names flags that do not apply to it. Without
+    --init_from it starts from the weights of the `previous` stage in --out_dir, or from random weights.
+    The namespace also carries `stage`, `previous` and `command`, the line that would run the same again.
     Exits with 2, after one line on stderr, on an unknown flag or a value out of range.
     """
-    parser = OneLineParser(prog=f"{stage}.py", description=description, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog=f"{stage}.py", usage="%(prog)s [flags]", description=description, allow_abbrev=False,
+                           add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     argv = sys.argv[1:] if argv is None else argv
-    recipe = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    recipe.add_argument("--recipe")
-    if recipe.parse_known_args(argv)[0].recipe == "original":
-        defaults |= ORIGINAL | (original or {})
-    everyday = parser.add_argument_group("everyday")
-    advanced = parser.add_argument_group("advanced")
+    common = parser.add_argument_group("common flags")
+    advanced = parser.add_argument_group("advanced flags")
     for name, flag in FLAGS.items():
         if name in leave_out:
             continue
-        group = everyday if flag.everyday else advanced
+        group = common if flag.common else advanced
         default = defaults.get(name, flag.default)
         if flag.kind is bool:
             group.add_argument(f"--{name}", action="store_true", help=flag.help)
             continue
-        shown = flag.help if default is None else f"{flag.help} (default: {default})"
-        group.add_argument(f"--{name}", type=flag.kind, default=default, choices=flag.choices or None,
-                           metavar=None if flag.choices else flag.kind.__name__.upper(), help=shown)
+        shown = f"{previous}.pth in out_dir" if name == "init_from" and previous else default
+        group.add_argument(f"--{name}", type=flag.kind, choices=flag.choices or None, nargs="+" if flag.several else None,
+                           default=[default] if flag.several and default else default,
+                           help=flag.help if shown is None else f"{flag.help} (default: {shown})",
+                           metavar=None if flag.choices else "PATH" if flag.several else flag.kind.__name__.upper())
+    advanced.add_argument("-h", "--help", action="help", help="show this message and exit")
     args = parser.parse_args(argv)
     for name, flag in FLAGS.items():
         value = getattr(args, name, None)
@@ -250,11 +247,11 @@ def parse_args(stage: str, description: str, argv: list[str] | None = None, leav
                 flag.high is not None and value > flag.high):
             limits = f"at least {flag.low}" if flag.high is None else f"between {flag.low} and {flag.high}"
             parser.error(f"--{name} {value}: must be {limits}")
-    if args.data_path is None:
-        parser.error("--data_path is needed: a JSONL file, a folder or a glob")
     if getattr(args, "max_tokens", None) is not None and args.min_tokens > args.max_tokens:
         parser.error(f"--min_tokens {args.min_tokens} is greater than --max_tokens {args.max_tokens}")
-    args.stage = stage
+    args.stage, args.previous = stage, previous
+    args.cache_dir = args.cache_dir or os.path.join(args.out_dir, "cache")
+    args.init_from = args.init_from or (os.path.join(args.out_dir, f"{previous}.pth") if previous else "none")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     starter = [python] if processes == 1 else [python, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]

@@ -1,140 +1,79 @@
 """Stage 2: supervised fine-tuning on dialogues of up to 512 tokens.
 
-one GPU      python SFT.py --data_path data/sft_512.jsonl
-two cores    python SFT.py --data_path data/sft_512.jsonl --batch_size 8
-go on        the same command with --resume
+one GPU      python SFT.py
+two cores    python SFT.py --batch_size 8
+resume       the same command with --resume
 
 Reads {"conversations": [...]} lines, starts from out/pretrain.pth and writes out/SFT.pth, which SFT_long.py starts
-from. Only the assistant's words and the `</s>` that ends them have a loss. Conversations stay whole: they stand end
-to end in buffers without padding, and none sees another.
+from. Only the assistant's words and the `</s>` that ends them have a loss. Whole conversations are packed end to end
+without padding; attention stays inside each conversation.
 """
 
 import math
 import sys
 import time
-from bisect import bisect_right
-from pathlib import Path
 
 import torch
 
-from common import checkpoint, runtime
+from common import exits, runtime
+from common.continuation import continuation
 from common.optim import learning_rate, make_optimizers, set_learning_rate
-from common.runlog import Meter, RunLog, describe_run
-from common.scoring import score
+from common.run_state import RunState
+from common.runlog import RunLog
+from common.scoring import score_documents
 from Config import DISTILL_ONLY, parse_args
-from dataset import StepLoader, TextEncoder, evaluated, evaluation_batches, load_splits, load_tokenizer
+from dataset import StepLoader, load_splits
 from fastpath import accelerate
+from text.records import find_sources
 
 
 def main(argv: list[str] | None = None, stage: str = "SFT", description: str = __doc__, previous: str = "pretrain",
          **defaults) -> None:
-    # ---- arguments ----------------------------------------------------------------------------
-    args = parse_args(stage, description, argv, leave_out=DISTILL_ONLY, **(
-        dict(original=dict(batch_size=84, accumulation_steps=2),
-             max_seq_len=512, min_tokens=0, max_tokens=512, batch_size=32, learning_rate=1e-3)
-        | defaults))
-    out = Path(args.out_dir)
-    args.init_from = args.init_from or str(out / f"{previous}.pth")
-
-    # ---- device, precision, seed --------------------------------------------------------------
-    ranks = runtime.Ranks()
-    device, device_reason = runtime.pick_device(args.device)
-    dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
-    ranks.start(device)
-    runtime.prepare(device, args.seed, args.deterministic)
-    resumed = checkpoint.begin(args, ranks, f"{previous}.py")
+    # ---- arguments, device, precision, seed ---------------------------------------------------
+    defaults = dict(data_path="sft_512", max_seq_len=512, min_tokens=0, max_tokens=512, batch_size=32,
+                    learning_rate=1e-3) | defaults
+    args = parse_args(stage, description, argv, previous, leave_out=DISTILL_ONLY, **defaults)
+    sources = find_sources(args.data_path)
+    ranks = runtime.Distributed()
+    device, dtype, lines = runtime.set_up(args, ranks)
+    run = RunState(args, ranks)
     log = RunLog(args.out_dir, args.stage, ranks.is_main)
-    log.print(f"{args.command}\n{runtime.describe_machine(device)}")
-    log.print(f"device {device}: {device_reason}\ndtype {dtype}: {dtype_reason}")
+    log.print("\n".join(lines))
 
     # ---- tokenizer and data -------------------------------------------------------------------
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    encoder = TextEncoder.of(tokenizer)
+    tokenizer = run.choose_tokenizer()
     with ranks.main_first():
-        train, val = load_splits(args.data_path, args.val_path, tokenizer, "chat", args.cache_dir or str(out / "cache"),
-                                 args.max_seq_len, args.min_tokens, args.max_tokens, args.max_bad_ratio, log.print)
+        train, val = load_splits(sources, args.val_path, tokenizer, "chat", args.cache_dir, args.max_seq_len,
+                                 args.min_tokens, args.max_tokens, args.max_bad_ratio, log.print)
     loader = StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed, args.order,
                         ranks.rank, ranks.world_size)
-    epoch_ends = loader.epoch_ends(args.epochs, args.max_steps)
-    total_steps = min(epoch_ends[-1], args.max_steps or epoch_ends[-1])
 
     # ---- model and starting weights -----------------------------------------------------------
-    net, start_sha256, inherited = checkpoint.starting_model(args, resumed, encoder)
-    net.to(device).train()
+    net = run.build_model().to(device).train()
     net.model.gradient_checkpointing = args.gradient_checkpointing
     computed_by = accelerate(net, device, dtype, args.compile, plain=args.plain)
     if args.compile:
         log.print(f"compile: {runtime.compile_blocks(net, device, log.print)}")
     model = ranks.wrap(net)
-    for line in computed_by + inherited + describe_run(net, loader, val, args, ranks.world_size, total_steps):
-        log.print(line)
 
-    # ---- optimizer and schedule ---------------------------------------------------------------
-    optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay, args.beta2, args.decayed)
+    # ---- optimizer, and the state to resume ---------------------------------------------------
+    optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay, args.beta2,
+                                 args.weight_decay_on)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
-    log.print(f"{args.optimizer}, {args.lr_schedule} schedule, peak learning rate {args.learning_rate}")
-
-    # ---- resume -------------------------------------------------------------------------------
-    settings = checkpoint.steering_settings(args, dtype, device.type, ranks.world_size, train.fingerprint(),
-                                            encoder.fingerprint, start_sha256)
-    done = tokens = 0
-    best_loss, val_scores = math.inf, {}
-    if resumed:
-        checkpoint.compare_settings(resumed["settings"], settings)
-        checkpoint.restore(resumed, optimizers, scaler)
-        done, tokens, best_loss, val_scores = (resumed[k] for k in ("step", "tokens", "best_loss", "val_scores"))
-    if resumed and resumed.get("computed_by") not in (None, computed_by):
-        log.print(f"before, it was computed otherwise: {'; '.join(resumed['computed_by'])}")
-    if resumed and resumed["val_sha256"] != val.fingerprint():
-        log.print("the validation data changed: the lowest validation loss so far does not count any more")
-        best_loss = math.inf
-    log.cut_back(done)
-
-    def epoch_and_number(step: int) -> tuple[int, int]:
-        """The epoch of an optimizer step, and its number in the epoch."""
-        epoch = bisect_right(epoch_ends, step)
-        return epoch, step - (epoch_ends[epoch - 1] if epoch else 0)
-
-    def save_weights(path: Path) -> None:
-        if ranks.is_main:
-            meta = {"stage": args.stage, "step": done, "tokens": tokens, "val": val_scores, "command": args.command,
-                    "tokenizer_sha256": encoder.fingerprint, "init_from_sha256": start_sha256, "settings": settings,
-                    "computed_by": computed_by}
-            checkpoint.save_weights(path, net, meta)
-
-    def save_all() -> None:
-        if ranks.is_main:
-            state = {"step": done, "tokens": tokens, "best_loss": best_loss, "val_scores": val_scores,
-                     "val_sha256": val.fingerprint(),
-                     "model": net.state_dict(), "config": net.config.to_dict(), "settings": settings,
-                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                     "scaler": scaler.state_dict(), "start_sha256": start_sha256, "computed_by": computed_by}
-            checkpoint.save_state(state, args.out_dir, args.stage, args.keep_checkpoints)
-            schedule.mark_saved()
-            save_weights(out / f"{args.stage}.pth")
-        ranks.barrier()  # a rank that ends early would take the others, saving, with it
-
-    if done >= total_steps:
-        save_weights(out / f"{args.stage}.pth")  # a kill may have come between the last state and the weights
-        log.charts()
-        log.print(f"finished before, at step {done}: nothing to train; the weights are in {out / args.stage}.pth")
+    run.begin(net, optimizers, scaler, loader, val, device, dtype, computed_by, log)
+    log.describe(run, net, loader)
+    if run.finished_before():
         return
 
     # ---- the loop -----------------------------------------------------------------------------
     if args.use_wandb:
-        log.start_wandb(args.wandb_project, settings)
-    meter, schedule = Meter(), checkpoint.SaveSchedule(args.save_interval)
-    peak = runtime.peak_flops(device, dtype)
-    flops_per_token = net.flops_per_token(min(args.max_seq_len, loader.tokens_per_epoch / len(train)))
-    if peak:
-        log.print(f"mfu: share of the data sheet's {peak / 1e12:,.0f} TFLOP/s in {dtype}")
+        log.start_wandb(args.wandb_project, run.settings)
     advice = runtime.BatchSizeAdvice(args, net, device, dtype, loader.tokens_per_epoch)
     with runtime.StopSignal() as signal, advice:
-        next_batch = loader.step(*epoch_and_number(done))
-        for step in range(done, total_steps):
+        next_batch = loader.step(*run.place(run.steps_done))
+        for step in range(run.steps_done, run.total_steps):
             begin = time.perf_counter()
-            epoch, number = epoch_and_number(step)
-            lr = learning_rate(step, total_steps, args.learning_rate, args.lr_schedule, args.warmup_ratio,
+            lr = learning_rate(step, run.total_steps, args.learning_rate, args.lr_schedule, args.warmup_ratio,
                                args.decay_ratio, args.min_lr_ratio)
             set_learning_rate(optimizers, lr)
             runtime.seed_step(args.seed, step, ranks.rank)
@@ -151,60 +90,34 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
-            if step + 1 < total_steps:  # while a GPU is at work
-                next_batch = loader.step(*epoch_and_number(step + 1))
-            flags = signal.number, ranks.is_main and schedule.is_due(step + 1)
-            seen = ranks.sum(torch.stack([loss_sum, *(torch.full_like(loss_sum, flag) for flag in flags)]))
-            loss, stop, save, norm = torch.cat([seen, grad_norm.unsqueeze(0)]).tolist()  # the one synchronisation
-            overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > checkpoint.LEAST_SCALE
-            if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-                save_all()
-                checkpoint.stop_at_non_finite(args, step, loss, norm, batch, loader, net, device, dtype, ranks)
-            if math.isfinite(norm):
+            if step + 1 < run.total_steps:  # while a GPU is at work
+                next_batch = loader.step(*run.place(step + 1))
+            loss, norm, stop, save = run.synchronize(loss_sum, grad_norm, signal.number)
+            if run.may_step(loss, norm, batch):
                 for optimizer in optimizers:
                     optimizer.step()
-            else:  # fp16 overflowed: the scaler lowers its scale, and this step leaves the weights as they are
-                log.print(f"step {step + 1}: gradient overflow in fp16, step skipped at scale {scaler.get_scale():g}")
             scaler.update()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
+            run.advance(batch.tokens)
+            log.meter.add(batch.tokens, time.perf_counter() - begin)
 
-            done, tokens = step + 1, tokens + batch.tokens
-            meter.add(batch.tokens, time.perf_counter() - begin)
-            last = done == total_steps
-            if last or (args.eval_interval and done % args.eval_interval == 0):
-                val_scores = score(net, evaluation_batches(val, args.max_seq_len, loader.micro_batch_tokens,
-                                                           args.eval_tokens),
-                                   val.bytes[:evaluated(val, args.eval_tokens)].sum(), device,
-                                   lambda: runtime.autocast(device, dtype), ranks)
-                if val_scores["loss"] < best_loss:
-                    best_loss = val_scores["loss"]
-                    save_weights(out / f"{args.stage}_best.pth")
-                fresh = {"val_loss": val_scores["loss"], "val_ppl": val_scores["ppl"], "val_bpb": val_scores["bpb"]}
-            else:
-                fresh = {}
-            if last or fresh or done % args.log_interval == 0:
-                rate, left = meter.rate(), meter.minutes(epoch_ends[epoch] - done)
-                line = (f"Epoch:[{epoch + 1}/{args.epochs}]({number + 1}/{epoch_ends[epoch] - step + number}) "
-                        f"loss:{loss:.3f} lr:{lr:.12f} epoch_Time:{left:.1f}min tokens/s:{rate:,.0f} "
-                        f"grad_norm:{norm:.3f}")
-                line += f" mfu:{rate * flops_per_token / peak / ranks.world_size:.1%}" if peak else ""
-                line += "".join(f" {name}:{value:.4f}" for name, value in fresh.items())
-                log.print(line)
-                log.metrics(step=done, epoch=epoch + 1, loss=loss, lr=lr, tokens=tokens, tokens_per_second=rate,
-                            grad_norm=norm, minutes_left=left, **fresh)
-            if last or stop or save:
-                save_all()
+            scores = None
+            if run.is_due(args.eval_interval):
+                scores = score_documents(net, val, args.max_seq_len, loader.micro_batch_tokens, args.eval_tokens,
+                                         device, dtype, ranks)
+                run.save_if_best(scores)
+                if ranks.is_main:
+                    log.print(continuation(net, tokenizer, val, device, dtype))
+            if scores or run.is_due(args.log_interval):
+                log.step(run, loss, lr, norm, scores)
+            if run.is_last or stop or save:
+                run.save()
                 log.charts()
-            if stop and not last:
-                runtime.stop_by_signal(signal.number, args, done)
-
-    # ---- summary ------------------------------------------------------------------------------
-    log.print(f"done: {done:,} steps, {tokens:,} tokens, {meter.all_seconds / 60:.1f} min of training; validation loss "
-              f"{val_scores['loss']:.4f}, PPL {val_scores['ppl']:.2f}, bits per byte {val_scores['bpb']:.4f}; "
-              f"weights in {out / args.stage}.pth")
-    log.finish()
+            if stop and not run.is_last:
+                runtime.stop_by_signal(signal.number, args, run.steps_done)
+    log.summary(run)
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run(main))
+    sys.exit(exits.run(main))

@@ -9,101 +9,24 @@ answer (at the prompt: the program), Ctrl-D leaves, /help lists the commands. Th
 stderr. On a terminal what stands in <think> is dimmed and the tags are left out; elsewhere the text is as it came.
 """
 
-import argparse
 import contextlib
 import math
 import os
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from common import checkpoint, runtime
-from common.generation import Decoder, Sampling, StreamDecoder, stream
-from Config import FLAGS, OneLineParser, UserError, number
-from dataset import TAG_PATTERN, TAGS, TextEncoder, encode_chat, load_tokenizer
-from model import WeakWater
+from common import exits
+from common.generation import Sampling, StreamDecoder, stream
+from common.weights import Loaded, model_parser, open_weights
+from Config import UserError, number
+from text.chat import TAG_PATTERN, encode_chat
+from text.tokenizer import TAGS
 
-STAGES = {0: "pretrain", 1: "SFT", 2: "distill", 3: "SFT_long"}  # by --model_mode
 SHORTEST_ANSWER = 16  # tokens: a prompt that leaves less room is refused
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP = "/clear forgets the conversation, /quit leaves (also Ctrl-D), Ctrl-C stops an answer"
-
-
-# ---------------------------------------------------------------------------------------------
-# arguments and weights, for evaluate.py too
-
-
-def model_parser(prog: str, description: str) -> OneLineParser:
-    """A parser with the flags that choose weights, tokenizer, device and precision."""
-    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group(required=True)
-    modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGES.items())
-    which.add_argument("--model_mode", type=int, choices=tuple(STAGES), help=f"the weights in out_dir of: {modes}")
-    which.add_argument("--checkpoint", metavar="PATH", help="a weights file of any stage")
-    parser.add_argument("--plain", action="store_true", help=FLAGS["plain"].help)
-    for name in ("out_dir", "tokenizer_path", "device", "dtype"):
-        flag = FLAGS[name]
-        parser.add_argument(f"--{name}", default=flag.default, choices=flag.choices or None,
-                            help=f"{flag.help} (default: {flag.default})")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="seed of all chance (default: 42)")
-    return parser
-
-
-@dataclass
-class Loaded:
-    """Weights, ready to run, and what belongs to them."""
-
-    model: WeakWater
-    tokenizer: object
-    encoder: TextEncoder
-    path: Path
-    stage: str
-    device: torch.device
-    dtype: str
-    decoder: Decoder  # the same weights, to generate with
-    described: list[str]  # lines for the user
-
-    @property
-    def continues_text(self) -> bool:
-        """Whether it knows text only, and no chat format."""
-        return self.stage == "pretrain"
-
-    def autocast(self):
-        """The context to run the model in."""
-        return runtime.autocast(self.device, self.dtype)
-
-    def generator(self, seed: int) -> torch.Generator:
-        """A random generator on the model's device."""
-        return torch.Generator(self.device).manual_seed(seed)
-
-
-def open_weights(args) -> Loaded:
-    """What the flags of `model_parser` name. Raises UserError when it is missing, damaged or does not fit together."""
-    device, device_reason = runtime.pick_device(args.device)
-    dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
-    if args.checkpoint is None:
-        stage = STAGES[args.model_mode]
-        path, hint = Path(args.out_dir) / f"{stage}.pth", f"python {stage}.py makes it"
-    else:
-        stage, path, hint = "unknown stage", Path(args.checkpoint), "--checkpoint"
-    model, meta = checkpoint.load_model(path, device, hint)
-    stage = str(meta.get("stage", stage))
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    encoder = TextEncoder.of(tokenizer)
-    if encoder.vocab_size > model.config.vocab_size:
-        raise UserError(f"--tokenizer_path {args.tokenizer_path} has {encoder.vocab_size:,} entries, {path} only "
-                        f"{model.config.vocab_size:,}: not the tokenizer it was trained with")
-    if meta.get("tokenizer_sha256") not in (None, encoder.fingerprint):
-        raise UserError(f"{path} was trained with another tokenizer than --tokenizer_path {args.tokenizer_path}")
-    described = [f"{stage}: {path}, step {meta.get('step', '?')}, {sum(model.num_parameters().values()):,} parameters, "
-                 f"context of {model.config.max_seq_len:,} tokens",
-                 f"device {device}: {device_reason}; dtype {dtype}: {dtype_reason}"]
-    decoder = Decoder(model, dtype, args.plain)
-    return Loaded(model, tokenizer, encoder, path, stage, device, dtype, decoder, described + decoder.lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,4 +214,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run(main))
+    sys.exit(exits.run(main))

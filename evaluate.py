@@ -6,8 +6,9 @@ any weights  python evaluate.py --checkpoint out/SFT_best.pth --data_path data/s
 
 The records' keys decide: {"text"} and {"conversations"} have a loss, {"question", "answer"} are answered greedily and
 compared exactly (common/answers.py says how); where a question has "choices", the answer is right if it names the right
-one of them and no other. "source" groups questions in the result. --data_path may be a file, a folder or a glob, and
-may be given more than once. The last line on stdout is one JSON object with everything.
+one of them and no other. "source" groups questions in the result. --data_path takes what the training stages
+take, and may be given more than once; shares make no difference to scores. The last line on stdout is one JSON object
+with everything.
 """
 
 import json
@@ -18,43 +19,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import runtime
-from common.answers import is_well_formed, normalise, read_answer, read_choice, read_reply, wilson
+from common import exits
+from common.answers import is_well_formed, normalize, read_answer, read_choice, read_reply, wilson
+from common.files import write_jsonl
 from common.generation import Generation, Sampling, generate
-from common.scoring import score
+from common.scoring import score_documents, total_of
+from common.weights import Loaded, model_parser, open_weights
 from Config import FLAGS, UserError, number
-from dataset import (
-    MalformedRecord,
-    encode_chat,
-    evaluated,
-    evaluation_batches,
-    find_files,
-    load_documents,
-    parse_object,
-    read_lines,
-    write_jsonl,
-)
-from eval_model import Loaded, model_parser, open_weights
+from dataset import evaluated, load_documents
+from text.chat import encode_chat
+from text.records import MalformedRecord, Source, find_sources, kind_of, parse_object, read_lines
 
 SCORE_TOKENS = 16_384  # tokens in a buffer when a loss is computed
 
 
 # ---------------------------------------------------------------------------------------------
 # files
-
-
-def kind_of(file: Path) -> str:
-    """ "question", "chat" or "text", by the keys of the first record that has any of them. Raises UserError."""
-    for _, line in read_lines(file):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        keys = set(record) if isinstance(record, dict) else set()
-        for kind, needed in (("question", {"question", "answer"}), ("chat", {"conversations"}), ("text", {"text"})):
-            if needed <= keys:
-                return kind
-    raise UserError(f'{file}: no record with "text", with "conversations", or with "question" and "answer"')
 
 
 def parse_question(line: bytes) -> dict:
@@ -81,7 +61,7 @@ def check_choices(choices, answer: str) -> None:
         raise MalformedRecord('"choices" is no list of texts')
     if answer not in choices:
         raise MalformedRecord('"answer" is not one of its "choices"')
-    plain = [normalise(choice) for choice in choices]
+    plain = [normalize(choice) for choice in choices]
     if any(one in other for i, one in enumerate(plain) for j, other in enumerate(plain) if i != j):
         raise MalformedRecord('one of its "choices" is part of another')
 
@@ -114,30 +94,22 @@ def read_questions(files: list[Path], max_bad_ratio: float) -> tuple[list[dict],
 
 def score_file(loaded: Loaded, file: Path, kind: str, args) -> dict:
     """Loss, perplexity and bits per byte of one file, as `score` gives them, and what was left out."""
-    documents = load_documents(str(file), loaded.tokenizer, kind, str(Path(args.out_dir) / "cache"), args.max_seq_len,
-                               args.min_tokens, args.max_tokens, args.max_bad_ratio)
-    chosen = evaluated(documents, args.eval_tokens)
-    batches = evaluation_batches(documents, args.max_seq_len, max(SCORE_TOKENS, args.max_seq_len), args.eval_tokens)
+    documents = load_documents(Source(str(file), None, [file]), loaded.tokenizer, kind,
+                               str(Path(args.out_dir) / "cache"), args.max_seq_len, args.min_tokens, args.max_tokens,
+                               args.max_bad_ratio)
+    chosen, counts = evaluated(documents, args.eval_tokens), documents.counts[0]
     begin = time.perf_counter()
-    scores = score(loaded.model, batches, documents.bytes[:chosen].sum(), loaded.device, loaded.autocast)
+    scores = score_documents(loaded.model, documents, args.max_seq_len, max(SCORE_TOKENS, args.max_seq_len),
+                             args.eval_tokens, loaded.device, loaded.dtype)
     rate = int(documents.length[:chosen].sum()) / (time.perf_counter() - begin)
     if not math.isfinite(scores["ppl"]):
         raise UserError(f"{loaded.path}: loss {scores['loss']} on {file}: the weights are broken, or fp16 overflows "
                         "(--dtype fp32)")
-    left_out = "".join(f", {n:,} {what}" for what, n in documents.counts.items() if n and what != "lines")
-    print(f"{file}: {kind}, {documents.counts['lines']:,} lines{left_out}; {chosen:,} of {len(documents):,} documents "
+    left_out = "".join(f", {n:,} {what}" for what, n in counts.items() if n and what != "lines")
+    print(f"{file}: {kind}, {counts['lines']:,} lines{left_out}; {chosen:,} of {len(documents):,} documents "
           f"scored at {rate:,.0f} tokens/s, {scores['targets']:,} targets: loss {scores['loss']:.4f}, "
           f"PPL {scores['ppl']:.2f}, bits per byte {scores['bpb']:.4f}", flush=True)
-    return {"file": str(file), "kind": kind, "documents": chosen, **scores, "counts": documents.counts}
-
-
-def total_of(scores: list[dict]) -> dict:
-    """The same scores over all files together: every target counts once, whichever file it is in."""
-    targets, n_bytes = (sum(s[key] for s in scores) for key in ("targets", "bytes"))
-    nats = sum(s["loss"] * s["targets"] for s in scores)
-    loss = nats / max(targets, 1)
-    return {"loss": loss, "ppl": math.exp(loss), "bpb": nats / math.log(2) / max(n_bytes, 1),
-            "targets": targets, "bytes": n_bytes}
+    return {"file": str(file), "kind": kind, "documents": chosen, **scores, "counts": counts}
 
 
 def answer_all(loaded: Loaded, questions: list[dict], args) -> list[Generation]:
@@ -203,7 +175,7 @@ def exact_answers(loaded: Loaded, files: list[Path], questions: list[dict], args
     begin = time.perf_counter()
     records = compare(loaded, questions, answer_all(loaded, questions, args))
     seconds = time.perf_counter() - begin
-    write_jsonl(records, path)
+    write_jsonl(path, records)
     exact = summary(records) | {"tokens_per_second": sum(r["tokens"] for r in records) / seconds,
                                 "max_new_tokens": args.max_new_tokens, "seed": args.seed, "generations": str(path)}
     low, high = exact["interval95"]
@@ -235,7 +207,8 @@ def generations_path(loaded: Loaded, files: list[Path], args) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     parser = model_parser("evaluate.py", __doc__)
-    parser.add_argument("--data_path", action="append", required=True, help="a JSONL file, folder or glob; repeatable")
+    parser.add_argument("--data_path", action="append", nargs="+", required=True, metavar="PATH",
+                        help="JSONL files, folders, globs or names in data/; repeatable")
     parser.add_argument("--max_seq_len", type=number(int, 2), help="window of the loss (default: the model's context)")
     parser.add_argument("--min_tokens", type=number(int, 0), default=0, help="skip shorter conversations")
     parser.add_argument("--max_tokens", type=number(int, 1), help="skip longer conversations")
@@ -249,8 +222,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_bad_ratio", type=number(float, 0, 1), default=FLAGS["max_bad_ratio"].default,
                         help=FLAGS["max_bad_ratio"].help)
     args = parser.parse_args(argv)
-    files = list(dict.fromkeys(file for path in args.data_path for file in find_files(path)))
-    kinds = {file: kind_of(file) for file in files}
+    sources = [source for paths in args.data_path for source in find_sources(paths)]
+    files = list(dict.fromkeys(file for source in sources for file in source.files))
+    kinds = {file: kind_of([file]) for file in files}
     asking = [file for file in files if kinds[file] == "question"]
     loaded = open_weights(args)
     context = loaded.model.config.max_seq_len
@@ -258,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.max_seq_len > context:
         raise UserError(f"--max_seq_len {args.max_seq_len} is more than the model's context of {context}")
     if asking:
-        generations_path(loaded, asking, args)  # refused now and not after the work
+        generations_path(loaded, asking, args)  # fail before the evaluation starts
     print("\n".join(loaded.described))
 
     result = {"checkpoint": str(loaded.path), "stage": loaded.stage, "device": str(loaded.device),
@@ -276,4 +250,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run(main))
+    sys.exit(exits.run(main))

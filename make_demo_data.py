@@ -1,45 +1,45 @@
-"""The built-in corpus: a small Chinese world, made up by a seeded program, in the project's own formats.
+"""Generates the built-in corpus, a small Chinese world, from a seed, in the project's data formats.
 
     python make_demo_data.py --out_dir data/demo --seed 1
 
-People have a home, a trade, a favourite dish, a pet and a pastime; places have a river, a ware, a feast and a sight.
-Things are counted: they are bought, lost, multiplied and shared out. Out of this come
+Each person has a hometown, a job, a favorite dish, a pet and a hobby. Each place has a river, a specialty, a festival
+and a sight. Word problems count things that are bought, lost, multiplied and divided. The files:
 
-    pretrain.jsonl     portraits, comparisons, scenes, things told twice, counting and sums: every fact stands here
-    sft_512.jsonl      short chats: who are you, facts, sums, a few problems answered at once
-    sft_1024.jsonl     the same as long chats, nearly all of 513 to 1,024 tokens of the quickstart's tokenizer
-    r1_1024.jsonl      problems, and some of everything else, thought through before they are answered
-    val/               text, chats and thoughts of the same kinds, small talk and sums that repeat among them
+    pretrain.jsonl     portraits, comparisons, scenes, retellings, counting and sums; contains every fact
+    sft_512.jsonl      short chats: small talk, facts, sums, a few problems answered without a thought
+    sft_1024.jsonl     long chats of the same kinds, nearly all of 513 to 1,024 tokens of the quickstart's tokenizer
+    r1_1024.jsonl      replies that think first: mostly problems, some of every other kind
+    val/               validation texts, chats and thoughts of the same kinds; some small talk and sums are also in training
     eval/              questions with checkable answers: facts, one_step and multi_step
 
-What is held out, and tests/test_demo_data.py proves it from the files:
+Held-out guarantees, which tests/test_demo_data.py checks in the files:
 
-    facts, asked         its question stands in chats, but never in the words of eval/facts.jsonl
-    facts, never_asked   no chat and no thought mentions it; only pretrain.jsonl tells it
-    one_step             (number, operation, number) is in no training file, as a step of a longer problem neither;
-                         its inverse may be (26-3 where 23+3 is asked)
-    multi_step           the numbers and steps are in no training file, as a part of a longer problem neither
+    facts, asked         chats ask for the fact, but never in the wording of eval/facts.jsonl
+    facts, never_asked   no chat and no thought mentions the fact; only pretrain.jsonl contains it
+    one_step             (number, operation, number) appears in no training file, not even as a step of a longer
+                         problem; its inverse may (26-3 for the question 23+3)
+    multi_step           the numbers and steps appear in no training file, not even as part of a longer problem
 """
 
 import argparse
 import math
 import random
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+from common import exits
+from common.files import write_jsonl
 from Config import OneLineParser, UserError
-from dataset import write_jsonl
 
 # ---------------------------------------------------------------------------------------------
-# the world: people and places, and what can be said and asked of them
+# the world: people and places, and how facts about them are told, asked and answered
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text."""
+    """Split a text at whitespace."""
     return tuple(text.split())
 
 
@@ -53,7 +53,7 @@ PLACES = words("清河镇 白石村 柳林镇 青松寨 红枫谷 云峰村 金�
 
 @dataclass(frozen=True)
 class Relation:
-    """What links an entity {e} to one of `values` {v}: how it is told, asked and answered."""
+    """A relation between an entity {e} and one of `values` {v}, with templates to tell, ask and answer it."""
 
     name: str
     values: tuple[str, ...]
@@ -122,7 +122,7 @@ OF_PLACES = (
 
 @dataclass(frozen=True)
 class Fact:
-    """entity –relation→ value. `never_asked`: in no chat. `eval_frame`: which question eval/facts.jsonl asks."""
+    """entity –relation→ value. `never_asked`: in no chat. `eval_frame`: index of the question in eval/facts.jsonl."""
 
     entity: str
     relation: Relation
@@ -137,7 +137,7 @@ class Fact:
         return self.relation.asked[frame].format(e=self.entity)
 
     def ask_otherwise(self, rng: random.Random) -> str:
-        """Ask in words that eval/facts.jsonl does not use for this fact."""
+        """Ask with any template except the one that eval/facts.jsonl uses for this fact."""
         return self.ask(rng.choice([i for i in range(len(self.relation.asked)) if i != self.eval_frame]))
 
     def answer(self) -> str:
@@ -148,9 +148,9 @@ NEVER_ASKED_SHARE = 0.27
 
 
 def make_facts(rng: random.Random) -> list[Fact]:
-    """Every entity with a value of each of its relations."""
+    """One fact for every entity and each of its relations."""
     given = [first + second for first in GIVEN_FIRST for second in GIVEN_SECOND]
-    people = [rng.choice(SURNAMES) + name for name in given]  # given names are all different
+    people = [rng.choice(SURNAMES) + name for name in given]  # given names are unique
     pairs = [(e, r) for e in people for r in OF_PEOPLE] + [(e, r) for e in PLACES for r in OF_PLACES]
     never = set(rng.sample(range(len(pairs)), round(NEVER_ASKED_SHARE * len(pairs))))
     return [Fact(entity, relation, rng.choice(relation.values), i in never, rng.randrange(len(relation.asked)))
@@ -158,19 +158,19 @@ def make_facts(rng: random.Random) -> list[Fact]:
 
 
 # ---------------------------------------------------------------------------------------------
-# counting: problems, and a program that derives their answers
+# counting problems and their answers
 
-LIMIT = 99  # no number is larger
+LIMIT = 99  # the largest number
 LEAST_STEPS, MOST_STEPS = 2, 8
-THINGS = tuple((thing[1:], thing[0]) for thing in words(  # each after its measure word
+THINGS = tuple((thing[1:], thing[0]) for thing in words(  # measure word, then noun
     "个苹果 个桃子 个鸡蛋 颗石子 颗糖果 颗纽扣 本书 本画册 支铅笔 支蜡烛 朵花 块布 块木板 张邮票 张卡片 枚贝壳 枚铜钱 盏灯笼 把椅子 把伞"))
-CLAUSES = {  # operation: how a change is told, {b} with its measure word {u}
+CLAUSES = {  # operation: templates that tell a step; {u} is the measure word
     "+": ("又买了{b}{u}", "又收到{b}{u}", "朋友送来{b}{u}", "又找到{b}{u}", "邻居给了{b}{u}", "又添了{b}{u}"),
     "-": ("用掉{b}{u}", "送出{b}{u}", "丢了{b}{u}", "卖掉{b}{u}", "借走{b}{u}", "坏了{b}{u}"),
     "*": ("数量变成{b}倍", "后来增加到{b}倍"),
     "/": ("平均分成{b}份留下一份", "分成{b}份只留一份"),
 }
-SUMS = {  # operation: how it stands in a lesson, and how it is asked
+SUMS = {  # operation: templates that state and ask a sum
     "+": ("{a}加{b}等于{c}。", "{a}加{b}等于多少？"),
     "-": ("{a}减{b}等于{c}。", "{a}减{b}等于多少？"),
     "*": ("{a}乘{b}等于{c}。", "{a}乘{b}等于多少？"),
@@ -182,7 +182,7 @@ COUNTED = "现在有{c}{u}{o}。"
 
 
 def apply(a: int, operation: str, b: int) -> int | None:
-    """a operation b, or None where it is no whole number from 0 to LIMIT."""
+    """a operation b; None if it is not an integer from 0 to LIMIT."""
     if operation == "/":
         return a // b if a % b == 0 else None
     c = {"+": a + b, "-": a - b, "*": a * b}[operation]
@@ -201,7 +201,7 @@ TRIPLES = tuple((a, operation, b) for operation, amounts in AMOUNTS.items() for 
 
 @dataclass(frozen=True)
 class Problem:
-    """A number of things, changed step by step."""
+    """A number of things and the steps that change it."""
 
     start: int
     steps: tuple[tuple[str, int], ...]
@@ -218,18 +218,18 @@ class Problem:
         return apply(*self.triples()[-1])
 
     def parts(self) -> set[tuple]:
-        """The triples of every two or more steps in a row: the whole, and the problems it contains."""
+        """The triples of every run of two or more steps: the problem itself and the problems it contains."""
         triples = tuple(self.triples())
         return {triples[i:j] for i in range(len(triples)) for j in range(i + 2, len(triples) + 1)}
 
     def numbers(self) -> str:
-        """What identifies a problem whatever its words: "23+5*2"."""
+        """The problem without its wording, for example "23+5*2"."""
         return str(self.start) + "".join(f"{operation}{b}" for operation, b in self.steps)
 
 
 @dataclass(frozen=True)
 class Wording:
-    """A problem in words, and its solution line by line."""
+    """A problem in words, with its solution line by line."""
 
     problem: Problem
     question: str
@@ -238,7 +238,7 @@ class Wording:
 
 
 def put_into_words(problem: Problem, person: str, rng: random.Random) -> Wording:
-    """Tell a problem about a person's things. The thought restates each clause before it computes."""
+    """Word a problem about a person's things. The thought restates each clause before computing it."""
     thing, unit = rng.choice(THINGS)
     names = dict(e=person, o=thing, u=unit)
     clauses = [rng.choice(CLAUSES[operation]).format(b=b, **names) for operation, b in problem.steps]
@@ -251,10 +251,10 @@ def put_into_words(problem: Problem, person: str, rng: random.Random) -> Wording
 
 
 class Counting:
-    """Draws problems none of whose steps is a held-out (number, operation, number)."""
+    """Draws problems without any held-out (number, operation, number) step."""
 
-    # of sums that begin with two digits: the others are learned by heart. Few products and quotients: there are few of
-    # them, and each that is held out is one less to see the rule in
+    # only sums whose first number has two digits are held out: a model memorizes the others. Few products and quotients
+    # are held out, because there are few from which to learn the rule
     HELD_OUT = {"+": 100, "-": 100, "*": 2, "/": 2}
 
     def __init__(self, rng: random.Random):
@@ -263,12 +263,12 @@ class Counting:
                          for triple in rng.sample([t for t in TRIPLES if t[0] > 9 and t[1] == operation], number)}
         known = [triple for triple in TRIPLES if triple not in self.held_out]
         self.known = (known, [triple for triple in known if triple[0] < 20], [t for t in known if t[1] in "*/"])
-        self.after = {}  # number: the steps that may follow it
+        self.after = {}  # number: the steps allowed after it
         for a, operation, b in known:
             self.after.setdefault(a, {}).setdefault(operation, []).append(b)
 
     def problem(self, n_steps: int) -> Problem:
-        """Each step's operation is drawn first, so that the few products and quotients are not lost among the sums."""
+        """Draw each step's operation before its number: products and quotients are few and would otherwise be rare."""
         while True:
             value = start = self.rng.randint(2, LIMIT)
             steps = []
@@ -282,10 +282,10 @@ class Counting:
 
 
 # ---------------------------------------------------------------------------------------------
-# talk
+# small talk
 
 NAME = "WeakWater"
-SMALL_TALK = (  # (what may be asked, what may be answered, what is thought before)
+SMALL_TALK = (  # (questions, replies, thought)
     (("你好", "你好！", "您好", "嗨，你好", "早上好", "晚上好"),
      (f"你好，我是{NAME}，有什么可以帮你？", "你好！今天想聊点什么？"), "对方在打招呼。"),
     (("你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你是什么？", "我该怎么称呼你？"),
@@ -305,12 +305,12 @@ WEATHER = ("太阳很好", "下着小雨", "刮着大风", "雾很大", "天气�
 
 
 def chat(*turns: str) -> dict:
-    """A record: turns are the user's and the assistant's, by turns."""
+    """A chat record. Turns alternate between user and assistant."""
     return {"conversations": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]}
 
 
 def thoughtful(thought, answer: str) -> str:
-    """A reply that thinks first. `thought` is one line or several."""
+    """A reply with a thought. `thought` is one line or a sequence of lines."""
     lines = [thought] if isinstance(thought, str) else thought
     return "<think>\n" + "\n".join(lines) + "\n</think>\n<answer>" + answer + "</answer>"
 
@@ -318,35 +318,35 @@ def thoughtful(thought, answer: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # the files
 
-# portraits of each entity, short_facts of each relation, problems_asked for each number of steps
+# documents or turns of each kind: portraits per entity, short_facts per relation, problems_asked per number of steps
 COUNTS = {"portraits": 60, "lists": 1000, "lessons": 3000, "stories": 9000, "retellings": 2000, "counting": 800, "scenes": 500,
           "short_sums": 10000, "short_problems": 700, "short_facts": 300, "short_talk": 800,
           "long_chats": 700, "thoughts": 20000, "thought_sums": 2000, "thought_facts": 2500, "thought_talk": 2000,
           "validation": 200, "long_validation": 20, "problems_asked": 40}
-MOST_PORTRAITS = 5  # in one text
-ASKED_ALONE, MOST_TURNS = 0.3, 14  # the share of questions that are a chat of their own; questions in a short chat
-LONG_CHAT_CHARACTERS = (780, 1250)  # 513 to 1,024 tokens of the quickstart's tokenizer, but for a few
+MOST_PORTRAITS = 5  # per text
+ASKED_ALONE, MOST_TURNS = 0.3, 14  # share of questions that are a chat of one turn; most questions in a short chat
+LONG_CHAT_CHARACTERS = (780, 1250)  # nearly always 513 to 1,024 tokens of the quickstart's tokenizer
 
 
 class World:
-    """Everything the files are drawn from. The same seed gives the same bytes."""
+    """Generates the records of all files. The same seed gives the same bytes."""
 
     def __init__(self, seed: int):
         self.rng = rng = random.Random(seed)
         self.facts = make_facts(rng)
-        self.facts_of = {}  # by entity, and by name of relation
+        self.facts_of = {}  # by entity and by relation name
         for fact in self.facts:
             self.facts_of.setdefault(fact.entity, []).append(fact)
             self.facts_of.setdefault(fact.relation.name, []).append(fact)
         self.askable = [[fact for fact in self.facts_of[relation.name] if not fact.never_asked]
-                        for relation in OF_PEOPLE + OF_PLACES]  # by relation: each is asked equally often
+                        for relation in OF_PEOPLE + OF_PLACES]  # one list per relation: each relation is asked equally often
         self.people = list(dict.fromkeys(f.entity for f in self.facts if f.entity not in PLACES))
         self.counting = Counting(rng)
-        self.seen = set()  # the numbers of every multi-step problem so far: none comes twice
-        self.questions = set()  # the triples of those in eval/: none is a part of another problem
+        self.seen = set()  # the numbers of every multi-step problem so far: no problem repeats
+        self.questions = set()  # the triples of the problems in eval/: no other problem contains them
 
     def grouped(self, items: list, least: int, most: int) -> Iterator[list]:
-        """The items in random order, `least` to `most` at a time."""
+        """The items in random order, in groups of `least` to `most`."""
         items = iter(self.rng.sample(items, len(items)))
         while group := list(islice(items, self.rng.randint(least, most))):
             yield group
@@ -354,17 +354,17 @@ class World:
     # ---- plain text
 
     def portrait(self, entity: str) -> str:
-        """All that is known of an entity, in any order."""
+        """All facts of an entity, in random order."""
         facts = self.facts_of[entity]
         return "".join(fact.tell(self.rng) for fact in self.rng.sample(facts, len(facts)))
 
     def comparison(self) -> str:
-        """One relation of several entities."""
+        """The same relation for several entities."""
         facts = self.facts_of[self.rng.choice(OF_PEOPLE + OF_PLACES).name]
         return "".join(fact.tell(self.rng) for fact in self.rng.sample(facts, self.rng.randint(3, 6)))
 
     def lesson(self) -> str:
-        """Sums, one after another: in words, asked and answered, or in signs."""
+        """A list of sums: in words, as question and answer, or in symbols."""
         form = self.rng.choice(("{told}", "{asked}{told}", "{signs}"))
         text = ""
         for _ in range(self.rng.randint(6, 14)):
@@ -374,7 +374,7 @@ class World:
         return text
 
     def counting_aloud(self) -> str:
-        """A stretch of the numbers, forwards or backwards: how they follow one another, also over the tens."""
+        """A range of numbers, forward or backward, to teach their order, also across the tens."""
         first = self.rng.randint(1, LIMIT - 5)
         numbers = list(range(first, min(first + self.rng.randint(5, 15), LIMIT) + 1))
         if self.rng.random() < 0.5:
@@ -383,11 +383,11 @@ class World:
         return f"{self.rng.choice(self.people)}从{numbers[0]}数到{numbers[-1]}：{listed}。"
 
     def triple(self) -> tuple[int, str, int]:
-        """A sum that is not held out; the few with small numbers, and products and quotients, more often than others."""
+        """A sum that is not held out. Small numbers, products and quotients are few and drawn more often."""
         return self.rng.choice(self.rng.choices(self.counting.known, weights=(5, 2, 3))[0])
 
     def story(self) -> str:
-        """Somebody's things, counted once or more, each time anew."""
+        """Several one-step problems with their answers, each about a new person."""
         parts = []
         for _ in range(self.rng.randint(2, 4)):
             a, operation, b = self.triple()
@@ -397,13 +397,13 @@ class World:
         return "".join(parts)
 
     def retelling(self) -> str:
-        """What somebody tells, word for word told again."""
+        """A story that a second person repeats word for word."""
         one, other = self.rng.sample(self.people, 2)
         told = self.new_problem().question.rsplit("，", 1)[0]
         return f"{one}说：{told}。{other}跟着说：{told}。"
 
     def scene(self) -> str:
-        """A season in a place, people doing what they love."""
+        """A season in a place, and two people with their hobbies."""
         place = self.rng.choice(PLACES)
         season, nature, labour = self.rng.choice(SEASONS)
         text = f"{season}的{place}，{nature}，{labour}。这天{self.rng.choice(WEATHER)}。"
@@ -412,7 +412,7 @@ class World:
         return text
 
     def texts(self, share: float = 1.0) -> Iterator[str]:
-        """Documents of every kind."""
+        """All pretraining documents."""
         portraits = [self.portrait(entity) for entity in [*self.people, *PLACES]
                      for _ in range(max(1, round(share * COUNTS["portraits"])))]
         for group in self.grouped(portraits, 1, MOST_PORTRAITS):
@@ -437,12 +437,12 @@ class World:
         return fact.ask_otherwise(self.rng), fact.answer()
 
     def sum_asked(self) -> tuple[str, str]:
-        """One step, bare or as a story."""
+        """A one-step question: a bare sum or a story."""
         a, operation, b = self.triple()
         return one_step(a, operation, b, self.rng.choice(self.people), self.rng, as_story=0.7)
 
     def new_problem(self, n_steps: int | None = None) -> Wording:
-        """A problem of several steps that no file holds yet, and that holds none of eval/."""
+        """A multi-step problem that is in no file yet and contains no problem of eval/."""
         while True:
             problem = self.counting.problem(n_steps or self.rng.randint(LEAST_STEPS, MOST_STEPS))
             if problem.numbers() not in self.seen and not problem.parts() & self.questions:
@@ -456,7 +456,7 @@ class World:
     # ---- records
 
     def short_chats(self, share: float = 1.0) -> Iterator[dict]:
-        """Most ask one thing, some go on from one thing to the next."""
+        """Chats with one question, and chats with several."""
         turns = [make() for kind, make in (("short_talk", self.talk), ("short_sums", self.sum_asked),
                                            ("short_problems", self.problem_asked))
                  for _ in range(round(share * COUNTS[kind]))]
@@ -472,7 +472,7 @@ class World:
             yield chat(*chain.from_iterable(group))
 
     def long_chat(self) -> dict:
-        """Question after question of every kind."""
+        """A chat with many questions of every kind."""
         turns = []
         characters = self.rng.randint(*LONG_CHAT_CHARACTERS)
         while sum(map(len, turns)) < characters:
@@ -496,7 +496,7 @@ class World:
             asked, answered, thought = self.rng.choice(SMALL_TALK)
             yield chat(self.rng.choice(asked), thoughtful(thought, self.rng.choice(answered)))
 
-    # ---- questions to be scored
+    # ---- evaluation questions
 
     def fact_questions(self) -> Iterator[dict]:
         for fact in self.facts:
@@ -521,7 +521,7 @@ class World:
 
 
 def one_step(a: int, operation: str, b: int, person: str, rng: random.Random, as_story: float) -> tuple[str, str]:
-    """(question, answer) of a single step: as a story, with that chance, or as a bare sum."""
+    """(question, answer) of a single step: a story with probability `as_story`, else a bare sum."""
     if rng.random() >= as_story:
         told, asked = (text.format(a=a, b=b, c=apply(a, operation, b)) for text in SUMS[operation])
         return asked, told
@@ -530,11 +530,11 @@ def one_step(a: int, operation: str, b: int, person: str, rng: random.Random, as
 
 
 def write(path: Path, records, rng: random.Random | None = None) -> int:
-    """Write records as JSONL, whole or not at all, in random order where `rng` is given; return how many."""
+    """Write records as JSONL atomically, in random order if `rng` is given. Returns the number of records."""
     records = list(records)
     if rng:
         rng.shuffle(records)
-    write_jsonl(records, path)
+    write_jsonl(path, records)
     return len(records)
 
 
@@ -542,15 +542,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="make_demo_data.py", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="data/demo", help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the world and of every text (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=1.0, help="write only this share of the training files; the "
-                        "questions and the validation files stay as large (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the whole corpus (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, help="write only this share of the training data; "
+                        "validation files and questions keep their size (default: %(default)s)")
     args = parser.parse_args(argv)
     if not 0 < args.share <= 1:
-        raise UserError(f"--share {args.share} is not above 0 and at most 1")
+        raise UserError(f"--share {args.share} must be greater than 0 and at most 1")
     out, world, share = Path(args.out_dir), World(args.seed), args.share
     few = COUNTS["validation"] / COUNTS["thoughts"]
-    files = {  # the questions first: no training file may then repeat a problem asked there
+    files = {  # questions first, so that later files can avoid them
         "eval/facts.jsonl": world.fact_questions(), "eval/one_step.jsonl": world.one_step_questions(),
         "eval/multi_step.jsonl": world.multi_step_questions(),
         "pretrain.jsonl": ({"text": text} for text in world.texts(share)),
@@ -560,30 +560,23 @@ def main(argv: list[str] | None = None) -> None:
         "val/sft_512.jsonl": world.short_chats(few), "val/r1_1024.jsonl": world.thoughts(few),
         "val/sft_1024.jsonl": (world.long_chat() for _ in range(COUNTS["long_validation"])),
     }
-    there = [str(out / name) for name in files if (out / name).exists()]
-    if there:
-        raise UserError(f"--out_dir {out}: {there[0]} is there already: remove it or choose another folder")
+    existing = [str(out / name) for name in files if (out / name).exists()]
+    if existing:
+        raise UserError(f"--out_dir {out}: {existing[0]} already exists: remove it or choose another folder")
     try:
         for folder in (out / "eval", out / "val"):
             folder.mkdir(parents=True, exist_ok=True)
         counts = {name: write(out / name, records, None if name.startswith("eval") else world.rng)
                   for name, records in files.items()}
     except OSError as error:
-        raise UserError(f"--out_dir {out}: cannot be written: {error}") from None
+        raise UserError(f"--out_dir {out} cannot be written: {error}") from None
     never = sum(fact.never_asked for fact in world.facts)
     print(f"seed {args.seed}: {len(world.people)} people, {len(PLACES)} places, {len(world.facts)} facts, {never} never "
-          f"asked; {len(TRIPLES):,} sums, {len(world.counting.held_out)} held out; {len(world.seen):,} problems of "
-          "several steps, all different")
+          f"asked; {len(TRIPLES):,} sums, {len(world.counting.held_out)} held out; {len(world.seen):,} distinct "
+          "multi-step problems")
     for name, count in counts.items():
         print(f"{out / name}: {count:,} records, {(out / name).stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
-    try:  # as common.runtime.run does, without waiting for torch
-        sys.exit(main())
-    except (UserError, KeyboardInterrupt) as error:
-        mistake = isinstance(error, UserError)
-        print(f"error: {error}" if mistake else "interrupted", file=sys.stderr)
-        sys.exit(2 if mistake else 130)
+    sys.exit(exits.run(main))

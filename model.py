@@ -1,13 +1,13 @@
-"""The network: a LLaMA-style decoder, written out.
+"""The network: a decoder-only transformer like LLaMA, in plain PyTorch.
 
     tokens → embedding → n_layers × [RMSNorm → attention → + · RMSNorm → SwiGLU → +] → RMSNorm → logits
 
-This file is the only definition of the network, in plain PyTorch: change it here. `fastpath/` computes parts of it
-faster, each only after a check that the result is the same. Module names are those of transformers' Llama (of Qwen3
-with `qk_norm`), so that the state dict loads there strictly and without renaming.
+This file is the only definition of the network: change it here. `fastpath/` computes parts of it faster, each only
+after a check that the result is the same. Module names are those of transformers' Llama (Qwen3 with `qk_norm`), so the
+state dict loads there strictly and without renaming.
 
 A tensor's name may end in its shape: B batch, T tokens, C model width (dim), V vocabulary, H query heads, K key/value
-heads, D head width, S keys and values, N tokens with a loss.
+heads, D head width, S key/value positions, N positions with a loss.
 """
 
 import math
@@ -45,50 +45,50 @@ class RotaryEmbedding(nn.Module):
         frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
         angle = torch.outer(torch.arange(max_seq_len).float(), frequency)
         angle_SD = torch.cat((angle, angle), dim=-1)
-        self.register_buffer("cos_SD", angle_SD.cos(), persistent=False)  # not a weight: not in the state dict
+        self.register_buffer("cos_SD", angle_SD.cos(), persistent=False)  # not a weight, so not in the state dict
         self.register_buffer("sin_SD", angle_SD.sin(), persistent=False)
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for positions (B, T): each (B, T, 1, D), to be broadcast over heads."""
+        """cos and sin for positions (B, T): (B, T, 1, D) each, to broadcast over heads."""
         return self.cos_SD[positions].unsqueeze(2), self.sin_SD[positions].unsqueeze(2)
 
 
 def apply_rotary(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each head's pairs of dimensions."""
+    """Rotate the pairs of dimensions of each head."""
     first, second = x_BTHD.chunk(2, dim=-1)
     return x_BTHD * cos.to(x_BTHD.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x_BTHD.dtype)
 
 
 def attention(q_BTHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, mask=None) -> torch.Tensor:
-    """Scaled dot-product attention, (B, T, H, D): causal, or where the mask (B, 1, T, S) is true. Grouped-query."""
+    """Scaled dot-product attention with grouped heads, (B, T, H, D): causal, or where the mask (B, 1, T, S) is true."""
     return F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
         enable_gqa=q_BTHD.shape[2] != k_BSKD.shape[2]).transpose(1, 2)
 
 
 class Packing:
-    """The documents of a packed buffer (1, T): `lengths`, on the host, and `boundaries` as of boundaries_of."""
+    """The documents of a packed buffer (1, T): `lengths` on the host, and boundaries_of(lengths) on the device."""
 
     def __init__(self, lengths: list[int], boundaries: torch.Tensor):
         self.lengths, self.boundaries = lengths, boundaries
 
     def positions(self) -> torch.Tensor:
-        """Positions (1, T) that restart at 0 with each document. Does not wait for the device."""
+        """Positions (1, T) that restart at 0 in each document. Does not wait for the device."""
         index = torch.arange(sum(self.lengths), device=self.boundaries.device)
         document = torch.searchsorted(self.boundaries[1:], index, right=True)
         return (index - self.boundaries[document]).unsqueeze(0)
 
 
 def boundaries_of(lengths: list[int]) -> torch.Tensor:
-    """Where each document begins, and where the last one ends: int32 (documents + 1,) on the CPU."""
+    """The start of each document and the end of the last one: int32 (documents + 1,) on the CPU."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of fixed size (layers, B, K, S, D).
+    """Keys and values of the tokens so far, in buffers of fixed size (layers, B, K, S, D).
 
-    Each row has a position of its own. Prompts of unequal length are padded at the end, then each row is rewound to its
-    length: the mask hides what the padding left until it is overwritten.
+    Each row has its own position. Prompts of unequal length are padded at the end, then each row is rewound to its
+    length. The mask hides the padding's entries until they are overwritten.
     """
 
     def __init__(self, config: LLMConfig, batch_size: int, length: int, device=None, dtype=None):
@@ -98,13 +98,13 @@ class KVCache:
         self.longest, self.aligned, self.room = 0, True, min(length, config.max_seq_len)  # on the host; all rows equal?
 
     def positions(self, T: int) -> torch.Tensor:
-        """Positions (B, T) of the next T tokens of each row. Raises UserError where there is no room for them."""
+        """Positions (B, T) of the next T tokens of each row. Raises UserError if the cache has no room for them."""
         if self.longest + T > self.room:
             raise UserError(f"position {self.longest + T} is beyond the {self.room} that cache and context hold")
         return self.filled_B[:, None] + torch.arange(T, device=self.filled_B.device)
 
     def store(self, layer: int, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the keys and values of the next T tokens. Returns all so far, (B, S, K, D) each."""
+        """Store the keys and values of the next T tokens. Returns all keys and values so far, (B, S, K, D) each."""
         S, keys, values = self.longest + k_BTKD.shape[1], *(x[layer].transpose(1, 2) for x in (self.keys, self.values))
         if self.aligned:
             keys[:, self.longest:S], values[:, self.longest:S] = k_BTKD, v_BTKD
@@ -115,15 +115,15 @@ class KVCache:
         return keys[:, :S], values[:, :S]
 
     def mask(self, T: int) -> torch.Tensor:
-        """(B, 1, T, S): each of the next T tokens sees the slots up to its own."""
+        """(B, 1, T, S): each of the next T tokens attends to the slots up to its own."""
         return torch.arange(self.longest + T, device=self.keys.device) <= self.positions(T)[:, None, :, None]
 
     def advance(self, T: int) -> None:
-        """All layers have stored the next T tokens."""
+        """Move every row by T tokens, after all layers have stored them."""
         self.filled_B, self.longest = self.filled_B + T, self.longest + T
 
     def rewind(self, lengths: list[int], rows: torch.Tensor | None = None) -> None:
-        """Let each row go on after so many tokens; with `rows` only these go on."""
+        """Set the number of tokens of each row. With `rows`, first keep only these rows."""
         if rows is not None:
             self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.filled_B = torch.tensor(lengths, device=self.filled_B.device)
@@ -145,10 +145,10 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x_BTC, cos, sin, packing: Packing | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        """Each row causal; with `packing`, each document alone; with `cache`, the next tokens against all before."""
+        """Causal in each row; with `packing`, in each document; with `cache`, new tokens attend to all so far."""
         q, k, v = (p(x_BTC).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm returns float32
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # norms return float32 under autocast
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.store(self.layer, k, v)
@@ -175,7 +175,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and SwiGLU, each after a norm and added to the residual stream."""
+    """One layer: attention and SwiGLU, each applied to the normalized input and added to the residual stream."""
 
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
@@ -189,7 +189,7 @@ class Block(nn.Module):
         return self.self_attn.o_proj, self.mlp.down_proj
 
     def forward(self, x_BTC, cos, sin, packing=None, cache=None, rows=None) -> torch.Tensor:
-        """With `rows` (N,) of the flattened buffer, only these are computed after the attention: (1, N, C)."""
+        """With `rows` (N,), only these positions of the flattened buffer are computed after attention: (1, N, C)."""
         x_BTC = x_BTC + self.dropout(self.self_attn(self.input_layernorm(x_BTC), cos, sin, packing, cache))
         if rows is not None:
             x_BTC = x_BTC.flatten(0, 1).index_select(0, rows).unsqueeze(0)
@@ -197,7 +197,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """All below the output projection: tokens (B, T) → hidden states (B, T, C), or those of `rows`, (1, N, C)."""
+    """Everything before the output projection: tokens (B, T) → hidden states (B, T, C), or (1, N, C) of `rows`."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -224,14 +224,14 @@ class Transformer(nn.Module):
 class WeakWater(nn.Module):
     """The language model. `model(tokens (B, T))` returns logits (B, T, V), or with
 
-    lengths            a packed buffer (1, T) of documents: each has its own attention and positions from 0
-    boundaries         what boundaries_of(lengths) returns, already on the device, if the caller has it there
-    target_index       logits (N, V) of these positions (N,) of the flattened buffer only
-    targets, weights   training: the ids (N,) that these positions predict, and the loss weight (N,) of each. Returns
-                       the weighted *sum* of the cross-entropies in nats, a float32 scalar, and no logits
-    cache              a KVCache: `tokens` are the next of each row
+    lengths            `tokens` is a packed buffer (1, T) of documents: attention stays inside each, positions restart
+    boundaries         boundaries_of(lengths), if the caller already has it on the device
+    target_index       return logits (N, V) of these positions (N,) of the flattened buffer only
+    targets, weights   for training: the ids (N,) to predict at these positions, and their loss weights (N,). Returns
+                       the weighted *sum* of the cross-entropies in nats, at least float32, instead of logits
+    cache              a KVCache: `tokens` are the next tokens of each row
 
-    Raises UserError if a sequence is longer than max_seq_len, or if lengths do not make up the buffer."""
+    Raises UserError if a sequence is longer than max_seq_len, or if lengths do not add up to the buffer."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -243,7 +243,7 @@ class WeakWater(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, 0.02), into the residual stream smaller by sqrt(2 · layers) (GPT-2, Radford et al. 2019)."""
+        """Normal(0, 0.02); projections into the residual stream / sqrt(2 · layers) (GPT-2, Radford et al. 2019)."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, Block):
@@ -251,7 +251,7 @@ class WeakWater(nn.Module):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
 
     def zero_init_residual(self) -> None:
-        """Let every layer begin as the identity (after Zhang et al. 2019, arXiv:1901.09321; docs/PERFORMANCE.md)."""
+        """Make every layer start as the identity (after Zhang et al. 2019, arXiv:1901.09321; docs/PERFORMANCE.md)."""
         for block in self.model.layers:
             for projection in block.outputs():
                 nn.init.zeros_(projection.weight)
@@ -278,12 +278,12 @@ class WeakWater(nn.Module):
         return self.lm_head(hidden) if targets is None else self.loss(hidden, targets, weights)
 
     def loss(self, hidden_NC: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the cross-entropies in nats, at least in float32."""
+        """The weighted sum of the cross-entropies in nats, at least float32."""
         logits_NV = (logits := self.lm_head(hidden_NC)).to(torch.promote_types(logits.dtype, torch.float32))
         return (F.cross_entropy(logits_NV, targets, reduction="none") * weights).sum()
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by part; tied weights count once, with the embedding."""
+        """The number of parameters by part. Tied weights count once, as embedding."""
         parts = {"embedding": self.model.embed_tokens.weight.numel(), "attention": 0, "mlp": 0, "norm": 0}
         for name, parameter in self.named_parameters():
             part = next((part for part in ("norm", "attn", "mlp") if part in name), None)
@@ -293,8 +293,8 @@ class WeakWater(nn.Module):
         return parts
 
     def flops_per_token(self, context: float) -> float:
-        """Training FLOPs per token, forward and backward: 6N + 12·L·T·C, with N the parameters in matmuls and T the
-        `context` in tokens (PaLM, Chowdhery et al. 2022, appendix B; causality not deducted)."""
+        """Training FLOPs per token, forward and backward: 6N + 12·L·T·C, where N counts the parameters in matmuls and T
+        is the `context` in tokens (PaLM, Chowdhery et al. 2022, appendix B; the causal mask is not deducted)."""
         parts = self.num_parameters()
         head = self.config.vocab_size * self.config.dim
         return 6 * (parts["attention"] + parts["mlp"] + head) + 12 * self.config.n_layers * context * self.config.dim

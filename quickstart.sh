@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model that thinks, in about seven minutes on two CPU cores: makes up a small Chinese world, trains the
+# From nothing to a model that thinks, in about seven minutes on two CPU cores: generates a small Chinese world, trains the
 # tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
 #
 #   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in under a minute, too short to learn anything
@@ -45,7 +45,7 @@ fi
 # pretraining decays, which makes sums a rule; later stages would forget by it. On this corpus, unlike on real text, layers
 # that begin as the identity learn less (docs/PERFORMANCE.md, "Recipe").
 same="--out_dir $OUT --tokenizer_path $OUT/tokenizer --seed $seed
-      --eval_interval 0 --save_interval 100000 --log_interval 50 --weight_decay 0"
+      --eval_interval 200 --save_interval 100000 --log_interval 50 --weight_decay 0"
 
 begin=$SECONDS
 run() {  # show a command, then run it
@@ -68,7 +68,7 @@ score() {  # what is unscored, side by side, one thread each
     for stage in $unscored; do
         weights=$OUT/$stage.pth
         [ "$stage" != control ] || weights=$OUT/control/distill.pth
-        OMP_NUM_THREADS=1 python evaluate.py --checkpoint $weights --tokenizer_path $OUT/tokenizer --out_dir $OUT \
+        OMP_NUM_THREADS=1 python evaluate.py --checkpoint $weights --out_dir $OUT \
             --as_chat --max_new_tokens $longest --data_path $DATA/val --data_path $DATA/eval --batch_size 256 \
             --generations "$OUT/eval/$stage.jsonl" > "$OUT/eval/$stage.json" &
         jobs="$jobs $!"
@@ -95,7 +95,7 @@ run python distill.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_10
 trained distill
 
 # the control: the same problems from the same weights, without the thoughts, for as many target tokens
-run python experiments/control.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl \
+run python experiments/no_think_control.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl \
     --tokenizer_path $OUT/tokenizer --out_dir $OUT/control --cache_dir $OUT/cache \
     --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
 control_steps=$(python -c "import json; print(json.loads(open('$OUT/control.json').read().splitlines()[-1])['control_steps'])")
@@ -119,7 +119,11 @@ import json, sys
 problems, facts = ([json.loads(line)["question"] for line in open(path, encoding="utf-8")] for path in sys.argv[1:])
 print("\n".join(["你好", "你是谁？", facts[7], problems[100]]))  # a problem of four steps
 EOF
-python eval_model.py --checkpoint $OUT/distill.pth --tokenizer_path $OUT/tokenizer --temperature 0 --history_turns 0 \
+python eval_model.py --checkpoint $OUT/distill.pth --temperature 0 --history_turns 0 \
     --max_new_tokens $longest < $OUT/conversation.txt 2>&1
 took conversation
-run python experiments/quickstart.py report --out_dir $OUT --seed "$seed" $smoke
+code=0
+run python experiments/quickstart.py report --out_dir $OUT --seed "$seed" $smoke || code=$?
+echo
+echo "talk to it:    source .venv/bin/activate; python eval_model.py --checkpoint $OUT/distill.pth"
+exit $code

@@ -1,8 +1,8 @@
 """Stage 0: a byte-level BPE tokenizer, in bounded memory.
 
-the usual       python train_tokenizer.py --data_path data/pretrain.jsonl
+the usual       python train_tokenizer.py
 more files      python train_tokenizer.py --data_path 'data/*.jsonl.xz' --vocab_size 8000 --tokenizer_path my_tokenizer
-tags as text    python train_tokenizer.py --data_path data/pretrain.jsonl --no_think_tokens
+tags as text    python train_tokenizer.py --no_think_tokens
 
 Reads {"text": ...} and {"conversations": [...]} lines and writes the folder weakwater_tokenizer, which AutoTokenizer
 loads and every later stage reads. The method is BPE (Sennrich et al. 2016, arXiv 1508.07909) over bytes, as in GPT-2:
@@ -13,10 +13,8 @@ million, so it gets a sample, in short pieces from all over the corpus, however 
 import argparse
 import heapq
 import json
-import os
 import random
 import re
-import shutil
 import sys
 import threading
 import time
@@ -26,13 +24,14 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from common import exits
+from common.files import write_folder
 from Config import OneLineParser, UserError
-from dataset import (
+from dataset import Progress
+from text.chat import CHAT_TEMPLATE
+from text.records import (
     ROLES,
-    TAGS,
     MalformedRecord,
-    OurTokenizer,
-    Progress,
     check_text,
     find_files,
     is_held_out,
@@ -41,12 +40,11 @@ from dataset import (
     read_lines,
     text_hash,
 )
+from text.tokenizer import DEFAULT_FOLDER, TAGS, OurTokenizer
 
 CONTROL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-CHAT_TEMPLATE = (r"{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>\n' }}"
-                 r"{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}")
 PIECE_CHARS = 100  # short, to hear many documents: 6 MB of such pieces teach as much as 20 MB of whole documents
 MAX_WORD_CHARS = 20  # in training only: the split leaves whole Chinese clauses, which are long and hardly ever recur
 HELD_OUT_BYTES, HELD_OUT_PIECE_CHARS = 4_000_000, 10_000
@@ -83,12 +81,13 @@ class Sample:
             yield heapq.heappop(self.heap)[1].decode("utf-8")
 
 
-def read_texts(path: str, max_bad_ratio: float) -> Iterator[tuple[int, list[str]]]:
-    """(text hash, texts) of each record behind `path` that is not empty; prints progress and an account of all lines.
+def read_texts(paths: list[str], max_bad_ratio: float) -> Iterator[tuple[int, list[str]]]:
+    """(text hash, texts) of each record behind `paths` that is not empty; prints progress and an account of all lines.
     Raises UserError when more than `max_bad_ratio` of them are malformed or a file cannot be read."""
     lines = malformed = empty = n_chars = 0
-    progress = Progress(f"sampling {path}")
-    for file in find_files(path):
+    name = " ".join(paths)
+    progress = Progress(f"sampling {name}")
+    for file in dict.fromkeys(file for path in paths for file in find_files(path)):
         for number, line in read_lines(file):
             lines += 1
             try:
@@ -105,7 +104,7 @@ def read_texts(path: str, max_bad_ratio: float) -> Iterator[tuple[int, list[str]
             progress.show(f"{lines:,} lines, {n_chars:,} characters")
     progress.show(f"{lines:,} lines, {n_chars:,} characters, {malformed:,} malformed, {empty:,} empty", last=True)
     if malformed > max_bad_ratio * lines:
-        raise UserError(f"{path}: {malformed:,} of {lines:,} lines are malformed: over --max_bad_ratio {max_bad_ratio}")
+        raise UserError(f"{name}: {malformed:,} of {lines:,} lines are malformed: over --max_bad_ratio {max_bad_ratio}")
 
 
 def parse_texts(line: bytes) -> tuple[int, list[str]]:
@@ -126,7 +125,7 @@ def parse_texts(line: bytes) -> tuple[int, list[str]]:
     return text_hash({"text": "\n".join(texts)}), texts
 
 
-def collect(data_path: str, val_path: str | None, sample_bytes: int, seed: int,
+def collect(data_path: list[str], val_path: list[str] | None, sample_bytes: int, seed: int,
             max_bad_ratio: float) -> tuple[Sample, Sample]:
     """(sample to train on, held-out sample), with no document in both, in one pass over the data.
 
@@ -149,7 +148,7 @@ def collect(data_path: str, val_path: str | None, sample_bytes: int, seed: int,
         held_out.add(*lowest)
         train.heap = sorted(entry for entry in train.heap if entry[2] != lowest[0])
     if not train.heap or not held_out.heap:
-        raise UserError(f"{data_path}: not enough text to train on some and to hold some out")
+        raise UserError(f"{' '.join(data_path)}: not enough text to train on some and to hold some out")
     return train, held_out
 
 
@@ -198,23 +197,17 @@ def token_byte_lengths(tokenizer) -> list[int]:
 
 
 def save(tokenizer: Tokenizer, report: dict, path: Path) -> None:
-    """Write the folder that AutoTokenizer reads, whole or not at all. Raises UserError when it cannot be written."""
+    """Write the folder that AutoTokenizer reads, atomically. Raises UserError when it cannot be written."""
     config = OurTokenizer.SETTINGS | {"chat_template": CHAT_TEMPLATE}
     files = {"tokenizer.json": tokenizer.to_str(pretty=True),
              "tokenizer_config.json": json.dumps(config, indent=2), "report.json": json.dumps(report, indent=2)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+
+    def fill(folder: Path) -> None:
         for name, content in files.items():
-            with open(temporary / name, "w", encoding="utf-8", newline="\n") as stream:
-                stream.write(content + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-        os.rename(temporary, path)
-    except OSError as error:
-        raise UserError(f"--tokenizer_path {path}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (folder / name).write_text(content + "\n", encoding="utf-8", newline="\n")
+
+    if not write_folder(path, fill):
+        raise UserError(f"--tokenizer_path {path}: another process has made it; choose another name")
 
 
 SCRIPTS = {  # characters, and the share of a line (white space apart) that makes it one of these; the first that fits
@@ -270,9 +263,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="train_tokenizer.py", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data_path", required=True, help="JSONL to train on (plain, .gz, .xz, .zst): a file, a folder or a glob")
-    add("--val_path", help="held-out text for the report (default: 0.5 %% of data_path, by hash)")
-    add("--tokenizer_path", default="weakwater_tokenizer", help="folder to write (default: %(default)s)")
+    add("--data_path", nargs="+", metavar="PATH", default=["pretrain"],
+        help="training data: JSONL files (plain, .gz, .xz, .zst), folders, globs or names in data/ (default: pretrain)")
+    add("--val_path", nargs="+", metavar="PATH",
+        help="held-out text for the report (default: 0.5 %% of data_path, by hash)")
+    add("--tokenizer_path", default=DEFAULT_FOLDER, help="folder to write (default: %(default)s)")
     add("--vocab_size", type=int, default=6400, help="entries, all included (default: %(default)s)")
     add("--sample_bytes", type=int, default=6_000_000, help="bytes of text to train on (default: %(default)s)")
     add("--seed", type=int, default=42, help="seed of the sample (default: %(default)s)")
@@ -311,9 +306,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:  # as common.runtime.run does, but without its torch, which takes 190 MB of memory and more
-        sys.exit(main())
-    except (UserError, KeyboardInterrupt) as error:
-        mistake = isinstance(error, UserError)
-        print(f"error: {error}" if mistake else "interrupted", file=sys.stderr)
-        sys.exit(2 if mistake else 130)
+    sys.exit(exits.run(main))

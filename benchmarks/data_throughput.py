@@ -43,9 +43,14 @@ from benchmarks.measure import (
     train_a_tokenizer,
     warn_of_load,
 )
-from common import runtime
+from common import (
+    exits,  # noqa: E402
+    runtime,
+)
 from Config import UserError, number
-from dataset import StepLoader, TextEncoder, load_documents, load_tokenizer, open_cache
+from dataset import StepLoader, load_documents, open_cache
+from text.records import find_files
+from text.tokenizer import TextEncoder, load_tokenizer
 
 GROWTH = 8  # the larger corpus is so many times the smaller one
 SAME = 1000  # documents whose ids are compared
@@ -115,7 +120,7 @@ def build(args) -> dict:
     tokenizer = load_tokenizer(args.tokenizer_path)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        open_cache(args.data_path, tokenizer, "text", folder)
+        open_cache(find_files(args.data_path), tokenizer, "text", folder)
         seconds = time.perf_counter() - begin
     return {"seconds": seconds, "megabytes_per_second": Path(args.data_path).stat().st_size / 1e6 / seconds,
             "mebibytes": peak_mebibytes()}
@@ -139,7 +144,7 @@ def check_enough(args, data_path: str) -> None:
 def check_equal(args, data_path: str, folder: Path) -> None:
     """Raises RuntimeError where both ways do not give the same ids, UserError where no text can be compared."""
     tokenizer = load_tokenizer(args.tokenizer_path)
-    cache = open_cache(data_path, tokenizer, "text", str(folder))
+    cache = open_cache(find_files(data_path), tokenizer, "text", str(folder))
     theirs = TokenisedWhenAsked(data_path, args.tokenizer_path, args.max_seq_len)
     control = [token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
     bounds, compared = cache.documents["start"], 0
@@ -163,7 +168,7 @@ def compare(args, data_path: str, folder: Path) -> dict:
         for _ in range(GROWTH):
             stream.write(Path(data_path).read_bytes())
     for path in (data_path, str(larger)):
-        open_cache(path, load_tokenizer(args.tokenizer_path), "text", cache_dir)
+        open_cache(find_files(path), load_tokenizer(args.tokenizer_path), "text", cache_dir)
     fresh = (str(folder / f"fresh{i}") for i in count())  # for a cache that is not there yet
     run = partial(alone, __file__, tokenizer_path=args.tokenizer_path, rows=args.rows, max_seq_len=args.max_seq_len)
     ours, getitem = partial(run, "ours", batches=0), partial(run, "getitem", batches=args.batches)
@@ -245,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run(main))
+    sys.exit(exits.run(main))

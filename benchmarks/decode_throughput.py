@@ -46,7 +46,10 @@ from benchmarks.measure import (
     to_transformers,
     warn_of_load,
 )
-from common import runtime
+from common import (
+    exits,  # noqa: E402
+    runtime,
+)
 from common.generation import Decoder, Sampling, generate
 from Config import LLMConfig, number
 from model import WeakWater
@@ -382,4 +385,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run(main))
+    sys.exit(exits.run(main))

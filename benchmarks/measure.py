@@ -258,7 +258,7 @@ def sample_records(source: str, target: Path, kind: str, count: int, seed: int) 
     no records of the kind are left out, and counted. Raises UserError where none is left."""
     import random
 
-    from dataset import MalformedRecord, find_files, parse_record, read_lines
+    from text.records import MalformedRecord, find_files, parse_record, read_lines
 
     rng, kept, seen = random.Random(seed), [], 0
     for file in find_files(source):
@@ -303,7 +303,7 @@ def copy_texts(source: str, target: Path, megabytes: float) -> None:
 
     Lines that are malformed or empty are left out, and counted. Raises UserError where no text is found.
     """
-    from dataset import MalformedRecord, find_files, read_lines
+    from text.records import MalformedRecord, find_files, read_lines
     from train_tokenizer import parse_texts
 
     left_out = written = size = 0

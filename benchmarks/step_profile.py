@@ -20,7 +20,10 @@ import torch
 
 from benchmarks.measure import large_product, make_parser, print_result, print_table, take_turns, warn_of_load
 from benchmarks.train_throughput import Ours, make_rows
-from common import runtime
+from common import (
+    exits,  # noqa: E402
+    runtime,
+)
 from Config import LLMConfig, number
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
@@ -82,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run(main))
+    sys.exit(exits.run(main))

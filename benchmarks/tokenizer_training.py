@@ -36,6 +36,7 @@ from benchmarks.measure import (
     seconds_since_start,
     warn_of_load,
 )
+from common import exits  # noqa: E402
 from Config import LLMConfig, UserError, number
 
 TIMES = (1, 2, 4)
@@ -151,4 +152,4 @@ if __name__ == "__main__":
         sys.exit(main())
     from common import runtime
 
-    sys.exit(runtime.run(main))
+    sys.exit(exits.run(main))

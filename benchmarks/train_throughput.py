@@ -61,12 +61,18 @@ from benchmarks.measure import (
     train_a_tokenizer,
     warn_of_load,
 )
-from common import runtime
+from common import (
+    exits,  # noqa: E402
+    runtime,
+)
 from common.optim import make_optimizers
 from Config import PRESETS, LLMConfig, UserError, number
-from dataset import CONTEXT, MicroBatch, find_files, load_documents, load_tokenizer
+from dataset import MicroBatch, load_documents
 from fastpath import accelerate
 from model import WeakWater
+from text.chat import CONTEXT
+from text.records import find_files
+from text.tokenizer import load_tokenizer
 
 # of 5,265 real SFT conversations of up to 512 tokens, drawn from those of docs/REPORT.md: their median is 100 tokens,
 # their mean 134, so that rows padded to 512 are 26 % full. Log-normal, cut to what a row holds
@@ -95,10 +101,11 @@ def make_chats(rng: np.random.Generator, vocab_size: int, tokens: int, longest: 
 def read_documents(rng: np.random.Generator, args, vocab_size: int, tokens: int, steps: int) -> list[list[tuple]]:
     """The same of --data_path for each of `steps` steps: conversations, cut to --max_seq_len as the stage scripts cut
     them, or texts, cut off there. What is too little for so many steps comes again."""
-    from evaluate import kind_of  # not at every start, which is timed
+    from text.records import kind_of
+
 
     with tempfile.TemporaryDirectory() as name:
-        kind, path = kind_of(find_files(args.data_path)[0]), str(Path(name) / "sample.jsonl")
+        kind, path = kind_of(find_files(args.data_path)[:1]), str(Path(name) / "sample.jsonl")
         sample_records(args.data_path, Path(path), kind, LINES, args.seed)
         tokenizer = load_tokenizer(args.tokenizer_path or train_a_tokenizer(path, Path(name), args.preset))
         if len(tokenizer) > vocab_size:
@@ -119,7 +126,7 @@ def next_documents(documents, drawn: Iterator[int], kind: str, longest: int, tok
     while total < tokens:
         document = next(drawn)
         ids = documents.tokens(document)[:longest]
-        is_target = documents.kinds(document) != CONTEXT if kind == "chat" else np.arange(len(ids)) > 0
+        is_target = documents.types(document) != CONTEXT if kind == "chat" else np.arange(len(ids)) > 0
         chosen.append((ids, is_target[:len(ids)]))
         total += len(ids)
     return chosen
@@ -544,4 +551,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run(main))
+    sys.exit(exits.run(main))

@@ -1,4 +1,4 @@
-"""Exact answers: is what a reply says the right answer, in whatever way it is written?"""
+"""Reads the answer from a reply and compares it exactly, in whatever notation it is written."""
 
 import math
 import re
@@ -6,8 +6,8 @@ import unicodedata
 from fractions import Fraction
 
 BEFORE_NFKC = [(re.compile(pattern), by) for pattern, by in (
-    ("[²³]", ""),  # an exponent (cm²) is no answer, and would become an ordinary digit
-    ("[¼-¾⅐-⅞]", lambda fraction: " " + unicodedata.normalize("NFKC", fraction.group())),  # 1½ is no 11/2
+    ("[²³]", ""),  # an exponent (cm²) is not an answer, but NFKC makes it a digit
+    ("[¼-¾⅐-⅞]", lambda fraction: " " + unicodedata.normalize("NFKC", fraction.group())),  # 1½ is 1 1/2, not 11/2
 )]
 FOR_NUMBERS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
     ("[−–]", "-"),
@@ -25,27 +25,27 @@ FOR_NUMBERS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
     (r"(?<=\d)\s*又\s*(?=\d)", " "),  # 1又1/2 is 1 1/2
 )]
 NUMBER = re.compile(r"""
-    (?P<minus>(?<![\d)%])-)?                                              # in 5-3 it is no sign
+    (?P<minus>(?<![\d)%])-)?                                              # the - of 5-3 is not a sign
     (?: (?P<whole>\d+)(?:\s+|\s*\()(?P<over>\d+)/(?P<under>\d+)           # 1 1/2 and 1(1/2)
       | (?P<top>\d+(?:\.\d+)?|\.\d+)(?:/(?P<bottom>\d+(?:\.\d+)?))? )     # 7, 0.75, .5, 3/4
     (?P<percent>\s*%)?""", re.VERBOSE | re.ASCII)
 MARKER = re.compile(r"答案\s*(?:[是为:])\s*:?")
-LONGEST_NUMBER = 100  # characters: what is longer is a loop of digits and no answer
+LONGEST_NUMBER = 100  # characters; a longer match is a loop of digits, not an answer
 THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 WELL_FORMED = re.compile(r"\s*<think>.*</think>\s*<answer>.*\S.*</answer>\s*", re.DOTALL)
 TAG = re.compile("</?(?:think|answer)>")
 
 
-def normalise(text: str) -> str:
-    """NFKC (fullwidth digits, percent and colon become ASCII), mending what that does to ½ and ²."""
+def normalize(text: str) -> str:
+    """NFKC, which turns fullwidth digits, percent signs and colons into ASCII. ½ and ² are handled before it."""
     for pattern, by in BEFORE_NFKC:
         text = pattern.sub(by, text)
     return unicodedata.normalize("NFKC", text)
 
 
 def to_fraction(match: re.Match) -> Fraction | None:
-    """The exact value of a match of NUMBER; None for a division by zero and for endless digits."""
+    """The exact value of a match of NUMBER; None for a division by zero or too many digits."""
     if len(match.group()) > LONGEST_NUMBER:
         return None
     try:
@@ -59,45 +59,45 @@ def to_fraction(match: re.Match) -> Fraction | None:
 
 
 def for_numbers(text: str) -> str:
-    """Normalised text with every way of writing a number brought to those NUMBER reads."""
+    """Rewrite the numbers in normalized text to the notations that NUMBER matches."""
     for pattern, by in FOR_NUMBERS:
         text = pattern.sub(by, text)
     return text
 
 
 def bare(text: str) -> str:
-    """Normalised text without whitespace and final punctuation, to compare answers that are no numbers."""
+    """Normalized text without whitespace and final punctuation, to compare answers that are not numbers."""
     return re.sub(r"\s", "", text).rstrip("。.!?,;:、")
 
 
 def read_answer(answer: str) -> Fraction | str:
-    """The right answer: a number if the whole of it is one (20, -3, 3/4, ((3)/(4)), 1(1/2), 10%), else bare text."""
-    text = normalise(answer)
+    """The expected answer: a number if all of it is one (20, -3, 3/4, ((3)/(4)), 1(1/2), 10%), else bare text."""
+    text = normalize(answer)
     match = NUMBER.fullmatch(for_numbers(text).strip("() \t\r\n").rstrip("。."))
     value = to_fraction(match) if match else None
     return bare(text) if value is None else value
 
 
 def answer_of(reply: str) -> str:
-    """Where a reply's answer is looked for, normalised: its last <answer>, else all of it but its <think>."""
+    """The part of a reply to search for the answer, normalized: its last <answer>, else all of it except <think>."""
     blocks = ANSWER.findall(reply)
-    return normalise(blocks[-1] if blocks else THOUGHT.sub("", reply))
+    return normalize(blocks[-1] if blocks else THOUGHT.sub("", reply))
 
 
 def read_choice(reply: str, choices: list[str]) -> str | None:
-    """The one of `choices` that stands in the reply's answer; None where none does, or more than one."""
+    """The one of `choices` that the reply's answer contains; None if it contains none or several."""
     text = answer_of(reply)
-    named = [choice for choice in choices if normalise(choice) in text]
+    named = [choice for choice in choices if normalize(choice) in text]
     return named[0] if len(named) == 1 else None
 
 
 def read_reply(reply: str, is_number: bool) -> Fraction | str | None:
-    """What a reply gives as its answer; None where it gives no number and `is_number` asks for one.
+    """The answer of a reply; None if `is_number` and the reply contains no number.
 
-    Looked at is the last <answer>, else the reply without its <think>; of that, if there is a "答案：", "答案是" or
-    "答案为", the rest of the line after the last one. A number is there the first (behind the last = if there is one);
-    without such a marker it is the last number in the text. 3/4, 0.75 and 75% are the same number. An answer that
-    is no number is all the text looked at, without whitespace and final punctuation.
+    The text searched is the last <answer>, else the reply without its <think>. After a marker ("答案：", "答案是" or
+    "答案为"), only the rest of the line after the last marker is searched. Its first number counts, or the first one
+    after the last = sign. Without a marker the last number counts. 3/4, 0.75 and 75% are equal. If not `is_number`, the
+    answer is all the text searched, without whitespace and final punctuation.
     """
     text = answer_of(reply)
     *before, last = MARKER.split(text)
@@ -112,12 +112,12 @@ def read_reply(reply: str, is_number: bool) -> Fraction | str | None:
 
 
 def is_well_formed(reply: str) -> bool:
-    """One <think>…</think>, one <answer>…</answer> with something in it, in this order, and only whitespace outside."""
+    """True if the reply is one <think>…</think>, then one nonempty <answer>…</answer>, and only whitespace besides."""
     return len(TAG.findall(reply)) == 4 and WELL_FORMED.fullmatch(reply) is not None
 
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> list[float]:
-    """The 95 % interval of a share (Wilson 1927): honest near 0 and 1 and for small n, as p ± 2σ is not."""
+    """The 95 % confidence interval of a proportion (Wilson 1927); unlike p ± 2σ, valid near 0 and 1 and for small n."""
     share, shrink = correct / n, 1 / (1 + z * z / n)
     middle = (share + z * z / (2 * n)) * shrink
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) * shrink

@@ -1,13 +1,13 @@
-"""Decoding: prompts in, ids and text out. Pure functions over a key/value cache, after gpt-fast's generate.py.
+"""Text generation: from prompts to ids and text. Pure functions over a key/value cache, after gpt-fast's generate.py.
 
-    Decoder            a model and what makes its forward with a cache faster
-    prefill            all prompts into the cache at once    → logits (B, V) after the last token of each
-    decode_one_token   one more token in each row            → logits (B, V)
+    Decoder            a model with its faster forwards for decoding
+    prefill            store all prompts in the cache     → logits (B, V) of each prompt's last token
+    decode_one_token   store one more token in each row   → logits (B, V)
     adjust, sample     logits (B, V) → scores (B, V) → ids (B,)
-    stream, generate   the loop over these, as it goes or at its end
-    StreamDecoder      ids → text, never a part of a character
+    stream, generate   the generation loop: yield tokens as they come, or return all at the end
+    StreamDecoder      ids → text, in whole characters
 
-A tensor's name ends in its shape where that helps: B rows, T tokens, V vocabulary.
+A tensor's name may end in its shape: B rows, T tokens, V vocabulary.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ import torch
 
 from Config import UserError
 from fastpath import DTYPES, accelerate
-from fastpath.decoder import NativeDecoder
 from fastpath.decoding import cache_dtype, versions
 from fastpath.native import library
+from fastpath.native_decoder import NativeDecoder
 from model import KVCache, WeakWater
 
-GREEDY_BELOW = 1e-5  # a lower temperature would overflow, and is the argmax to within float32
+GREEDY_BELOW = 1e-5  # a lower temperature could overflow; in float32 it equals the argmax
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The defaults draw nothing: temperature 0 is greedy. Raises UserError."""
+    """How the next token is chosen. The default is greedy (temperature 0). Raises UserError on an invalid value."""
 
     temperature: float = 0.0
     top_p: float = 1.0  # 1: off
@@ -49,7 +49,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the highest score is taken, without chance."""
+        """True if the token with the highest score is taken."""
         return self.temperature < GREEDY_BELOW
 
 
@@ -58,8 +58,8 @@ class Sampling:
 
 
 class Decoder:
-    """A model ready to generate in the precision `dtype` ("bf16", "fp16", "fp32"), with faster forwards where they
-    agree with model.py's (`plain`: none). `lines` say what computes."""
+    """A model that generates in `dtype` ("bf16", "fp16", "fp32"), with faster forwards where they agree with model.py
+    (none with `plain`). `lines` are the log lines of fastpath.accelerate."""
 
     def __init__(self, model: WeakWater, dtype: str = "fp32", plain: bool = False):
         self.model, self.config, self.dtype = model, model.config, dtype
@@ -71,30 +71,30 @@ class Decoder:
 
     @functools.cached_property
     def native(self) -> NativeDecoder | None:
-        """What computes a single row, if there is such a thing; made when it is first wanted."""
+        """The C decoder of single rows, created on first use; None if it cannot be used."""
         return None if self.native_reason else NativeDecoder(self.model, DTYPES[self.dtype])
 
-    def see_weights(self) -> None:
-        """Before a prompt: weights that have changed since are those that count."""
+    def refresh_weights(self) -> None:
+        """Drop the C decoder's copies of the weights if the weights have changed."""
         if self.versions != (now := versions(*self.model.parameters())):
             self.versions = now
             vars(self).pop("native", None)
 
     @property
     def computed_by(self) -> str:
-        """What computes a single row, for the user."""
+        """A message that says what computes single rows."""
         return (f"tokens are computed by torch's operations: {self.native_reason}" if self.native_reason
                 else f"tokens are computed by decode.c, {library()[1]}")
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        """An empty cache."""
+        """An empty cache of the dtype that suits the device."""
         dtype = cache_dtype(self.device, DTYPES[self.dtype])
         if self.dtype == "fp32":
             dtype = torch.promote_types(self.weight_dtype, dtype)
         return KVCache(self.config, batch_size, length, self.device, dtype)
 
     def logits(self, tokens_BT: torch.Tensor, cache: KVCache, target_index: torch.Tensor) -> torch.Tensor:
-        """Put tokens into the cache; logits (N, V) at N positions of the flattened tokens, at least float32."""
+        """Store tokens in the cache. Returns logits (N, V), at least float32, at N of the flattened positions."""
         half = self.dtype != "fp32"
         with torch.autocast(self.device.type, DTYPES[self.dtype]) if half else contextlib.nullcontext():
             logits = self.model(tokens_BT, cache=cache, target_index=target_index)
@@ -103,25 +103,25 @@ class Decoder:
 
 @torch.inference_mode()
 def prefill(decoder: Decoder, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
-    """Put all prompts into an empty cache; logits (B, V) after the last token of each, at least float32.
+    """Store all prompts in an empty cache. Returns the logits (B, V), at least float32, of each prompt's last token.
 
-    Shorter prompts are padded on the right. What the padding leaves in the cache is never seen: it stands beyond the
-    row's position, and the row's own next tokens overwrite it.
+    Shorter prompts are padded on the right. The padding's cache entries are beyond the row's position, so the mask
+    hides them until the row's next tokens overwrite them.
     """
-    decoder.see_weights()
+    decoder.refresh_weights()
     longest, lengths = max(map(len, prompts)), [len(prompt) for prompt in prompts]
     tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=decoder.device)
     last = torch.tensor([row * longest + length - 1 for row, length in enumerate(lengths)], device=decoder.device)
-    logits_BV = decoder.logits(tokens_BT, cache, last)  # only these: (B, T, V) would fill a GPU
+    logits_BV = decoder.logits(tokens_BT, cache, last)  # only the last positions: (B, T, V) could fill a GPU
     cache.rewind(lengths)
     return logits_BV
 
 
 @torch.inference_mode()
 def decode_one_token(decoder: Decoder, token_B: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Put the next token of each row into the cache; logits (B, V) after it, at least float32."""
+    """Store the next token of each row in the cache. Returns the logits (B, V) that follow, at least float32."""
     if len(token_B) == 1 and decoder.native is not None:
-        cache.positions(1)  # refuses what has no room
+        cache.positions(1)  # raises if the cache is full
         logits_BV = decoder.native(int(token_B), cache.longest, cache.keys, cache.values)
         cache.advance(1)
         return logits_BV
@@ -129,19 +129,19 @@ def decode_one_token(decoder: Decoder, token_B: torch.Tensor, cache: KVCache) ->
 
 
 # ---------------------------------------------------------------------------------------------
-# the choice of a token
+# sampling
 
 
 def adjust(logits_BV: torch.Tensor, sampling: Sampling, seen_BV: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits (B, V) → scores (B, V), -inf where a token is ruled out. The steps, and their order, of transformers:
+    """Logits (B, V) → scores (B, V), -inf where a token is excluded. Same steps, in the same order, as transformers:
 
-    repetition penalty  the logit of a token that stands in the prompt or the output so far (`seen`) is divided by
-                        the penalty if positive, else multiplied (CTRL, Keskar et al. 2019, arXiv:1909.05858; the
-                        multiplication is transformers' mend: dividing would favour tokens with negative logits)
+    repetition penalty  the logit of a token in the prompt or the output so far (`seen`) is divided by the penalty if
+                        positive, else multiplied by it (CTRL, Keskar et al. 2019, arXiv:1909.05858; CTRL always
+                        divides, which favors seen tokens with negative logits, so transformers multiplies these)
     temperature         scores are divided by it (greedy: by 1)
-    top-k               the k highest stay, and those equal to the k-th (Fan et al. 2018, arXiv:1805.04833)
-    top-p               the fewest tokens stay whose probabilities sum to at least p (Holtzman et al. 2019,
-                        arXiv:1904.09751): of the sorted tail, whatever sums to at most 1 - p goes
+    top-k               keep the k highest scores, and those equal to the k-th (Fan et al. 2018, arXiv:1805.04833)
+    top-p               keep the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2019,
+                        arXiv:1904.09751): of the sorted tail, tokens that sum to at most 1 - p are dropped
     """
     scores = logits_BV
     if seen_BV is not None and sampling.repetition_penalty != 1:
@@ -162,16 +162,16 @@ def adjust(logits_BV: torch.Tensor, sampling: Sampling, seen_BV: torch.Tensor | 
 
 
 def sample(scores_BV: torch.Tensor, greedy: bool, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Ids (B,): the highest score, or one drawn from softmax(scores). Never waits for the device.
+    """Ids (B,): the highest score, or a sample from softmax(scores). Never waits for the device.
 
-    The draw: the first of V exponential clocks, clock v ticking at rate p(v), rings at v with probability p(v)
-    (gpt-fast does so because torch.multinomial waits for the device).
+    Uses the exponential race: with E(v) exponentially distributed, argmax p(v) / E(v) is v with probability p(v).
+    gpt-fast does the same, because torch.multinomial waits for the device.
     """
     if greedy:
         return scores_BV.argmax(-1)
     probability_BV = scores_BV.softmax(-1)
-    clock_BV = torch.empty_like(probability_BV).exponential_(generator=generator)
-    return (probability_BV / clock_BV).argmax(-1)
+    noise_BV = torch.empty_like(probability_BV).exponential_(generator=generator)
+    return (probability_BV / noise_BV).argmax(-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -180,10 +180,10 @@ def sample(scores_BV: torch.Tensor, greedy: bool, generator: torch.Generator | N
 
 @dataclass
 class Generation:
-    """What one prompt was continued with, and why it ended there.
+    """The continuation of one prompt, and why it ended.
 
-    ids are without the stop token; reason is "eos" (a stop token), "length" (max_new_tokens) or "context"
-    (prompt and ids fill the model's max_seq_len).
+    `ids` excludes the stop token. `reason` is "eos" (a stop token), "length" (max_new_tokens) or "context" (prompt and
+    ids fill the model's max_seq_len).
     """
 
     ids: list[int]
@@ -194,14 +194,14 @@ class Generation:
 def stream(model: WeakWater | Decoder, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
            stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
            sync_every: int | None = 1) -> Iterator[tuple[int, list[int], str | None]]:
-    """Continue a batch of prompts; yields (row, new ids, None or the reason the row ended), as in Generation.
+    """Continue a batch of prompts. Yields (row, new ids, reason as in Generation or None if the row goes on).
 
-    Tokens are brought to the host `sync_every` at a time, the loop's only wait for the device (None: 1 on a CPU and 16
-    elsewhere, where waiting costs more than tokens past the end). Rows that have ended then leave the batch. Ids from
-    `vocab_size` on (a model may have more rows than its tokenizer entries) are never sampled. `generator` stands on the
-    model's device. A model becomes a Decoder first: pass a Decoder to generate more than once.
+    Tokens are copied to the host `sync_every` at a time, the loop's only wait for the device. None means 1 on a CPU and
+    16 elsewhere, where a wait costs more than tokens computed past the end. After each wait, ended rows leave
+    the batch. Ids from `vocab_size` on are never sampled: a model may have more rows than its tokenizer has entries.
+    `generator` is on the model's device. A Decoder is created for a model: pass a Decoder to generate more than once.
 
-    Raises UserError when a prompt is empty or leaves no room in the context, or the weights give no finite logits.
+    Raises UserError if a prompt is empty or fills the context, or if the logits are not finite.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     context, device = decoder.config.max_seq_len, decoder.device
@@ -212,7 +212,7 @@ def stream(model: WeakWater | Decoder, prompts: list[list[int]], max_new_tokens:
         if not 0 < len(prompt) < context:
             raise UserError(f"a prompt must have 1 to {context - 1} tokens, not {len(prompt)}")
     assert max_new_tokens > 0 and sync_every > 0
-    filled = [len(prompt) for prompt in prompts]  # by prompt: tokens so far, and how many there may be
+    n_tokens = [len(prompt) for prompt in prompts]  # per prompt: tokens so far, and their limit
     limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     cache = decoder.new_cache(len(prompts), max(limits))
@@ -220,9 +220,9 @@ def stream(model: WeakWater | Decoder, prompts: list[list[int]], max_new_tokens:
     token_B = None
     logits_BV = prefill(decoder, prompts, cache)
     while rows:
-        total = torch.zeros((), device=device)  # of all logits: not finite as soon as one is not
+        total = torch.zeros((), device=device)  # the sum of all logits: finite only if every logit is
         chosen = []
-        for _ in range(min(sync_every, *(limits[row] - filled[row] for row in rows))):
+        for _ in range(min(sync_every, *(limits[row] - n_tokens[row] for row in rows))):
             if token_B is not None:
                 logits_BV = decode_one_token(decoder, token_B, cache)
             total = total + logits_BV.sum()
@@ -233,31 +233,31 @@ def stream(model: WeakWater | Decoder, prompts: list[list[int]], max_new_tokens:
         if not math.isfinite(total):
             raise UserError("the model's logits are not finite: its weights are broken, or fp16 overflows "
                             "(--dtype fp32)")
-        going_on = []
+        remaining = []
         for index, (row, ids) in enumerate(zip(rows, torch.stack(chosen, 1).tolist(), strict=True)):
-            filled[row] += len(ids)
+            n_tokens[row] += len(ids)
             stop = next((i for i, token in enumerate(ids) if token in stop_ids), None)
             if stop is not None:
                 yield row, ids[:stop], "eos"
-            elif filled[row] == limits[row]:
+            elif n_tokens[row] == limits[row]:
                 yield row, ids, "length" if len(prompts[row]) + max_new_tokens <= context else "context"
             else:
                 yield row, ids, None
-                going_on.append(index)
-        if len(going_on) < len(rows):
-            rows = [rows[index] for index in going_on]
+                remaining.append(index)
+        if len(remaining) < len(rows):
+            rows = [rows[index] for index in remaining]
             if not rows:
                 return
-            keep = torch.tensor(going_on, dtype=torch.long, device=device)
+            keep = torch.tensor(remaining, dtype=torch.long, device=device)
             token_B = token_B[keep]
             seen_BV = seen_BV[keep] if seen_BV is not None else None
-            cache.rewind([filled[row] - 1 for row in rows], keep)  # the newest token is not in it yet
+            cache.rewind([n_tokens[row] - 1 for row in rows], keep)  # the newest token is not in the cache yet
 
 
 def generate(model: WeakWater | Decoder, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              stop_ids: Iterable[int], vocab_size: int | None = None, generator: torch.Generator | None = None,
              sync_every: int | None = None) -> list[Generation]:
-    """Continue a batch of prompts to the end of each; arguments and errors are those of `stream`."""
+    """Continue every prompt of a batch to its end. Arguments and errors are those of `stream`."""
     done = [Generation([], "") for _ in prompts]
     for row, ids, reason in stream(model, prompts, max_new_tokens, sampling, stop_ids, vocab_size, generator,
                                    sync_every):
@@ -267,7 +267,7 @@ def generate(model: WeakWater | Decoder, prompts: list[list[int]], max_new_token
 
 
 def _seen(prompts: list[list[int]], vocab_size: int, device) -> torch.Tensor:
-    """(B, V), true where a token stands in the prompt."""
+    """(B, V), true for the tokens of each prompt."""
     seen_BV = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         seen_BV[row, torch.tensor(prompt)] = True
@@ -279,43 +279,43 @@ def _seen(prompts: list[list[int]], vocab_size: int, device) -> torch.Tensor:
 
 
 class StreamDecoder:
-    """Ids, one at a time, → pieces of text that end at whole characters and join to the decoded whole.
+    """Decodes ids one at a time into pieces of text that end at character boundaries.
 
-    A byte-level token may end in the middle of a character; its text then decodes to U+FFFD at the end and is
-    held back until the next tokens complete it. Joined, the pieces are tokenizer.decode(all ids,
-    skip_special_tokens=True), exactly so for byte-level tokenizers.
+    A byte-level token may end inside a character. Its text then ends in U+FFFD and is held back until the next tokens
+    complete the character. For byte-level tokenizers the joined pieces equal tokenizer.decode(all ids,
+    skip_special_tokens=True).
     """
 
-    LONGEST = 16  # ids held back at most: a character has 4 bytes, so what is longer is no character
+    LONGEST = 16  # the most ids held back: a character has at most 4 bytes, so a longer run is not text
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.before: list[int] = []  # the ids shown last: some decoders treat the very first token differently
+        self.before: list[int] = []  # the ids shown last, as context: some decoders treat the first token differently
         self.held: list[int] = []
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def push(self, token: int) -> str:
-        """The text that has become certain with this token; often "" in the middle of a character."""
+        """Returns the text that this token completes; "" inside a character."""
         self.held.append(token)
         text = self._decode(self.before + self.held)
         if not text.endswith("\ufffd"):
             return self._show(len(self.held))
         if len(self.held) < self.LONGEST:
             return ""
-        # rubbish: show all but the shortest end that stands alone, whatever bytes may follow it
+        # not valid text: show all but the shortest tail that decodes the same alone
         for cut in range(len(self.held) - 1, 0, -1):
             if self._decode(self.before + self.held[:cut]) + self._decode(self.held[cut:]) == text:
                 return self._show(cut)
         return self._show(len(self.held))
 
     def flush(self) -> str:
-        """The rest, at the end; an incomplete character shows as U+FFFD."""
+        """Returns the rest at the end. An incomplete character shows as U+FFFD."""
         return self._show(len(self.held))
 
     def _show(self, count: int) -> str:
-        """The text of the first `count` ids held back."""
+        """Returns the text of the first `count` ids held back, and releases them."""
         shown = self._decode(self.before)
         text = self._decode(self.before + self.held[:count])
         self.before, self.held = self.held[:count] or self.before, self.held[count:]

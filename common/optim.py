@@ -11,19 +11,21 @@ from model import WeakWater
 
 
 def make_optimizers(model: WeakWater, name: str, learning_rate: float, weight_decay: float, beta2: float = 0.95,
-                    decayed: str = "matrices") -> list[torch.optim.Optimizer]:
-    """[AdamW], or [Muon, AdamW] with Muon on the matrices inside the layers. `decayed`: "matrices", or "all" weights.
+                    weight_decay_on: str = "matrices") -> list[torch.optim.Optimizer]:
+    """Returns [AdamW], or [Muon, AdamW] with Muon for the matrices inside the layers.
 
+    `weight_decay_on` is "matrices" or "all" (norm scales too).
     AdamW: Loshchilov & Hutter 2019 (arXiv:1711.05101), betas 0.9 and `beta2`.
-    Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), its update scaled to AdamW's size
-    (Moonlight, arXiv:2502.16982), so that one learning rate serves both.
+    Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon). Its update is scaled to the size of AdamW's
+    (Moonlight, arXiv:2502.16982), so that one learning rate suits both.
     """
     named = dict(model.named_parameters())  # tied weights appear once
     hidden = [p for n, p in named.items() if p.ndim == 2 and n.startswith("model.layers.")] if name == "muon" else []
-    taken = {id(p) for p in hidden}
-    rest = [p for p in named.values() if id(p) not in taken]
+    in_muon = {id(p) for p in hidden}
+    rest = [p for p in named.values() if id(p) not in in_muon]
+    vector_decay = weight_decay if weight_decay_on == "all" else 0.0
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": weight_decay if decayed == "all" else 0.0}]
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": vector_decay}]
     adamw = AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
     if name != "muon":
         return [adamw]
@@ -32,13 +34,16 @@ def make_optimizers(model: WeakWater, name: str, learning_rate: float, weight_de
 
 
 def unwrapped(method):
-    """An optimizer's method without what torch wraps it in to keep its compiler out: that imports the compiler first,
-    a second and a half before the first step, and no optimizer is compiled here."""
+    """An optimizer's method without torch's `_disable_dynamo` wrapper, which imports torch._dynamo on its first call.
+
+    No optimizer is compiled here, and the import would delay the first step of every run by about 1 s (1.0 s on 2 CPU
+    cores): python -c "import time, torch; t = time.time(); import torch._dynamo; print(time.time() - t)"
+    """
     return getattr(method, "__wrapped__", method)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, its methods `unwrapped`."""
+    """torch.optim.AdamW with `unwrapped` methods."""
 
     step = torch.no_grad()(unwrapped(torch.optim.AdamW.step))
     add_param_group = unwrapped(torch.optim.Optimizer.add_param_group)
@@ -48,10 +53,11 @@ class AdamW(torch.optim.AdamW):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon, which takes one matrix after another, with all matrices of a shape in one product.
+    """torch.optim.Muon with one batched matmul for all matrices of the same shape.
 
-    The numbers are the same but for bfloat16 rounding. A small model's matrices are too small to fill two cores alone.
-    Only what `make_optimizers` asks for: Nesterov momentum and adjust_lr_fn "match_rms_adamw".
+    torch's own processes one matrix at a time, and the matrices of a small model cannot occupy even two cores. Results
+    differ only by bfloat16 rounding. Implements only what `make_optimizers` uses: Nesterov momentum and adjust_lr_fn
+    "match_rms_adamw".
     """
 
     add_param_group, zero_grad = AdamW.add_param_group, AdamW.zero_grad
@@ -72,32 +78,32 @@ class Muon(torch.optim.Muon):
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             directions = torch._foreach_lerp(grads, momenta, group["momentum"])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            by_shape = {}  # (short side, long side): the matrices that lie and that stand
+            by_shape = {}  # (short side, long side) → (parameter, direction) pairs, wide and tall
             for p, direction in zip(params, directions, strict=True):
                 by_shape.setdefault((min(p.shape), max(p.shape)), []).append((p, direction))
             for (short, long), pairs in by_shape.items():
-                lying = torch.stack([d if len(d) == short else d.T for _, d in pairs])
-                updates = orthogonalised(lying, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                wide = torch.stack([d if len(d) == short else d.T for _, d in pairs])
+                updates = newton_schulz(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 for (p, _), update in zip(pairs, updates, strict=True):
                     p.add_(update if len(p) == short else update.T, alpha=-0.2 * math.sqrt(long) * group["lr"])
 
 
 @functools.cache
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """The precision in which the device multiplies fastest: bfloat16, float16 on GPUs without it, else float32."""
+    """The dtype of the device's fastest matmuls: bfloat16; float16 on GPUs without it; else float32."""
     return DTYPES[pick_dtype("auto", device)[0]]
 
 
-def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int,
-                   eps: float) -> torch.Tensor:
-    """(N, short, long) → about U V' of each matrix U S V', by Newton–Schulz iteration in the device's fastest
-    precision.
+def newton_schulz(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int,
+                  eps: float) -> torch.Tensor:
+    """Orthogonalize matrices (N, short, long): U S Vᵀ → about U Vᵀ, by Newton–Schulz iteration in `matmul_dtype`.
 
-    Singular values that are not tiny beside the largest become 0.7 to 1.2; tiny ones grow, but stay below.
+    Singular values end between 0.7 and 1.2, except those that are tiny next to the largest: these grow but stay
+    smaller.
     """
     a, b, c = coefficients
     dtype = matmul_dtype(matrices.device)
-    x = matrices if dtype == torch.float16 else matrices.to(dtype)  # small gradients are less than float16 can hold
+    x = matrices if dtype == torch.float16 else matrices.to(dtype)  # small gradients underflow in float16: scale first
     x = (x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
@@ -109,9 +115,9 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmu
                   decay_ratio: float, min_lr_ratio: float) -> float:
     """Learning rate of optimizer step `step` (from 0) of `total_steps`.
 
-    After a linear warm-up over warmup_ratio of the steps: constant; cosine from the peak to
-    peak · min_lr_ratio (arXiv:1608.03983); or trapezoid, the peak until the last decay_ratio of the steps and
-    then a straight line down (Hägele et al. 2024, arXiv:2405.18392).
+    Linear warmup over warmup_ratio of the steps, then one of three schedules. constant: the peak. cosine: from the peak
+    to peak · min_lr_ratio (arXiv:1608.03983). trapezoid (WSD, warmup-stable-decay): the peak until the last decay_ratio
+    of the steps, then linear decay (Hägele et al. 2024, arXiv:2405.18392).
     """
     warmup = round(warmup_ratio * total_steps)
     if step < warmup:
@@ -125,12 +131,12 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmu
         decay = max(1, round(decay_ratio * total_steps))
         share = min(1.0, (total_steps - step) / decay)
     else:
-        raise UserError(f"--lr_schedule {schedule}: not one of constant, cosine, trapezoid")
+        raise UserError(f"--lr_schedule {schedule}: must be constant, cosine or trapezoid")
     return peak * (min_lr_ratio + (1 - min_lr_ratio) * share)
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:
-    """Give every parameter group the rate of this step."""
+    """Set the learning rate of every parameter group."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = value

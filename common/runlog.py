@@ -1,10 +1,13 @@
-"""What a run leaves to read: console and log file, JSONL metrics, three charts, and wandb if asked."""
+"""Logs of a run: console and log file, JSONL metrics, three charts, and wandb if asked."""
 
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
+from common.files import write_lines, write_whole
+from common.runtime import peak_flops
 from Config import UserError
 
 CHARTS = {"loss": "training loss (and validation loss)", "lr": "learning rate",
@@ -13,10 +16,11 @@ DRAWN = ("step", "loss", "lr", "minutes_left")
 
 
 class RunLog:
-    """log/<stage>.log, log/<stage>.jsonl and charts_<stage>/ in out_dir; on ranks other than the first, silent."""
+    """log/<stage>.log, log/<stage>.jsonl and charts_<stage>/ in out_dir; silent on ranks other than the first."""
 
     def __init__(self, out_dir: str, stage: str, is_main: bool = True):
         self.stage, self.is_main, self.wandb = stage, is_main, None
+        self.meter = Meter()
         self.out_dir = Path(out_dir)
         self.log_file = self.out_dir / "log" / f"{stage}.log"
         self.jsonl_file = self.out_dir / "log" / f"{stage}.jsonl"
@@ -36,7 +40,7 @@ class RunLog:
         """One line of JSONL, and the same to wandb."""
         if not self.is_main:
             return
-        # JSON knows no NaN: the norm of a gradient that overflowed in fp16 is null
+        # JSON has no NaN: the norm of a gradient that overflowed in fp16 becomes null
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._append(self.jsonl_file, json.dumps(values))
         if self.wandb is not None:
@@ -50,7 +54,7 @@ class RunLog:
             raise UserError(f"cannot write {file}: {error}; everything saved before is intact") from None
 
     def read_metrics(self) -> list[dict]:
-        """All whole lines of the JSONL so far; a last line that a kill cut short is passed over."""
+        """All whole lines of the JSONL so far; a last line cut short by a kill is skipped."""
         rows = []
         if self.jsonl_file.is_file():
             for line in self.jsonl_file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -63,19 +67,51 @@ class RunLog:
         return rows
 
     def cut_back(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: the resumed run will write them again."""
-        if not self.is_main or not self.jsonl_file.exists():
-            return
-        lines = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
-        temporary = self.jsonl_file.with_suffix(".tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as stream:
-                stream.writelines(lines)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, self.jsonl_file)
-        except OSError as error:
-            raise UserError(f"cannot write {self.jsonl_file}: {error}") from None
+        """Drop the metrics of steps after `step`: the resumed run writes them again."""
+        if self.is_main and self.jsonl_file.exists():
+            write_lines(self.jsonl_file, [json.dumps(row) for row in self.read_metrics() if row["step"] <= step])
+
+    # ---- what a stage prints
+
+    def describe(self, run, net, loader) -> None:
+        """Print what the run will be: parameters by part, tokens, sources, useful and target share, FLOPs per token."""
+        args = run.args
+        for line in run.computed_by + run.lines + describe_run(net, loader, run):
+            self.print(line)
+        self.print(f"{args.optimizer}, {args.lr_schedule} schedule, peak learning rate {args.learning_rate}")
+        self.flops_per_token = net.flops_per_token(min(run.args.max_seq_len, mean_length(loader)))
+        self.peak = peak_flops(run.device, run.dtype)
+        if self.peak:
+            self.print(f"mfu: share of the data sheet's {self.peak / 1e12:,.0f} TFLOP/s in {run.dtype}")
+
+    def step(self, run, loss: float, lr: float, norm: float, scores: dict | None) -> None:
+        """Print a line about the last step, with the `scores` of a validation if there was one; the same as JSONL."""
+        epoch, step_in_epoch = run.place(run.steps_done - 1)
+        steps_left = run.epoch_ends[epoch] - run.steps_done
+        rate, minutes = self.meter.rate(), self.meter.minutes(steps_left)
+        line = (f"Epoch:[{epoch + 1}/{run.args.epochs}]({step_in_epoch + 1}/{step_in_epoch + 1 + steps_left}) "
+                f"loss:{loss:.3f} lr:{lr:.12f} epoch_Time:{minutes:.1f}min tokens/s:{rate:,.0f} grad_norm:{norm:.3f}")
+        if self.peak:
+            line += f" mfu:{rate * self.flops_per_token / self.peak / run.ranks.world_size:.1%}"
+        values = {}
+        if scores:
+            values = {"val_loss": scores["loss"], "val_ppl": scores["ppl"], "val_bpb": scores["bpb"]}
+            line += "".join(f" {name}:{value:.4f}" for name, value in values.items())
+            if sources := scores.get("sources"):
+                values["val_loss_by_source"] = {name: own["loss"] for name, own in sources.items()}
+                line += "".join(f" val_loss[{name}]:{own['loss']:.4f}" for name, own in sources.items())
+        self.print(line)
+        self.metrics(step=run.steps_done, epoch=epoch + 1, loss=loss, lr=lr, tokens=run.tokens, tokens_per_second=rate,
+                     grad_norm=norm, minutes_left=minutes, **values)
+
+    def summary(self, run) -> None:
+        """Print the line that ends a run, and close wandb."""
+        scores = run.val_scores
+        self.print(f"done: {run.steps_done:,} steps, {run.tokens:,} tokens, {self.meter.all_seconds / 60:.1f} min of "
+                   f"training; validation loss {scores['loss']:.4f}, PPL {scores['ppl']:.2f}, bits per byte "
+                   f"{scores['bpb']:.4f}; weights in {run.weights_file}")
+        if self.wandb is not None:
+            self._wandb("finish", lambda: self.wandb.finish())
 
     def charts(self) -> None:
         """Draw charts_<stage>/{loss,lr,epoch_time}_<stage>.png from the JSONL."""
@@ -102,14 +138,13 @@ class RunLog:
                 axes.set(title=f"{self.stage}: {title}", xlabel="optimizer step", ylabel=keys[name])
                 axes.grid(alpha=0.3)
                 target = folder / f"{name}_{self.stage}.png"
-                figure.savefig(target.with_suffix(".tmp"), format="png", dpi=110)
+                write_whole(target, partial(figure.savefig, format="png", dpi=110))
                 plt.close(figure)
-                os.replace(target.with_suffix(".tmp"), target)
-        except Exception as error:  # a chart can be drawn again from the JSONL: no reason to stop training
+        except Exception as error:  # charts can be drawn again from the JSONL, so training continues
             self.print(f"charts not drawn: {type(error).__name__}: {error}")
 
     def start_wandb(self, project: str, settings: dict) -> None:
-        """Begin a wandb run, offline where WANDB_MODE or the lack of a login says so; without wandb, say so."""
+        """Start a wandb run, offline if WANDB_MODE says so or nobody is logged in. A failure is logged, not raised."""
         if not self.is_main:
             return
 
@@ -122,37 +157,43 @@ class RunLog:
 
         self._wandb("init", start)
 
-    def finish(self) -> None:
-        """Close the wandb run, if there is one."""
-        if self.wandb is not None:
-            self._wandb("finish", lambda: self.wandb.finish())
-
     def _wandb(self, what: str, action) -> None:
         try:
             action()
-        except Exception as error:  # training must not die because wandb does
+        except Exception as error:  # a failure of wandb must not stop training
             self.wandb = None
-            self.print(f"wandb {what} failed ({type(error).__name__}: {str(error)[:200]}); going on without it")
+            self.print(f"wandb {what} failed ({type(error).__name__}: {str(error)[:200]}); continuing without it")
 
 
-def describe_run(net, loader, val, args, world_size: int, total_steps: int) -> list[str]:
-    """The physics of a run, as lines: parameters by part, tokens, useful and target share, FLOPs per token."""
-    train, tokens = loader.documents, loader.tokens_per_epoch
+def mean_length(loader) -> float:
+    """Tokens of a document, on average."""
+    return float(loader.documents.length.mean())
+
+
+def describe_run(net, loader, run) -> list[str]:
+    """What a run is, as lines: parameters by part, tokens, sources, useful and target share, FLOPs per token."""
+    args, train, tokens = run.args, loader.documents, loader.tokens_per_epoch
     parts = net.num_parameters()
-    context = min(args.max_seq_len, tokens / len(train))
     steps = loader.steps_in_epoch(0)
-    return [
+    lines = [
         f"parameters: {sum(parts.values()):,} = " + " + ".join(f"{n:,} {part}" for part, n in parts.items() if n),
         f"a step: {loader.step_tokens:,} tokens = {args.batch_size} rows x {args.max_seq_len} x "
-        f"{args.accumulation_steps} micro-batches x {world_size} processes",
-        f"an epoch: {tokens:,} tokens in {steps:,} steps; in all {total_steps:,} steps, "
-        f"{total_steps / steps:.3g} epochs, about "
-        f"{min(tokens * args.epochs, total_steps * loader.step_tokens):,} tokens",
-        f"useful share: 100.0% (no position is padding; steps are {tokens / steps / loader.step_tokens:.1%} full), "
-        f"target share: {train.targets.sum() / tokens:.1%}",
-        f"FLOPs per token: {net.flops_per_token(context):.3g}; validation: {len(val):,} documents, "
-        f"{int(val.length.sum()):,} tokens",
+        f"{args.accumulation_steps} micro-batches x {run.ranks.world_size} processes",
+        f"an epoch: {tokens:,} tokens in {steps:,} steps; in all {run.total_steps:,} steps, "
+        f"{run.total_steps / steps:.3g} epochs, about "
+        f"{min(tokens * args.epochs, run.total_steps * loader.step_tokens):,} tokens",
+        f"no padding tokens; steps are {tokens / steps / loader.step_tokens:.1%} full; "
+        f"target share: {train.targets.sum() / train.length.sum():.1%}",
+        f"FLOPs per token: {net.flops_per_token(min(args.max_seq_len, mean_length(loader))):.3g}",
     ]
+    if train.shares is not None:
+        visits = loader.visits(run.epoch_ends, run.total_steps)
+        for number, (name, share) in enumerate(zip(train.names, train.shares, strict=True)):
+            n = int((train.source == number).sum())
+            seen = min(n, int(visits[number]))
+            lines.append(f"source {name}: share {share:.1%}, {n:,} documents; this run sees {seen:,}, "
+                         f"repeats {int(visits[number]) - seen:,}, leaves {n - seen:,}")
+    return lines
 
 
 class Meter:

@@ -1,8 +1,7 @@
-"""The machine and the process: device, precision, seed, processes, compilation, signals, exit codes."""
+"""The machine and the process: device, precision, seed, processes, compilation, signals."""
 
 import contextlib
 import ctypes
-import errno
 import logging
 import os
 import platform
@@ -19,78 +18,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from common.exits import TrainingStopped, out_of_memory
 from Config import UserError
 from fastpath import DTYPES
 from fastpath.native import cpu_flags
 
 # read once, at the process's first matrix product on a GPU, and needed there for --deterministic
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-
-class TrainingStopped(Exception):
-    """Training ended before its time; `code` is the exit code and the message is for the user."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
-
-
-def run(main: Callable[[], int | None]) -> int:
-    """Call a script's `main` and turn how it ends into an exit code: 0 done, 2 the user's mistake (one line on
-    stderr), 130 after Ctrl-C; TrainingStopped brings its own."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles start in another
-    try:
-        return main() or 0
-    except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except TrainingStopped as stopped:
-        print(str(stopped), file=sys.stderr, flush=True)
-        return stopped.code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    except (RuntimeError, MemoryError) as error:
-        reason = out_of_memory(error)
-        if reason is None:
-            traceback.print_exc()
-            return 1
-        print(f"error: out of memory ({reason}): a smaller --batch_size needs less (in training with as much more "
-              "--accumulation_steps the result is the same), and so does --gradient_checkpointing", file=sys.stderr,
-              flush=True)
-        return 2
-    except BrokenPipeError:  # the reader, `head` say, has left: no mistake, but no more to do
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return 128 + 13
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            traceback.print_exc()
-            return 1
-        print(f"error: {error}; everything saved before is intact", file=sys.stderr, flush=True)
-        with open(os.devnull, "w") as nowhere, contextlib.suppress(AttributeError, OSError):
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else Python tries stdout again, and ends with code 120
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def out_of_memory(error: BaseException | None) -> str | None:
-    """The first line of the message if `error` is out of memory, else None. On CPU, on MPS and in cuBLAS it is a plain
-    RuntimeError."""
-    reason = (str(error).splitlines() or [""])[0]
-    known = re.search(r"out of memory|allocate memory|STATUS_ALLOC_FAILED", reason)
-    return reason if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and known) else None
-
 
 # ---------------------------------------------------------------------------------------------
 # device and precision
@@ -149,8 +83,8 @@ def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory instead of handing it back after each tensor: on a CPU every training step would
-    otherwise have the kernel map and clear it anew. No effect elsewhere."""
+    """Make glibc keep freed memory instead of returning it to the kernel, which would map and clear it again in every
+    training step on a CPU. No effect elsewhere."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -174,6 +108,16 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     known = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
              "RTX 4090": 165.2e12, "RTX 3090": 71e12, "A10": 125e12, "T4": 65e12}
     return next((peak for part, peak in known.items() if re.search(rf"\b{part}\b(?! (Laptop|D\b))", name)), None)
+
+
+def set_up(args, ranks: "Distributed") -> tuple[torch.device, str, list[str]]:
+    """Choose device and dtype, join the other processes, and seed. Returns (device, dtype, lines for the log)."""
+    device, device_reason = pick_device(args.device)
+    dtype, dtype_reason = pick_dtype(args.dtype, device)
+    ranks.start(device)
+    prepare(device, args.seed, args.deterministic)
+    return device, dtype, [args.command, describe_machine(device), f"device {device}: {device_reason}",
+                           f"dtype {dtype}: {dtype_reason}"]
 
 
 def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
@@ -207,7 +151,7 @@ def compile_blocks(model, device: torch.device, say: Callable[[str], None] = pri
     line, later, where torch gives up compiling a block."""
     trouble = compile_trouble(device)
     if trouble:
-        return f"off: {trouble}; going on without it"
+        return f"off: {trouble}; continuing without it"
     CompileFallbackHandler.start(say)
     for block in model.model.layers:
         block.compile(dynamic=True)  # lengths differ in every buffer
@@ -267,11 +211,11 @@ class BatchSizeAdvice:
     def __exit__(self, kind, error, trace):
         if (reason := out_of_memory(error)) is None:
             return
-        traceback.clear_frames(trace)  # they hold what did not fit
+        traceback.clear_frames(trace)  # they hold the tensors that did not fit
         args, rows = self.args, self.args.batch_size * self.args.accumulation_steps
         measured = self.rows_that_fit()
-        room = min(self.rows - 1, self.rows // 2 if measured is None else measured)
-        fits = next((n for n in range(room, 0, -1) if rows % n == 0), None)
+        limit = min(self.rows - 1, self.rows // 2 if measured is None else measured)
+        fits = next((n for n in range(limit, 0, -1) if rows % n == 0), None)
         advice = []
         if fits:
             advice.append(f"--batch_size {fits} --accumulation_steps {rows // fits} "
@@ -283,7 +227,7 @@ class BatchSizeAdvice:
         raise UserError(f"out of memory at --batch_size {args.batch_size}: {'; '.join(advice)} ({reason})") from None
 
     def rows_that_fit(self) -> int | None:
-        """Rows of a micro-batch for which a GPU has room: the memory of 1 and of 3 rows is measured, and grows linearly
+        """Rows of a micro-batch that fit on a GPU: the memory of 1 and of 3 rows is measured, and grows linearly
         with the rows. None if it cannot be measured: on a CPU, and with several processes, whose gradients would be
         exchanged."""
         if self.device.type != "cuda" or dist.is_initialized():
@@ -316,7 +260,7 @@ class BatchSizeAdvice:
 # processes
 
 
-class Ranks:
+class Distributed:
     """The processes of one run: one, or those that torchrun started."""
 
     def __init__(self):
@@ -327,7 +271,7 @@ class Ranks:
     def start(self, device: torch.device) -> None:
         """Join the others: NCCL on CUDA, gloo elsewhere."""
         if self.world_size > 1:
-            # long, since the others wait while the first makes the token cache
+            # long, since the other ranks wait while rank 0 builds the token cache
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
             self.device = device
 
@@ -351,13 +295,13 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
             self.sum(torch.zeros(1)).item()  # on CUDA only reading the result waits
 
     @contextlib.contextmanager
     def main_first(self):
-        """The first rank does the work (makes the cache), the others then find it done, in silence."""
+        """Rank 0 runs the block first; the others then run it with stdout off."""
         if self.is_main:
             try:
                 yield
@@ -402,8 +346,8 @@ class StopSignal:
 
 
 def stop_by_signal(number: int, args, done: int) -> None:
-    """End a run whose state has just been saved: exit code 130 or 143, and the command that goes on."""
+    """End a run whose state has just been saved: exit code 130 or 143, and the command that resumes it."""
     number = number or signal.SIGTERM  # 0: it reached another rank only
     command = args.command + ("" if args.resume else " --resume")
     raise TrainingStopped(f"stopped by {signal.Signals(number).name} after step {done}; the state is saved. "
-                          f"To go on: {command}", 128 + number)
+                          f"To resume: {command}", 128 + number)

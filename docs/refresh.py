@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.runtime import TrainingStopped, run
+from common.exits import TrainingStopped, run
 from Config import OneLineParser, UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,30 +25,21 @@ import torch
 import torch.nn.functional as F
 
 import pretrain
-from common import checkpoint, generation
+from common import generation
 from common.answers import read_reply, wilson
+from common.exits import run
 from common.generation import Decoder
 from common.optim import learning_rate, make_optimizers
-from common.runtime import autocast, run
+from common.runtime import autocast
 from common.scoring import score
-from Config import FLAGS, ORIGINAL, OneLineParser, UserError
-from dataset import (
-    CONTEXT,
-    REPLY,
-    TAG,
-    THINK,
-    StepLoader,
-    TextEncoder,
-    encode_chat,
-    evaluation_batches,
-    load_documents,
-    load_tokenizer,
-    make_micro_batch,
-    parse_record,
-    read_lines,
-)
-from experiments.control import without_thoughts
+from common.weights import load_model, load_weights  # noqa: E402
+from Config import FLAGS, OneLineParser, UserError
+from dataset import StepLoader, evaluation_batches, load_documents, make_micro_batch
+from experiments.no_think_control import without_thoughts
 from model import Packing, apply_rotary, attention, boundaries_of
+from text.chat import CONTEXT, REPLY, TAG, THINK, encode_chat
+from text.records import parse_record, read_lines
+from text.tokenizer import TextEncoder, load_tokenizer
 from train_tokenizer import CONTROL, MAX_WORD_CHARS, token_byte_lengths
 
 KINDS = {CONTEXT: "CONTEXT", REPLY: "REPLY", TAG: "TAG", THINK: "THINK"}
@@ -75,7 +66,7 @@ def open_tokenizer(args):
 
 def open_model(args, stage: str):
     """The weights of a stage, without dropout."""
-    return checkpoint.load_model(existing(args, f"{stage}.pth"))[0]
+    return load_model(existing(args, f"{stage}.pth"))[0]
 
 
 def open_documents(args, name: str, kind: str, tokenizer, max_seq_len: int):
@@ -87,7 +78,7 @@ def open_documents(args, name: str, kind: str, tokenizer, max_seq_len: int):
 
 def line_of(documents, document: int) -> int:
     """The line of the data file in which a document stands, from 1."""
-    return int(documents.cache.documents["line"][documents.index[document]])
+    return int(documents.caches[0].documents["line"][documents.index[document]])
 
 
 def find_document(documents, line: int | None) -> int:
@@ -97,7 +88,7 @@ def find_document(documents, line: int | None) -> int:
     for document in range(len(documents)):
         if line_of(documents, document) == line:
             return document
-    raise UserError(f"--line {line}: no document of {documents.cache.meta['files'][0]}")
+    raise UserError(f"--line {line}: no document of {documents.caches[0].meta['files'][0]}")
 
 
 def texts(tokenizer, ids) -> list[str]:
@@ -190,7 +181,7 @@ def sample_record(args, tokenizer, documents, document: int) -> None:
     print(line.decode("utf-8"))
     conversation = parse_record(line, "chat")["conversations"]
     ids, mask = encode_chat(tokenizer, conversation)
-    kinds = documents.kinds(document)
+    kinds = documents.types(document)
     assert ids == documents.tokens(document).tolist()  # the cache holds the same
     assert mask == (kinds != CONTEXT).astype(int).tolist()
     title(f"{len(conversation)} messages, {len(ids)} ids, {sum(mask)} with a loss")
@@ -201,7 +192,7 @@ def sample_record(args, tokenizer, documents, document: int) -> None:
 
 def cut_of(step) -> list[list[int]]:
     """The documents of each micro-batch of a step."""
-    pieces = iter(step.pieces)
+    pieces = iter(step.segments)
     return [[next(pieces)[0] for _ in micro_batch.lengths] for micro_batch in step.micro_batches]
 
 
@@ -217,7 +208,7 @@ def with_first(step) -> tuple:
 
 def sample_batch(tokenizer, few, step) -> None:
     """The step's micro-batches, and the arrays of the one with our conversation."""
-    title(f"a step: {len(step.pieces)} conversations, {step.tokens} tokens, {len(step.micro_batches)} micro-batches")
+    title(f"a step: {len(step.segments)} conversations, {step.tokens} tokens, {len(step.micro_batches)} micro-batches")
     for number, (micro_batch, inside) in enumerate(zip(step.micro_batches, cut_of(step), strict=True), start=1):
         print(f"micro-batch {number}: lines {[line_of(few, d) for d in inside]}, lengths {micro_batch.lengths}, "
               f"{len(micro_batch.tokens)} tokens, {len(micro_batch.targets)} targets, "
@@ -343,7 +334,7 @@ def show_step(args) -> None:
     text = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=64)
     loader = StepLoader(text, max_seq_len=64, batch_size=3, accumulation_steps=1, seed=1)
     title("pretraining: the first three rows of 64 tokens, (document, first token, tokens)")
-    row, filled, pieces = [], 0, loader.step(0, 0).pieces
+    row, filled, pieces = [], 0, loader.step(0, 0).segments
     for piece in pieces:
         row, filled = [*row, piece], filled + piece[2]
         if filled == 64:
@@ -365,10 +356,10 @@ def show_step(args) -> None:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
         means = [part.item() / float(m.weights.sum()) for part, m in zip(losses, step.micro_batches, strict=True)]
-        print(f"{batch_size} x {accumulation_steps}: {len(step.pieces)} documents, micro-batches of "
+        print(f"{batch_size} x {accumulation_steps}: {len(step.segments)} documents, micro-batches of "
               f"{[len(m.tokens) for m in step.micro_batches]} tokens, total_weight {step.total_weight:g}")
         print(f"       loss {loss.item():.4f}, gradient norm {norm:.3f}; mean of means {sum(means) / len(means):.4f}")
-        seen.append((sorted(step.pieces), loss.detach(), norm))
+        seen.append((sorted(step.segments), loss.detach(), norm))
     for pieces, loss, norm in seen[1:]:
         assert pieces == seen[0][0]
         same((loss, norm), seen[0][1:])
@@ -425,8 +416,8 @@ def show_distill(args) -> None:
     few = documents.take(np.arange(document, document + 1))
     loader = StepLoader(few, 1024, batch_size=1, accumulation_steps=1, seed=1, tag_weight=args.tag_weight,
                         think_weight=args.think_weight)
-    ids, kinds = few.tokens(0), few.kinds(0)
-    weights = loader.kind_weights[kinds] * few.weight[0]
+    ids, kinds = few.tokens(0), few.types(0)
+    weights = loader.type_weights[kinds] * few.weight[0]
     step = loader.step(0, 0)
     assert math.isclose(step.total_weight, weights[1:].sum(), rel_tol=1e-5)
     title(f"line {line_of(few, 0)} of val/r1_1024.jsonl with --tag_weight {args.tag_weight:g} "
@@ -436,14 +427,14 @@ def show_distill(args) -> None:
     for begin, end in zip(cuts, cuts[1:], strict=False):  # a stretch of one kind a line
         print(f"{begin:4}..{end - 1:<3}  {KINDS[int(kinds[begin])]:8}{weights[begin]:7g}  "
               f"{' | '.join(texts(tokenizer, ids[begin:end]))}")
-    print("total_weight: " + " + ".join(f"{(kinds == kind).sum()} {KINDS[kind]} x {loader.kind_weights[kind]:g}"
+    print("total_weight: " + " + ".join(f"{(kinds == kind).sum()} {KINDS[kind]} x {loader.type_weights[kind]:g}"
                                         for kind in (REPLY, TAG, THINK)) + f" = {step.total_weight:g}")
 
     title("mean loss by kind, over the first 64 records")
     first = documents.take(np.arange(min(64, len(documents))))
     pieces = [(d, 0, int(first.length[d])) for d in range(len(first))]
     micro_batch = make_micro_batch(first, pieces, ALL_ONE)
-    kinds = np.concatenate([first.kinds(d) for d in range(len(first))])[micro_batch.target_index + 1]
+    kinds = np.concatenate([first.types(d) for d in range(len(first))])[micro_batch.target_index + 1]
     print(f"{'':24}" + "".join(f"{KINDS[kind]:>8}" for kind in (REPLY, TAG, THINK)) + f"{'all':>8}")
     for stage, name in (("SFT_long", "before, SFT_long.pth"), ("distill", "after, distill.pth")):
         with torch.no_grad():
@@ -497,14 +488,14 @@ def show_optimizer(args) -> None:
 
 
 def show_schedule(args) -> None:
-    """learning rate / peak over 1,000 steps, for each --lr_schedule, and that of --recipe original"""
+    """learning rate / peak over 1,000 steps, for each --lr_schedule, and that of runs/original.sh"""
     ratios = ("warmup_ratio", "decay_ratio", "min_lr_ratio")
     ours = {name: FLAGS[name].default for name in ratios}
-    original = ours | {name: value for name, value in ORIGINAL.items() if name in ratios}
+    original = ours | dict(warmup_ratio=0.0, min_lr_ratio=0.1)
     print(f"{'step':>5}{'constant':>10}{'cosine':>10}{'trapezoid':>11}{'original':>12}")
     for step in (0, 19, 250, 500, 700, 900, 999):
         rates = [learning_rate(step, 1000, 1.0, name, **ours) for name in ("constant", "cosine", "trapezoid")]
-        rates.append(learning_rate(step, 1000, 1.0, ORIGINAL["lr_schedule"], **original))
+        rates.append(learning_rate(step, 1000, 1.0, "cosine", **original))
         print(f"{step:5}{rates[0]:10.3f}{rates[1]:10.3f}{rates[2]:11.3f}{rates[3]:12.3f}")
 
 
@@ -538,7 +529,7 @@ def show_resume(args) -> None:
                     pretrain.main([*flags, "--out_dir", str(out), "--cache_dir", f"{folder}/cache", *more])
                 rows = (out / "log" / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()
                 losses[name] = [json.loads(row)["loss"] for row in rows]
-                weights[name] = checkpoint.load_weights(out / "pretrain.pth")[2]["weights_sha256"]
+                weights[name] = load_weights(out / "pretrain.pth")[2]["weights_sha256"]
     for name, values in losses.items():
         print(f"{name}: losses {'  '.join(f'{value:.4f}' for value in values)}")
     assert losses["at once"] == losses["resumed"] and weights["at once"] == weights["resumed"]
@@ -608,7 +599,7 @@ def show_score(args) -> None:
         print(f"line {line_of(four, document)}: {len(ids) - 1:4} targets, {four.bytes[document]:4} bytes, "
               f"{nats:7.2f} nats, {nats / math.log(2) / four.bytes[document]:.3f} bits per byte")
     scores = score(model, evaluation_batches(four, model.config.max_seq_len, 16_384), four.bytes.sum(), CPU,
-                   contextlib.nullcontext)
+                   "fp32")
     assert math.isclose(scores["bpb"], total / math.log(2) / four.bytes.sum(), rel_tol=1e-4)
     print(f"together: loss {scores['loss']:.3f}, PPL {scores['ppl']:.2f}, bits per byte {scores['bpb']:.3f}")
 

@@ -1,11 +1,11 @@
-"""What quickstart.sh needs besides the project's own commands: an estimate before, a report and a verdict after.
+"""Helpers of quickstart.sh: a time estimate before the run, a report and its thresholds after it.
 
     python experiments/quickstart.py estimate
     python experiments/quickstart.py report --out_dir out/quickstart --seed 1
     python experiments/quickstart.py compare docs/results/quickstart/seed_*.json
 
-`report` reads what evaluate.py wrote to <out_dir>/eval, writes report.json, report.md and two charts, and exits with 1
-where one of THRESHOLDS is missed. `compare` prints the thresholds of several reports side by side (runs/seeds.sh).
+`report` reads the output of evaluate.py in <out_dir>/eval and writes report.json, report.md and two charts. It exits
+with 1 if one of THRESHOLDS is missed. `compare` prints the thresholds of several reports in one table (runs/seeds.sh).
 """
 
 import argparse
@@ -19,14 +19,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.answers import wilson
-from common.runtime import describe_machine, pick_device, run
+from common.exits import run
+from common.runtime import describe_machine, pick_device
 from Config import LLMConfig, OneLineParser, UserError
 
 STAGES = {"pretrain": "pretrain", "SFT": "SFT", "SFT_long": "SFT_long", "control": "control: no thoughts",
           "distill": "distill: thinks first"}
 QUESTIONS = {"facts/asked": "facts asked in other words", "facts/never_asked": "facts never asked",
              "one_step": "one-step problems", "multi_step": "multi-step problems"}
-THRESHOLDS = (  # what, at least, and how it is found in the scores of all stages
+THRESHOLDS = (  # name, smallest value, and how to compute it from the scores of all stages
     ("SFT_long answers one-step problems", 0.90, lambda s: s["SFT_long"]["one_step"]["accuracy"]),
     ("SFT_long answers facts asked in other words", 0.90, lambda s: s["SFT_long"]["facts/asked"]["accuracy"]),
     ("SFT_long answers facts never asked", 0.70, lambda s: s["SFT_long"]["facts/never_asked"]["accuracy"]),
@@ -34,16 +35,16 @@ THRESHOLDS = (  # what, at least, and how it is found in the scores of all stage
     ("distill above SFT_long on multi-step problems", 0.20, lambda s: gain(s, "SFT_long")[0]),
     ("distill above the control on multi-step problems", 0.15, lambda s: gain(s, "control")[0]),
 )
-SECONDS_HERE = 405  # of training and scoring, on the two AVX512-BF16 cores where PROBE_SECONDS was measured
+SECONDS_HERE = 405  # training and scoring, on the two AVX512-BF16 cores on which PROBE_SECONDS was measured
 PROBE_SECONDS = 0.16
 
 
 # ---------------------------------------------------------------------------------------------
-# before
+# before the run
 
 
 def estimate() -> int:
-    """Print how long the quickstart should take, from the time of a few training steps of its model."""
+    """Print how long the quickstart should take, estimated from a few training steps of its model."""
     import torch
 
     from common import runtime
@@ -79,11 +80,11 @@ def estimate() -> int:
 
 
 # ---------------------------------------------------------------------------------------------
-# after
+# after the run
 
 
 def share(hits: list[bool], what: str) -> dict:
-    """A share of yes, with its 95 % interval. Raises UserError where there is nothing to share."""
+    """The share of True in `hits` with its 95 % interval. Raises UserError if there are none."""
     if not hits:
         raise UserError(f"no reply to a question of {what}: run quickstart.sh")
     return {"n": len(hits), "correct": sum(hits), "accuracy": sum(hits) / len(hits),
@@ -91,18 +92,18 @@ def share(hits: list[bool], what: str) -> dict:
 
 
 def thought_lines(reply: str) -> list[str]:
-    """The lines of a reply's thought."""
+    """The lines inside a reply's <think>."""
     match = re.search(r"<think>(.*?)</think>", reply, re.DOTALL)
     return [line.strip() for line in match.group(1).strip().split("\n")] if match else []
 
 
 def last_line(path: Path) -> dict:
-    """The JSON object that a command printed last."""
+    """The JSON object on the last line of a command's output."""
     return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
 
 def scores_of(out: Path, stage: str) -> dict:
-    """One stage's scores, from evaluate.py's last line and its generations."""
+    """The scores of one stage, from the last line of evaluate.py and its generations."""
     result = last_line(out / "eval" / f"{stage}.json")
     replies = [json.loads(line) for line in (out / "eval" / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()]
     scores = {"bpb": {Path(f["file"]).name.split(".")[0]: f["bpb"] for f in result["files"]}}
@@ -122,10 +123,10 @@ def scores_of(out: Path, stage: str) -> dict:
 
 
 def gain(scores: dict, other: str) -> tuple[float, float, float]:
-    """distill's multi-step accuracy less that of another stage, and its 95 % interval over the questions.
+    """(difference, low, high): distill's multi-step accuracy minus that of another stage, with its 95 % interval.
 
-    Both answer the same questions, so what counts are those that only one of them has right (Bonett & Price 2012,
-    adjusted Wald interval for paired proportions). What another seed of the training would change is not in it.
+    Both answer the same questions, so only the questions that exactly one of them answers count (Bonett & Price 2012,
+    adjusted Wald interval for paired proportions). The interval does not cover the variation between training seeds.
     """
     n, ours, theirs = (scores["distill"]["multi_step"]["n"], set(scores["distill"]["right_lines"]),
                        set(scores[other]["right_lines"]))
@@ -142,7 +143,7 @@ def percent(score: dict) -> str:
 
 
 def draw(out: Path, scores: dict) -> None:
-    """thinking.png: accuracy by number of steps; stages.png: what each stage can answer."""
+    """Draw thinking.png, accuracy by number of steps, and stages.png, accuracy of each stage by kind of question."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,7 +184,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def write_report(args) -> int:
-    """Score, write, judge; the exit code. Raises UserError where a run is not whole."""
+    """Compute the scores, write the report and return the exit code. Raises UserError if a run is incomplete."""
     out = Path(args.out_dir)
     try:
         scores = {stage: scores_of(out, stage) for stage in STAGES}
@@ -248,7 +249,7 @@ def write_report(args) -> int:
 
 
 def compare(paths: list[str]) -> int:
-    """Print a table of each threshold's value in several reports, and the smallest; 1 where one is missed."""
+    """Print each threshold's value in several reports and the smallest. Returns 1 if one is missed."""
     try:
         reports = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
         reports.sort(key=lambda report: report["seed"])
@@ -278,8 +279,8 @@ def main() -> int:
     reporting = commands.add_parser("report", help="write the report and check the thresholds")
     reporting.add_argument("--out_dir", default="out/quickstart")
     reporting.add_argument("--seed", type=int, default=1)
-    reporting.add_argument("--smoke", action="store_true", help="thresholds do not count")
-    comparing = commands.add_parser("compare", help="several reports side by side")
+    reporting.add_argument("--smoke", action="store_true", help="do not check the thresholds")
+    comparing = commands.add_parser("compare", help="compare several reports")
     comparing.add_argument("reports", nargs="+", metavar="report.json")
     args = parser.parse_args()
     if args.command == "estimate":

@@ -1,10 +1,10 @@
-"""Split a weights file into small pieces in bfloat16, and join them again.
+"""Split a weights file into small bfloat16 pieces, and join them again.
 
     python experiments/split_weights.py pack out/distill.pth pieces/distill --mib 15    writes pieces/distill.0, .1, …
     python experiments/split_weights.py unpack pieces/distill out/distill.pth
 
-bfloat16 halves the file. The joined file is an ordinary weights file in float32 whose meta says "rounded": "bfloat16".
-Each piece begins with one line of JSON: its number, how many there are, its SHA-256 and that of the whole.
+bfloat16 halves the size. The joined file is an ordinary float32 weights file whose meta has "rounded": "bfloat16". Each
+piece begins with one line of JSON: its number, the number of pieces, its SHA-256 and that of the whole.
 """
 
 import argparse
@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from common import checkpoint, runtime
+from common import exits
+from common.files import write_whole
+from common.weights import load_model, load_strict, save_weights
 from Config import LLMConfig, OneLineParser, UserError, number
 from model import WeakWater
 
@@ -26,13 +28,13 @@ HEADER_BYTES = 1024  # more than the longest header
 
 
 def piece_path(prefix: Path, i: int) -> Path:
-    """Where piece `i` is."""
+    """The path of piece `i`."""
     return prefix.with_name(f"{prefix.name}.{i}")
 
 
 def pack(source: Path, prefix: Path, mib: int) -> None:
     """Write the weights in `source` as pieces of at most `mib` MiB."""
-    model, meta = checkpoint.load_model(source)
+    model, meta = load_model(source)
     tensors = {id(tensor): tensor.detach().bfloat16() for tensor in model.parameters()}  # tied weights stay one
     state = {name: tensors[id(parameter)] for name, parameter in model.state_dict(keep_vars=True).items()}
     stream = io.BytesIO()
@@ -44,16 +46,16 @@ def pack(source: Path, prefix: Path, mib: int) -> None:
         header = {"piece": i, "pieces": len(pieces), "sha256": hashlib.sha256(piece).hexdigest(),
                   "whole_sha256": hashlib.sha256(data).hexdigest()}
         whole = json.dumps(header).encode() + b"\n" + piece
-        checkpoint.write_whole(piece_path(prefix, i), lambda stream, whole=whole: stream.write(whole))
+        write_whole(piece_path(prefix, i), lambda stream, whole=whole: stream.write(whole))
     extra = len(pieces)
-    while piece_path(prefix, extra).exists():  # of an earlier, larger file
+    while piece_path(prefix, extra).exists():  # left by an earlier, larger file
         piece_path(prefix, extra).unlink()
         extra += 1
     print(f"{source}: {len(data) / 2**20:.1f} MiB in bfloat16, {len(pieces)} pieces {prefix}.0 …")
 
 
 def read_piece(path: Path, i: int) -> tuple[dict, bytes]:
-    """(header, content) of piece `i`. Raises UserError when it is missing, damaged or another piece."""
+    """(header, content) of piece `i`. Raises UserError if it is missing, damaged or a different piece."""
     try:
         line, _, content = path.read_bytes().partition(b"\n")
     except OSError as error:
@@ -82,8 +84,8 @@ def unpack(prefix: Path, target: Path) -> None:
         contents.append(content)
     packed = torch.load(io.BytesIO(b"".join(contents)), weights_only=True)
     model = WeakWater(LLMConfig.from_dict(packed["config"]))
-    checkpoint.fill(model, packed["model"], prefix)
-    checkpoint.save_weights(target, model, packed["meta"] | {"rounded": "bfloat16"})
+    load_strict(model, packed["model"], prefix)
+    save_weights(target, model, packed["meta"] | {"rounded": "bfloat16"})
     print(f"{target}: {first['pieces']} pieces joined, {sum(model.num_parameters().values()):,} parameters")
 
 
@@ -106,4 +108,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run(main))
+    sys.exit(exits.run(main))

@@ -1,10 +1,10 @@
-"""Faster ways to compute what model.py says, applied to a model from outside and checked against it.
+"""Faster implementations of model.py's forwards, applied to a model instance from outside and checked against it.
 
 `accelerate` replaces forwards of one model: `module.forward` becomes a function of training.py or decoding.py that
-gives the same result from fewer operations. Each is used only while the part of model.py that it stands for is as it
-was when the function was written (known.py), and after a comparison on a small twin of the model (twin.py). What is
-edited or does not agree is computed as model.py says, and a log line says so: an edit of model.py costs speed and
-never changes what is computed.
+computes the same result with fewer operations. A replacement is used only if two checks pass: the parts of model.py
+that it depends on are unedited (known.py), and its losses and gradients agree on a small twin of the model (twin.py).
+Otherwise model.py's own code runs, and a log line says so. An edit of model.py therefore costs speed, never
+correctness.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from torch import nn
 import model as network
 from Config import LLMConfig
 from fastpath import decoding, kernels, known, training
-from fastpath.decoder import NativeDecoder, native_trouble
-from fastpath.replace import put, replace, restore
+from fastpath.native_decoder import NativeDecoder, why_unsupported
+from fastpath.replace import attach, replace, restore
 from fastpath.training import DTYPES
 from fastpath.twin import Twin, make_twin
 from model import WeakWater
@@ -25,7 +25,7 @@ from model import WeakWater
 
 @dataclass(frozen=True)
 class Case:
-    """What a replacement is to be used for."""
+    """The run that replacements are chosen for."""
 
     config: LLMConfig
     device: torch.device
@@ -34,33 +34,35 @@ class Case:
 
     @property
     def checked_for(self) -> tuple[str, torch.dtype]:
-        """What a replaced forward asks for, each time, before it computes."""
+        """The (device type, dtype) that a replacement requires of each input; any other input gets model.py's code."""
         return self.device.type, self.dtype
 
     @property
     def c_applies(self) -> bool:
-        """True if kernels.c can be used; it takes 16 numbers at a time."""
-        return self.device.type == "cpu" and self.dtype == torch.bfloat16 and not self.compile and not kernels.trouble()
+        """True if kernels.c can be used. Each replacement also checks its own widths."""
+        return (self.device.type == "cpu" and self.dtype == torch.bfloat16 and not self.compile
+                and not kernels.why_unavailable())
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """`function` takes the place of `attribute` of each module of the class `owner` of model.py, where `accepts` says
-    so. What it computes is written in the parts of model.py that `stands_for` names."""
+    """`function` replaces the method `attribute` of every module of model.py's class `owner`, in the cases that are
+    `supported`. It is correct only while the parts of model.py in `depends_on` are unedited."""
 
     name: str
     owner: str
     function: Callable
-    accepts: Callable[[Case], bool]
-    stands_for: tuple[str, ...]
+    supported: Callable[[Case], bool]
+    depends_on: tuple[str, ...]
     attribute: str = "forward"
 
 
 ATTENTION = ("Attention", "apply_rotary", "attention", "Packing")
-C_ATTENTION = (*ATTENTION, "RotaryEmbedding", "Transformer", "Block")  # cosines and sines as these make them
-C_NORM = ("RMSNorm", "Attention", "SwiGLU", "Block", "Transformer", "WeakWater.forward")  # only matmuls read its bf16
-LOSS = ("WeakWater.loss", "WeakWater.__init__")  # which makes the head
-REPLACEMENTS = {  # slot → the choices, best first
+C_ATTENTION = (*ATTENTION, "RotaryEmbedding", "Transformer", "Block")  # they make the cosines and sines
+# norm_c returns bf16, which is correct only where matmuls alone read it: these parts are the readers
+C_NORM = ("RMSNorm", "Attention", "SwiGLU", "Block", "Transformer", "WeakWater.forward")
+LOSS = ("WeakWater.loss", "WeakWater.__init__")  # __init__ makes the head
+REPLACEMENTS = {  # slot → candidates, fastest first
     "attention": [
         Replacement("a variable-length flash kernel", "Attention", training.attention_varlen,
                     lambda case: training.use_varlen(case.device, case.dtype, case.config.head_dim), ATTENTION),
@@ -80,27 +82,27 @@ REPLACEMENTS = {  # slot → the choices, best first
         Replacement("fewer passes", "SwiGLU", training.swiglu_torch, lambda case: not case.compile, ("SwiGLU",))],
     "loss": [
         Replacement("kernels.c", "WeakWater", training.loss_c, lambda case: case.device.type == "cpu" and (
-            case.dtype == torch.bfloat16) and not kernels.trouble(), LOSS, "loss"),
+            case.dtype == torch.bfloat16) and not kernels.why_unavailable(), LOSS, "loss"),
         Replacement("in blocks", "WeakWater", training.loss_blocks, lambda case: True, LOSS, "loss")],
 }
 
 
 def patch(model: nn.Module, replacement: Replacement, case: Case) -> int:
-    """Put the replacement's function into each module of its class. Returns into how many."""
-    function, beside = replacement.function, {}
+    """Apply the replacement to every module of its class. Returns the number of modules."""
+    function, attributes = replacement.function, {}
     if function is training.attention_varlen:
-        beside = {"varlen_kernel": training.varlen_kernel(), "longest": case.config.max_seq_len}
+        attributes = {"varlen_kernel": training.varlen_kernel(), "longest": case.config.max_seq_len}
     elif case.compile and replacement.owner == "Attention":
-        function = torch.compiler.disable(function)  # each list of lengths would be a new graph
+        function = torch.compiler.disable(function)  # the compiler would make a graph for each list of lengths
     modules = [module for module in model.modules() if type(module) is getattr(network, replacement.owner, None)]
     for module in modules:
-        replace(module, replacement.attribute, function, case.checked_for, **beside)
+        replace(module, replacement.attribute, function, case.checked_for, **attributes)
     return len(modules)
 
 
 def patch_for_decoding(model: nn.Module, case: Case, edited: set[str] = frozenset()) -> None:
-    """Give each module its matrices as decoding reads them, and the forward that uses them, but where what it stands
-    for was edited."""
+    """Apply the replacements of decoding.py, which hold their weights in a layout made for reading, except where
+    model.py was edited."""
     for module in model.modules():
         if module is model.lm_head:
             if type(module) is nn.Linear and module.bias is None:
@@ -116,20 +118,21 @@ def patch_for_decoding(model: nn.Module, case: Case, edited: set[str] = frozense
                     down=decoding.Matmul(case.dtype, module.down_proj))
 
 
-@torch.inference_mode(False)  # the check needs gradients
+@torch.inference_mode(False)  # the comparison needs gradients
 def accelerate(model: WeakWater, device: torch.device, dtype: str, compile: bool = False, inference: bool = False,
                plain: bool = False) -> list[str]:
-    """Replace forwards of `model`, which is on `device` and whose weights are loaded, by faster ones; `dtype` is the
-    run's ("bf16", "fp16", "fp32"). Returns log lines: what computes each part, and what stays plain and why.
+    """Replace forwards of `model` by faster ones. Returns log lines: what computes each part, and what is not replaced
+    and why.
 
-    With `compile` the compiler fuses norm and SwiGLU itself. With `inference`, for weights that seldom change, the
-    forward with a cache is faster too, and `model.native_reason` says why decode.c cannot compute single rows (None if
-    it can). With `plain` nothing is replaced. Call this before torch.compile and DistributedDataParallel, after
-    anything that changes modules.
+    The model is on `device` with its weights loaded; `dtype` is the run's ("bf16", "fp16", "fp32"). With `compile`,
+    norm and SwiGLU are left to the compiler, which fuses them itself. With `inference`, the forward with a cache is
+    replaced too, which suits weights that seldom change; `model.native_reason` is then the reason why decode.c cannot
+    decode single rows, or None if it can. With `plain` nothing is replaced. Call this after everything that changes
+    modules, and before torch.compile and DistributedDataParallel.
     """
     restore(model)
     case = Case(model.config, device, DTYPES[dtype], compile)
-    with torch.autocast(device.type, enabled=False):  # the caller's
+    with torch.autocast(device.type, enabled=False):  # the caller may have it on
         twin, reason = (None, "--plain") if plain else make_twin(model, case.device, case.dtype)
         if reason is None:
             edited = known.edited()
@@ -140,44 +143,47 @@ def accelerate(model: WeakWater, device: torch.device, dtype: str, compile: bool
         else:
             lines, native_reason = [f"computed as model.py says, without replacements: {reason}"], reason
     if inference:
-        put(model, native_reason=native_reason)
+        attach(model, native_reason=native_reason)
     for module in model.modules() if compile else ():
         if isinstance(module, getattr(network, "Attention", ())) and "forward" not in vars(module):
-            # each list of lengths would be a new graph
+            # the compiler would make a graph for each list of lengths
             replace(module, "forward", torch.compiler.disable(type(module).forward), case.checked_for)
     return lines
 
 
 def choose(model: WeakWater, case: Case, twin: Twin, edited: set[str]) -> list[str]:
-    """Replace what is not edited and agrees: all at once if all of it agrees together, as it should, else what agrees
-    one by one. Returns log lines."""
+    """Replace what is unedited and agrees with model.py. Returns log lines.
+
+    All replacements are compared together, which is one comparison if all is well; if they disagree, each is compared
+    alone.
+    """
     chosen, refused, lines = {}, {}, []
-    accepted = {slot: [each for each in choices if each.accepts(case)] for slot, choices in REPLACEMENTS.items()}
-    usable = {slot: [each for each in choices if not edited.intersection(each.stands_for)]
+    accepted = {slot: [each for each in choices if each.supported(case)] for slot, choices in REPLACEMENTS.items()}
+    usable = {slot: [each for each in choices if not edited.intersection(each.depends_on)]
               for slot, choices in accepted.items()}
     for slot, choices in accepted.items():
         if usable[slot]:
             chosen[slot] = usable[slot][0]
         if usable[slot][:1] != choices[:1]:
-            refused[slot] = f"{', '.join(sorted(edited.intersection(choices[0].stands_for)))} edited in model.py"
+            refused[slot] = f"{', '.join(sorted(edited.intersection(choices[0].depends_on)))} edited in model.py"
 
     def patch_all(target: nn.Module) -> None:
         for each in chosen.values():
             patch(target, each, case)
 
-    if twin.objection(patch_all) is not None:
+    if twin.mismatch(patch_all) is not None:
         for slot in list(chosen):
             for replacement in usable[slot]:
-                objection = twin.objection(lambda target, each=replacement: patch(target, each, case))
-                if objection is None:
+                mismatch = twin.mismatch(lambda target, each=replacement: patch(target, each, case))
+                if mismatch is None:
                     chosen[slot] = replacement
                     break
-                lines.append(f"{slot}: {replacement.name} {objection}: not used")
+                lines.append(f"{slot}: {replacement.name} {mismatch}: not used")
             else:
                 del chosen[slot]
-        if (objection := twin.objection(patch_all)) is not None:
+        if (mismatch := twin.mismatch(patch_all)) is not None:
             chosen.clear()
-            lines.append(f"all replacements together: {objection}: none is used")
+            lines.append(f"all replacements together: {mismatch}: none is used")
     used = {slot: each.name for slot, each in chosen.items() if patch(model, each, case)}
     if used:
         lines.insert(0, "faster than model.py, and checked against it: " + ", ".join(
@@ -186,29 +192,29 @@ def choose(model: WeakWater, case: Case, twin: Twin, edited: set[str]) -> list[s
         if choices and (slot not in used or slot in refused):
             how = "computed as model.py says" if slot not in used else f"{used[slot]} only"
             lines.append(f"{slot}: {how}" + (f", since {refused[slot]}" if slot in refused else ""))
-    if case.device.type == "cpu" and case.dtype == torch.bfloat16 and (trouble := kernels.trouble()):
-        lines.append(f"kernels.c is not used: {trouble}")
+    if case.device.type == "cpu" and case.dtype == torch.bfloat16 and (reason := kernels.why_unavailable()):
+        lines.append(f"kernels.c is not used: {reason}")
     return lines
 
 
 def choose_decoding(model: WeakWater, case: Case, twin: Twin, edited: set[str]) -> list[str]:
-    """Replace what decoding computes, if it agrees. Returns log lines."""
-    objection = twin.objection_in_decoding(lambda target: patch_for_decoding(target, case, edited))
-    if objection is not None:
-        return [f"decoding: fewer matmuls: {objection}: not used"]
+    """Replace the forwards that decoding uses, if they agree with model.py. Returns log lines."""
+    mismatch = twin.mismatch_with_cache(lambda target: patch_for_decoding(target, case, edited))
+    if mismatch is not None:
+        return [f"decoding: fewer matmuls: {mismatch}: not used"]
     patch_for_decoding(model, case, edited)
     return []
 
 
 def why_not_native(model: WeakWater, case: Case, twin: Twin, edited: set[str]) -> str | None:
-    """Why decode.c cannot compute the next token of a single row; None if it can and agrees with model.py."""
+    """The reason why decode.c cannot decode single rows; None if it can and agrees with model.py."""
     if case.device.type != "cpu":
         return f"on {case.device.type}"
     if parts := edited - {"WeakWater.loss", "Packing"}:
         return f"{', '.join(sorted(parts))} edited in model.py"
     if type(model) is not WeakWater:
         return f"{type(model).__name__} is not model.py's WeakWater"
-    if (trouble := native_trouble(model, case.dtype)) is not None:
-        return trouble
-    objection = twin.objection_to_decoder(lambda target: NativeDecoder(target, case.dtype))
-    return None if objection is None else f"decode.c {objection}"
+    if (reason := why_unsupported(model, case.dtype)) is not None:
+        return reason
+    mismatch = twin.mismatch_of_decoder(lambda target: NativeDecoder(target, case.dtype))
+    return None if mismatch is None else f"decode.c {mismatch}"

@@ -1,7 +1,7 @@
-"""Replacements of the network's forwards for weights that seldom change, in chat and when answers are scored.
+"""Replacements of the network's forwards for decoding, where weights seldom change.
 
-As in training.py each function takes the place of one module's forward. Matrices that multiply the same vector are one,
-kept in the precision of the run and, on a CPU, in the layout of its library.
+As in training.py, each function replaces one module's forward. Matrices that multiply the same vector are concatenated
+and cast to the run's dtype once. On a CPU they are also stored in oneDNN's layout.
 """
 
 import contextlib
@@ -14,39 +14,39 @@ from fastpath.training import checked
 
 
 def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The precision of a KVCache: that of matmuls, but on a CPU float32, since attention over it is several times as
-    fast there as in bf16 (docs/LOG.md)."""
+    """The dtype of a KVCache: the compute dtype on a GPU; float32 on a CPU, where attention over the cache is several
+    times as fast as in bf16 (docs/LOG.md)."""
     return torch.float32 if device.type == "cpu" else dtype
 
 
 def versions(*weights: torch.Tensor) -> list[tuple]:
-    """What becomes another when a weight does, but not by way of `.data` or of an inference tensor."""
+    """A value that changes when a weight changes. Writes through `.data` and to inference tensors go unnoticed."""
     return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
 
 
 class Matmul:
-    """x (..., C) → x @ weightᵀ (..., out) in `dtype`, the weights (out, C) of several layers laid out for that, and
-    again after they change."""
+    """x (..., C) → x @ weightᵀ (..., out) in `dtype`. Holds one copy of several layers' weights (out, C), in the
+    layout of the matmul library, and makes a new one after they change."""
 
     def __init__(self, dtype: torch.dtype, *layers: nn.Linear):
         self.dtype, self.layers, self.versions = dtype, layers, None
-        if all("weight" in layer.__dict__.get("_parameters", ()) for layer in layers):  # not while they are copied
-            self.lay_out()
+        if all("weight" in layer.__dict__.get("_parameters", ()) for layer in layers):  # false during deepcopy
+            self.pack()
 
-    def lay_out(self) -> None:
+    def pack(self) -> None:
         self.versions = versions(*(layer.weight for layer in self.layers))
         weight = torch.cat([layer.weight.detach() for layer in self.layers]).to(self.dtype)
         self.weight, self.packed = weight, None
         if weight.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
-            with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # a torch without oneDNN
+            with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # torch without oneDNN
                 self.packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(weight), None
 
-    def __reduce__(self):  # the layout cannot be copied
+    def __reduce__(self):  # a tensor in oneDNN's layout cannot be copied
         return Matmul, (self.dtype, *self.layers)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.versions != versions(*(layer.weight for layer in self.layers)):
-            self.lay_out()
+            self.pack()
         x = x.to(self.dtype)
         if self.packed is None:
             return F.linear(x, self.weight)
@@ -54,7 +54,7 @@ class Matmul:
 
 
 def attention_cached(self, x, cos, sin, packing=None, cache=None):
-    """The next tokens of each row against the cache; RoPE in float32."""
+    """Attention of each row's next tokens to the cache; RoPE in float32."""
     if cache is None or torch.is_grad_enabled() or not checked(self, x):
         return self.without_cache(x, cos, sin, packing, cache)
     D, T = self.head_dim, x.shape[1]
@@ -66,10 +66,10 @@ def attention_cached(self, x, cos, sin, packing=None, cache=None):
     q, k = (q_and_k * cos + torch.cat((-second, first), dim=-1) * sin).split([H, K], dim=2)
     prefill = cache.aligned and not cache.longest and T > 1
     keys, values = cache.store(self.layer, k, v)
-    if prefill:  # against themselves
+    if prefill:  # the cache was empty: the new keys and values are all there are
         q, keys, values = q.to(v.dtype), k.to(v.dtype), v
     mask = None if prefill or T == 1 and cache.aligned else cache.mask(T)  # all rows see all slots
-    with torch.autocast(x.device.type, enabled=False):  # which would copy all keys and values to its precision
+    with torch.autocast(x.device.type, enabled=False):  # autocast would copy all keys and values to its dtype
         mixed = F.scaled_dot_product_attention(
             q.to(keys.dtype).transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask,
             is_causal=prefill, enable_gqa=H != K).transpose(1, 2)
@@ -77,7 +77,7 @@ def attention_cached(self, x, cos, sin, packing=None, cache=None):
 
 
 def swiglu_packed(self, x):
-    """SwiGLU from two matmuls."""
+    """SwiGLU with two matmuls: gate and up are one."""
     if torch.is_grad_enabled() or not checked(self, x):
         return self.with_gradient(x)
     gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -85,7 +85,7 @@ def swiglu_packed(self, x):
 
 
 def linear_packed(self, x):
-    """The output projection."""
+    """The output projection, from packed weights."""
     if torch.is_grad_enabled() or not checked(self, x):
         return type(self).forward(self, x)
     return self.matmul(x)

@@ -1,10 +1,10 @@
-"""The parts of model.py that the replacements stand for, as they were when the replacements were written.
+"""Hashes of the parts of model.py that the replacements were written for.
 
-A comparison on a small model finds a fault in a replacement, but not every edit of model.py: an edit may act on rare
-values, far back in long documents or in some layers only. So a replacement is used only while the classes and functions
-that it stands for are unchanged but for comments and docstrings; after an edit these compute, as they are written.
+The comparison on a small model (twin.py) finds faults in a replacement, but may miss an edit of model.py that affects
+only rare values, long documents or some layers. So a replacement is used only while every class and function that it
+depends on has the hash below, which ignores comments and docstrings. After an edit, model.py's own code runs.
 
-When a replacement follows an edit, renew its entries: `python -m fastpath.known` prints them.
+After adapting a replacement to an edit, update the hashes: `python -m fastpath.known` prints them.
 """
 
 import ast
@@ -35,11 +35,11 @@ KNOWN = {
 
 
 def code_of(function: Callable) -> str:
-    """The source of a function of model.py without comments and docstrings. Raises ValueError if it has none or if it
-    is another module's."""
+    """The source of a function of model.py without comments and docstrings. Raises ValueError if it is not a plain
+    function of model.py."""
     if not inspect.isfunction(function) or function.__globals__ is not vars(network) or (
             set(function.__code__.co_freevars) - {"__class__"}):
-        raise ValueError("no function of model.py")
+        raise ValueError("not a plain function of model.py")
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -48,7 +48,7 @@ def code_of(function: Callable) -> str:
 
 
 def digest(name: str) -> str:
-    """A short hash of a class, function or method of model.py; "" if there is none that can be read."""
+    """A short hash of a class, function or method of model.py; "" if it does not exist or has no source."""
     try:
         part = network
         for step in name.split("."):
@@ -65,7 +65,7 @@ def digest(name: str) -> str:
 
 
 def edited() -> set[str]:
-    """The parts of model.py that are not as they are known."""
+    """The parts of model.py whose hash differs from KNOWN."""
     return {name for name in ALL if digest(name) != KNOWN.get(name)}
 
 

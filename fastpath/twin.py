@@ -1,8 +1,8 @@
-"""A small twin of a model, on which replacements are compared with what model.py says.
+"""A small twin of a model, on which replacements are compared with model.py's own code.
 
-It is made of the model's own classes, with its head width, its groups and its options, but two layers, few entries and
-random weights, biases and norm scales: a fresh model hides faults, since its output projections are zero. Some inputs
-are so small that a norm's eps matters.
+The twin has the model's classes, head width, grouping and options, but two layers and a small vocabulary. All weights,
+biases and norm scales are random: a fresh model would hide faults, since its output projections may be zero. Some
+embeddings are so small that the eps of a norm matters.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from fastpath.decoding import cache_dtype
 from fastpath.replace import restore
 from model import KVCache, WeakWater
 
-LENGTHS = [3, 1, 134, 21, 2, 21]  # documents; the longest takes more than one block of queries
+LENGTHS = [3, 1, 134, 21, 2, 21]  # of documents; the longest has more than one block of queries
 VOCAB = 61
 
 
 @contextlib.contextmanager
 def one_thread():
-    """The twin is small: several threads would wait for each other, for seconds where something else runs."""
+    """Run on one thread: for a model this small, threads mostly wait for each other, on a busy machine for seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -34,15 +34,16 @@ def one_thread():
 
 
 def twin_config(config: LLMConfig) -> LLMConfig:
-    """A small architecture for which the same replacements apply."""
+    """A small architecture that the same replacements support."""
     group = config.n_heads // config.n_kv_heads
 
-    def alike(n_kv_heads: int) -> bool:
-        """True if the width is a multiple of what C takes at a time where the model's is."""
+    def same_multiples(n_kv_heads: int) -> bool:
+        """True if dim is a multiple of the C code's vector widths exactly where the model's dim is."""
         dim = group * n_kv_heads * config.head_dim
         return all((dim % n == 0) == (config.dim % n == 0) for n in (16, 64))
 
-    n_kv_heads = next((n for n in range(min(2, config.n_kv_heads), config.n_kv_heads) if alike(n)), config.n_kv_heads)
+    n_kv_heads = next((n for n in range(min(2, config.n_kv_heads), config.n_kv_heads) if same_multiples(n)),
+                      config.n_kv_heads)
     n_heads = group * n_kv_heads
     return replace(config, vocab_size=VOCAB, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads,
                    dim=n_heads * config.head_dim, hidden_dim=64 + config.hidden_dim % 64, max_seq_len=max(LENGTHS),
@@ -50,22 +51,22 @@ def twin_config(config: LLMConfig) -> LLMConfig:
 
 
 def small_copy(model: WeakWater) -> WeakWater:
-    """The twin's network, on the CPU in float32, in training mode. The caller's random numbers do not move."""
+    """The twin's network, on the CPU in float32, in training mode. Leaves the caller's random state unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         twin = type(model)(twin_config(model.config)).train()
         with torch.no_grad():
             for parameter in twin.parameters():
-                if parameter.ndim < 2:  # biases around 0, the scales of norms around 1
+                if parameter.ndim < 2:  # biases around 0, norm scales around 1
                     parameter.copy_(parameter + 0.3 * torch.randn_like(parameter))
                 else:
                     parameter.copy_(torch.randn_like(parameter) * 1.2 / parameter.shape[1]**0.5)
-            twin.model.embed_tokens.weight[::3] *= 0.003  # eps counts
+            twin.model.embed_tokens.weight[::3] *= 0.003  # here eps matters
     return twin
 
 
 def make_buffer(device: torch.device) -> dict:
-    """A packed buffer for the twin; half of its positions predict."""
+    """A packed buffer for the twin; half of its positions have a loss."""
     generator, total = torch.Generator().manual_seed(2), sum(LENGTHS)
     index = torch.randperm(total, generator=generator)[:total // 2].sort().values
     tensors = dict(tokens=torch.randint(0, VOCAB, (1, total), generator=generator), target_index=index,
@@ -75,7 +76,7 @@ def make_buffer(device: torch.device) -> dict:
 
 
 def losses_and_gradients(model: nn.Module, buffer: dict, context=contextlib.nullcontext) -> list[torch.Tensor]:
-    """The loss in evaluation and in training, and the gradient of every parameter, in float64 on the CPU."""
+    """[loss in evaluation mode, loss in training mode, gradient of each parameter], as float64 on the CPU."""
     model.zero_grad()
     with torch.no_grad(), context():
         scored = model.eval()(**buffer)
@@ -87,27 +88,28 @@ def losses_and_gradients(model: nn.Module, buffer: dict, context=contextlib.null
     return [x.detach().cpu().double() for x in (scored, loss, *gradients)]
 
 
-def shape_of(module: nn.Module) -> list[tuple]:
-    """Names, types, parameters, hooks and constants of a module and all in it: what an adapter or a wrapper changes."""
+def structure_of(module: nn.Module) -> list[tuple]:
+    """Names, types, parameters, hooks and constants of a module and its submodules. An adapter or a wrapper
+    changes these."""
     return [(name, type(part), sorted(part._parameters), bool(part._forward_hooks or part._forward_pre_hooks
                                                               or part._backward_hooks), "forward" in vars(part),
              [] if isinstance(part, nn.Dropout) else [x for x in vars(part).items() if isinstance(x[1], (float, str))])
             for name, part in module.named_modules()]
 
 
-Change = Callable[[nn.Module], None]  # of a twin, by `replace`
+Change = Callable[[nn.Module], None]  # replaces forwards of a twin
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The error of a tensor; infinite if it is not finite."""
+    """The relative error of a tensor; infinite if it is NaN."""
     error = float((found - expected).norm() / expected.norm())
     return error if error == error else math.inf
 
 
 def cached_logits(model: nn.Module, rows: int, cache_dtype: torch.dtype, step: Callable | None = None) -> torch.Tensor:
-    """Logits (N, V) after a prompt and after each of 8 more tokens, after each of the first 8 without a prompt, and of
-    two rows also at positions of their own. `step` computes single tokens otherwise: (token, position, keys, values) →
-    logits (1, V)."""
+    """Logits (N, V) from a cache: after a prompt and each of 8 more tokens; after each of 8 tokens without a prompt;
+    with two rows, also at unequal positions. `step` replaces the model for single tokens: (token, position, keys,
+    values) → logits (1, V)."""
     weight, n = next(model.parameters()), 40
     tokens = (torch.arange(2 * n, device=weight.device).view(2, n) * 7 % VOCAB)[:rows]
     found = []
@@ -128,8 +130,11 @@ def cached_logits(model: nn.Module, rows: int, cache_dtype: torch.dtype, step: C
 
 
 class Twin:
-    """The twin, what it should give, and by how much a change of it may be off: the plain model rounds too, and a
-    replacement may round at other places. The methods return None if what they try agrees, else what is wrong."""
+    """The twin, its expected losses and gradients, and the error that a replacement may have.
+
+    The limit comes from the rounding error of model.py's code in the run's dtype, since a replacement may round
+    elsewhere. The `mismatch` methods return None if a replacement agrees, else what is wrong.
+    """
 
     def __init__(self, twin: WeakWater, device: torch.device, dtype: torch.dtype):
         half = dtype != torch.float32
@@ -147,40 +152,40 @@ class Twin:
         """The largest relative error of a loss or a gradient."""
         errors = [relative(*losses) for losses in zip(found[:2], self.expected[:2], strict=True)]
         for gradient, expected in zip(found[2:], self.expected[2:], strict=True):
-            # a gradient that is nearly zero, that of a key's bias say, is not compared by its own size
+            # the error of a gradient near zero, such as that of a key bias, is not relative to its own size
             error = float((gradient - expected).norm() / (expected.norm() + 1e-3 * self.typical))
             errors.append(error if error == error else math.inf)
         return max(errors)
 
-    def objection(self, change: Change) -> str | None:
-        """To a change of what is computed in training and evaluation."""
+    def mismatch(self, change: Change) -> str | None:
+        """Compare losses and gradients after a change."""
         def compute() -> tuple[float, float]:
             change(self.twin)
             return self.error(losses_and_gradients(self.twin, self.buffer, self.context)), self.limit
 
-        return self.try_out(compute)
+        return self.compare(compute)
 
-    def objection_in_decoding(self, change: Change) -> str | None:
-        """To a change of the forward with a cache."""
-        return self.try_out(lambda: self.compare_cached(2, change))
+    def mismatch_with_cache(self, change: Change) -> str | None:
+        """Compare the forward with a cache after a change."""
+        return self.compare(lambda: self.compare_cached(2, change))
 
-    def objection_to_decoder(self, make: Callable[[nn.Module], Callable]) -> str | None:
-        """To a decoder of single rows, which `make` makes for a model."""
-        return self.try_out(lambda: self.compare_cached(1, lambda twin: None, make))
+    def mismatch_of_decoder(self, make: Callable[[nn.Module], Callable]) -> str | None:
+        """Compare a decoder of single rows, which `make` creates for a model."""
+        return self.compare(lambda: self.compare_cached(1, lambda twin: None, make))
 
     @one_thread()
-    def try_out(self, compute: Callable[[], tuple[float, float]]) -> str | None:
-        """What is wrong with the (error, limit) that `compute` returns."""
+    def compare(self, compute: Callable[[], tuple[float, float]]) -> str | None:
+        """None if `compute` returns an error within the limit, else what is wrong. Restores the twin."""
         try:
             error, limit = compute()
-        except Exception as trouble:  # whatever a replacement cannot do, it is not to be used for
-            return f"fails ({type(trouble).__name__}: {str(trouble)[:80]})"
+        except Exception as failure:  # a replacement that fails in any way is not used
+            return f"fails ({type(failure).__name__}: {str(failure)[:80]})"
         finally:
             restore(self.twin)
         return None if error <= limit else f"differs from model.py by {error:.2g}, more than {limit:.2g}"
 
     def compare_cached(self, rows: int, change: Change, make: Callable | None = None) -> tuple[float, float]:
-        """(error, limit) of cached_logits after `change`, or of what `make` makes."""
+        """(error, limit) of cached_logits after `change`, or with the decoder that `make` creates."""
         def logits(step=None) -> torch.Tensor:
             with torch.no_grad(), self.context():
                 return cached_logits(self.twin, rows, self.cache_dtype, step).double().cpu()
@@ -195,20 +200,20 @@ class Twin:
 
 @one_thread()
 def make_twin(model: WeakWater, device: torch.device, dtype: torch.dtype) -> tuple[Twin | None, str | None]:
-    """(twin, None), or (None, why no twin can stand for this model)."""
+    """(twin, None), or (None, the reason why no twin can represent this model)."""
     try:
         copy = small_copy(model)
-        expected = shape_of(copy.model.layers[0])
-        others = [[part for part in shape_of(m) if ".layers." not in part[0]] for m in (model, copy)]
-        if others[0] != others[1] or any(shape_of(layer) != expected for layer in model.model.layers):
-            return None, "its modules are not those that model.py makes"
+        expected = structure_of(copy.model.layers[0])
+        others = [[part for part in structure_of(m) if ".layers." not in part[0]] for m in (model, copy)]
+        if others[0] != others[1] or any(structure_of(layer) != expected for layer in model.model.layers):
+            return None, "its modules differ from those that model.py makes"
         buffer, losses = make_buffer(torch.device("cpu")), []
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for seed in (1, 2):
                 torch.manual_seed(seed)
                 losses.append(float(copy(**buffer)))
         if losses[0] != losses[1]:
-            return None, "it answers differently with another random seed"
+            return None, "its output depends on the random seed"
         return Twin(copy, device, dtype), None
     except Exception as error:  # an edited model may fail in any way
-        return None, f"no small model of the same kind can be made and run ({type(error).__name__}: {str(error)[:100]})"
+        return None, f"a small copy of the model cannot be made and run ({type(error).__name__}: {str(error)[:100]})"

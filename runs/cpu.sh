@@ -5,7 +5,7 @@
 #   STEPS="1000 250 80 300" DATA=... OUT=... bash runs/cpu.sh      optimizer steps of the four stages
 #
 # $DATA holds pretrain-*.jsonl.xz, pretrain_val.jsonl.xz, sft.jsonl.xz, r1.jsonl.xz and math_verifiable.jsonl.xz in the
-# project's formats. 500 maths problems are set aside first. A run that was stopped goes on where it was.
+# project's formats. 500 math problems are held out first. To resume a stopped run, repeat the command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/cpu}
@@ -14,7 +14,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 common=(--out_dir "$OUT" --tokenizer_path "$OUT/tokenizer" --lr_schedule cosine --min_lr_ratio 0.1
         --eval_interval 600 --eval_tokens 100000 --save_interval 300 --resume)
 
-[ -f "$OUT/data/held_out.jsonl" ] || "$PYTHON" experiments/hold_out.py --questions "$DATA/math_verifiable.jsonl.xz" \
+[ -f "$OUT/data/held_out.jsonl" ] || "$PYTHON" experiments/split_holdout.py --questions "$DATA/math_verifiable.jsonl.xz" \
     --chats "$DATA/r1.jsonl.xz" --out_dir "$OUT/data"
 [ -d "$OUT/tokenizer" ] || "$PYTHON" train_tokenizer.py --data_path "$DATA/pretrain-*.jsonl.xz" \
     --val_path "$DATA/pretrain_val.jsonl.xz" --tokenizer_path "$OUT/tokenizer"
@@ -33,7 +33,7 @@ for stage in SFT_long distill; do
         --data_path "$OUT/data/held_out.jsonl" --max_new_tokens 400
 done
 for stage in pretrain SFT SFT_long distill; do
-    if [ $stage = pretrain ]; then  # it continues text
+    if [ $stage = pretrain ]; then  # this model continues text
         prompts=("春天来了，" "中华人民共和国" "Linux 是" "从前有一个人" "人工智能的发展")
     else
         prompts=("你好，你是谁？" "中国的首都是哪里？" "请写一句关于春天的话。" "怎样才能睡得更好？"

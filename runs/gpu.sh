@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything the documentation says about one GPU (H100, H200, RTX 4090), in two commands of at most ten minutes each.
+# Produces what the documentation says about one GPU (H100, H200, RTX 4090), in two commands of at most ten minutes each.
 #
 #   bash runs/gpu.sh measure     checks, a sweep of rows and learning rates, speed of training and decoding
 #   bash runs/gpu.sh train       weakwater-30m through all four stages, 500 problems, sample answers, the weights
@@ -8,10 +8,10 @@
 # No network is needed. The data is in $CARRY (default: .carry):
 #
 #   pretrain/*.jsonl.xz  val.jsonl.xz    text                sft.jsonl.xz  r1.jsonl.xz    conversations
-#   held_out.jsonl                       problems in no conversation (experiments/hold_out.py)
+#   held_out.jsonl                       problems in no conversation (experiments/split_holdout.py)
 #   tokenizer/                           train_tokenizer.py
 #
-# From the built-in corpus, say (with other text of yours likewise; every file is compressed with xz):
+# To make it from the built-in corpus (other text works the same way; every file is compressed with xz):
 #
 #   python make_demo_data.py --out_dir data/demo; mkdir -p .carry/pretrain
 #   xz -c data/demo/pretrain.jsonl > .carry/pretrain/0.jsonl.xz; xz -c data/demo/val/pretrain.jsonl > .carry/val.jsonl.xz
@@ -21,30 +21,30 @@
 #
 # `measure` needs pytest (requirements-dev.txt).
 #
-# Each part has a time limit of its own (LIMIT_<part>=SECONDS changes it). At the limit Python gets Ctrl-C, so a training
-# stage saves its weights and the next part goes on from there. A part's output goes to stdout and to $OUT/<part>.txt;
-# at the end all of it, the training logs, charts and replies are packed in $OUT/logs.tgz. Beside it stand only the
+# Each part has its own time limit (LIMIT_<part>=SECONDS changes it). At the limit Python gets SIGINT, so a training stage
+# saves its weights and the next part continues from them. A part's output goes to stdout and to $OUT/<part>.txt. At the
+# end this output, the training logs, charts and replies are packed in $OUT/logs.tgz; the only other files in $OUT are the
 # pieces of the weights (experiments/split_weights.py). The exit code is 1 if a part failed, 2 if nothing could start.
 #
 # Environment (defaults in brackets):
 #   DEVICE [cuda]  PRESET [weakwater-30m]  PYTHON [.venv/bin/python, python3 or python]  CARRY [.carry]
 #   OUT [out/gpu/results/<command>] results    RUN [out/gpu] token caches, runs and their checkpoints
-#   BUDGET [600] seconds of the whole command: no part runs beyond it
+#   BUDGET [600] seconds for the whole command: no part runs longer
 #   ROWS [32] rows of 512 tokens in a step
 #   measure: BIG_ROWS [128], SWEEP ["32:2e-3 32:4e-3 32:8e-3 128:4e-3 128:8e-3"] rows:learning rate,
 #            SWEEP_TOKENS [16000000] tokens of each case, PILOT [100] steps of a speed run, REPEATS [5]
 #   train:   RATE [500000] tokens/s, as measured; PRETRAIN_S [170] SFT_S [25] SFT_LONG_S [12] DISTILL_S [35] seconds of
 #            the stages at that rate; SFT_ROWS SFT_LONG_ROWS DISTILL_ROWS [as many tokens as ROWS]; COMPILE=1 adds
-#            --compile; PRETRAIN_FLAGS SFT_FLAGS SFT_LONG_FLAGS DISTILL_FLAGS more flags; RESERVE [90] seconds left
-#            for what follows the stages; QUESTIONS [500]; NEW_TOKENS [400];
+#            --compile; PRETRAIN_FLAGS SFT_FLAGS SFT_LONG_FLAGS DISTILL_FLAGS more flags; RESERVE [90] seconds kept
+#            for the parts after the stages; QUESTIONS [500]; NEW_TOKENS [400];
 #            WEIGHTS ["distill"] stages whose weights are packed; MIB [15] of a piece
-# A second train wants another $RUN. The pieces of the weights are joined by split_weights.py; whole they are in $RUN/train.
+# A second `train` needs another $RUN. split_weights.py joins the pieces; the complete weights are in $RUN/train.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in measure | train) ;; *) echo "usage: bash runs/gpu.sh measure | train" >&2; exit 2 ;; esac
 DEVICE=${DEVICE:-cuda} PRESET=${PRESET:-weakwater-30m} CARRY=${CARRY:-.carry} RUN=${RUN:-out/gpu} BUDGET=${BUDGET:-600}
 OUT=${OUT:-out/gpu/results/$1} ROWS=${ROWS:-32} CORES=$(nproc)
-few_threads=(env OMP_NUM_THREADS=$(((CORES + 7) / 8)))  # of parts that run beside others: more would wait for each other
+few_threads=(env OMP_NUM_THREADS=$(((CORES + 7) / 8)))  # for parts that run in parallel: more threads would wait for each other
 if [ -z "${PYTHON:-}" ]; then
     for PYTHON in .venv/bin/python python3 python; do
         command -v "$PYTHON" > /dev/null && break
@@ -57,7 +57,7 @@ case $DEVICE in cuda | cpu) ;; *) echo "gpu.sh: DEVICE=$DEVICE: must be cuda or 
 [ "$1" != train ] || [ ! -e "$RUN/train" ] || { echo "gpu.sh: $RUN/train is there from an earlier train: choose another RUN" >&2; exit 2; }
 export PYTHONUNBUFFERED=1 PYTHONIOENCODING=utf-8
 mkdir -p "$OUT" "$RUN" || exit 2
-rm -f "$OUT"/*.txt "$OUT"/*.jsonl "$OUT/logs.tgz"  # of an earlier call
+rm -f "$OUT"/*.txt "$OUT"/*.jsonl "$OUT/logs.tgz"  # from an earlier call
 "$PYTHON" - "$DEVICE" "$1" > "$OUT/machine.txt" <<'EOP' || {
 import importlib.metadata, os, sys
 import torch
@@ -87,7 +87,7 @@ EOP
     --format=csv,noheader >> "$OUT/machine.txt" 2>&1
 cat "$OUT/machine.txt"
 
-part() {  # NAME LIMIT COMMAND…: its output on stdout and in NAME.txt
+part() {  # NAME LIMIT COMMAND…: runs it with its output on stdout and in NAME.txt
     local name=$1 limit=$2 begin=$SECONDS left=$((BUDGET - SECONDS - 10)) override="LIMIT_${1//[^A-Za-z0-9]/_}" code
     shift 2
     limit=${!override:-$limit}
@@ -96,37 +96,39 @@ part() {  # NAME LIMIT COMMAND…: its output on stdout and in NAME.txt
     if [ "$limit" -lt 1 ]; then
         echo "not started: the $BUDGET s of BUDGET are used up" | tee "$OUT/$name.txt"
         code=124
-    else  # a background job of a script ignores SIGINT, and Python then does too, unless env restores it
+    else  # background jobs of a script ignore SIGINT, and so would Python, unless env restores it
         timeout -s INT -k 10 "$limit" env --default-signal=INT "$@" 2>&1 | tee "$OUT/$name.txt"
         code=${PIPESTATUS[0]}
     fi
     echo "=== $name: exit $code, $((SECONDS - begin)) s, $SECONDS s in all"
     [ "$code" = 0 ] || echo "$name (exit $code)" >> "$OUT/failed.txt"
 }
-beside() {  # part in the background, one per core: printed as a whole when it ends, NAME.txt grows meanwhile
+beside() {  # a part in the background, one per core: printed when it ends, while NAME.txt grows
     while [ "$(jobs -rp | wc -l)" -ge "$CORES" ]; do wait -n; done
     { local text; text=$(part "$@"); printf '%s\n' "$text"; } &
 }
 caches_text() { caches caches_text 60 pretrain:text val.jsonl.xz:text; }
 caches_chat() { caches caches_chat 120 sft.jsonl.xz:chat r1.jsonl.xz:chat; }
-caches() {  # NAME LIMIT FILE:KIND…: token caches, made once for all that reads them
+caches() {  # NAME LIMIT FILE:KIND…: makes token caches once, before several parts read them
     local name=$1 limit=$2
     shift 2
     part "$name" "$limit" "$PYTHON" -c '
 import sys
-from dataset import load_tokenizer, open_cache
+from dataset import open_cache
+from text.records import find_files
+from text.tokenizer import load_tokenizer
 carry, cache, *files = sys.argv[1:]
 tokenizer = load_tokenizer(f"{carry}/tokenizer")
 for name, kind in (file.split(":") for file in files):
-    meta = open_cache(f"{carry}/{name}", tokenizer, kind, cache).meta
+    meta = open_cache(find_files(f"{carry}/{name}"), tokenizer, kind, cache).meta
     print(name, meta["lines"], "lines", flush=True)' "$CARRY" "$RUN/cache" "$@"
 }
 same=(--tokenizer_path "$CARRY/tokenizer" --cache_dir "$RUN/cache" --device "$DEVICE")
 text=(--data_path "$CARRY/pretrain" --val_path "$CARRY/val.jsonl.xz" --preset "$PRESET" --epochs 100)
 
-# ---- measure: one H200 took 118 s for the checks and the sweep, 84 s for pretrain.py's speed and 53 s for train_eager;
-# what BUDGET leaves is for the rest, the least certain of it last ----
-sweep() {  # all cases at once: they share the GPU, so only their quality counts
+# ---- measure: one H200 takes 118 s for the checks and the sweep, 84 s for pretrain.py's speed and 53 s for train_eager.
+# The other parts share the rest of BUDGET; the one most likely to run out of time is last ----
+sweep() {  # all cases at once: they share the GPU, so only their losses are meaningful
     local case rows rate
     for case in ${SWEEP:-32:2e-3 32:4e-3 32:8e-3 128:4e-3 128:8e-3}; do
         rows=${case%:*} rate=${case#*:}
@@ -136,7 +138,7 @@ sweep() {  # all cases at once: they share the GPU, so only their quality counts
             --save_interval 1000000 --log_interval 50
     done
 }
-speed() {  # NAME FLAGS…: pretrain.py itself, with the time of day at each line to show how long the start takes
+speed() {  # NAME FLAGS…: pretrain.py, with the time of day on each line to show how long the start takes
     local name=$1
     shift
     part "speed_$name" 45 bash -c '
@@ -173,17 +175,17 @@ EOP
     part train_compiled 200 "$PYTHON" benchmarks/train_throughput.py "${train[@]}" --compile  # compiles four loops
 }
 
-# ---- train: the stages end RESERVE seconds before BUDGET does, since answers, scores and weights are to follow ----
+# ---- train: the stages end RESERVE seconds before BUDGET, to leave time for answers, scores and weights ----
 stage() {  # SCRIPT SECONDS ROWS TOKENS_OF_A_ROW FLAGS…: as many steps as fit in SECONDS at RATE
     local script=$1 seconds=$2 rows=$3 length=$4 steps limit left
     shift 4
     steps=$((${RATE:-500000} * seconds / (rows * length)))
     [ "$steps" -ge 8 ] || steps=8
-    limit=$((seconds * 3 / 2 + 35)) left=$((BUDGET - SECONDS - ${RESERVE:-90}))  # for answers, scores and weights
+    limit=$((seconds * 3 / 2 + 35)) left=$((BUDGET - SECONDS - ${RESERVE:-90}))
     part "$script" $((left < limit ? left : limit)) "$PYTHON" "$script.py" "${same[@]}" --out_dir "$RUN/train" \
         --batch_size "$rows" --epochs 100 --max_steps "$steps" --eval_interval $((steps / 8)) --eval_tokens 100000 \
         --save_interval 1000000 --log_interval $((steps / 80 + 1)) ${COMPILE:+--compile} "$@"
-    case " ${WEIGHTS:-distill} " in *" $script "*)  # at once: what comes later may end this machine's time
+    case " ${WEIGHTS:-distill} " in *" $script "*)  # at once, in case the time on this machine ends early
         beside "weights_$script" 60 "${few_threads[@]}" "$PYTHON" experiments/split_weights.py pack \
             "$RUN/train/$script.pth" "$OUT/$script" --mib "${MIB:-15}" ;;
     esac
@@ -212,7 +214,7 @@ train() {
     local stage temperature score=(--tokenizer_path "$CARRY/tokenizer" --device "$DEVICE" --out_dir "$RUN/train")
     NEW_TOKENS=${NEW_TOKENS:-400}
     caches_text
-    caches_chat > /dev/null &  # while pretrain.py is at work
+    caches_chat > /dev/null &  # while pretrain.py runs
     stage pretrain "${PRETRAIN_S:-170}" "$ROWS" 512 "${text[@]}" ${PRETRAIN_FLAGS:-}
     wait
     cat "$OUT/caches_chat.txt"

@@ -1,8 +1,8 @@
-# Sourced by test.sh and quickstart.sh: makes .venv and installs what requirement files name, where that is not done yet.
+# Sourced by test.sh and quickstart.sh: makes .venv and installs requirement files that are not installed yet.
 #
 #   source runs/venv.sh; prepare_venv requirements.txt requirements-dev.txt
 #
-# PYTHON=… chooses the Python it is made with; else the first one of at least 3.11.
+# PYTHON=… chooses the Python for it (default: the first one found of at least 3.11).
 
 prepare_venv() {
     local file candidate chosen="" files=() missing="" candidates=(python3.11 python3.12 python3.13 python3 python)

@@ -163,7 +163,7 @@ def tokenizer_dir(tmp_path_factory, data_dir) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir):
     """The tokenizer in tokenizer_dir, loaded as the stages load it."""
-    from dataset import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     return load_tokenizer(str(tokenizer_dir))
 
@@ -181,7 +181,7 @@ def replace_forwards(model, dtype):
 
     case = Case(model.config, torch.device("cpu"), dtype, compile=False)
     for choices in REPLACEMENTS.values():
-        patch(model, next(each for each in choices if each.accepts(case)), case)
+        patch(model, next(each for each in choices if each.supported(case)), case)
     return model
 
 
@@ -207,13 +207,15 @@ def text_file(tmp_path_factory):
 
 
 def stage_argv(data, tokenizer_dir, out_dir, **flags) -> list[str]:
-    """The arguments of a small fp32 run; a flag given as True stands alone, as False not at all."""
+    """The arguments of a small fp32 run; a flag given as True stands alone, as False not at all, a
+    list as several values."""
     flags = dict(data_path=data, tokenizer_path=tokenizer_dir, out_dir=out_dir, device="cpu", dtype="fp32",
                  log_interval=1) | flags
     argv = []
     for name, value in flags.items():
         if value is not False:
-            argv += [f"--{name}"] + ([] if value is True else [str(value)])
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            argv += [f"--{name}", *map(str, values)]
     return argv
 
 

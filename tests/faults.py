@@ -130,15 +130,16 @@ class Course:
         self.undisturbed = folder / "undisturbed"  # out_dir of the undisturbed runs of all stages
 
     def argv(self, stage: str, out: Path, resume: bool = False, **changes) -> list[str]:
-        """The stage's command line; a flag changed to None is left out, one changed to True is bare."""
+        """The stage's command line; a flag changed to None is left out, one changed to True is bare, a list is several
+        values."""
         flags = dict(data_path=self.data[stage], tokenizer_path=self.tokenizer_dir, out_dir=out,
                      cache_dir=self.folder / "cache") | COMMON | SETTINGS[stage]
         if stage != "pretrain":
             flags["init_from"] = self.undisturbed / f"{STAGES[STAGES.index(stage) - 1]}.pth"
         flags |= changes | ({"resume": True} if resume else {})
-        words = [[f"--{name}"] if value is True else [f"--{name}", str(value)]
+        words = [[f"--{name}"] + ([] if value is True else value if isinstance(value, list) else [value])
                  for name, value in flags.items() if value is not None]
-        return [word for pair in words for word in pair]
+        return [str(word) for flag in words for word in flag]
 
     def run(self, stage: str, out: Path, resume: bool = True, fault: dict | None = None, flags: dict | None = None,
             **options) -> Ended:
@@ -235,7 +236,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     # whatever a run would import on the way
-    for name in ("tokenizers", "matplotlib.pyplot", "torch._dynamo", "common.checkpoint", *STAGES):
+    for name in ("tokenizers", "matplotlib.pyplot", "torch._dynamo", "common.run_state", *STAGES):
         importlib.import_module(name)
     for request in sys.stdin:
         job = json.loads(request)
@@ -268,7 +269,7 @@ def _child(job: dict) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
         import fastpath
-        from common import checkpoint, runlog, runtime
+        from common import exits, run_state, runlog
 
         # the check of the replacements takes as long as the run; tests/test_fastpath.py is about it
         fastpath.make_twin = lambda model, device, dtype: (Agreed(), None)
@@ -277,10 +278,10 @@ def _child(job: dict) -> None:
         if not job.get("charts"):
             runlog.RunLog.charts = lambda self: None
         if "due" in job:
-            checkpoint.SaveSchedule.is_due = lambda self, step: step in job["due"]
+            run_state.SaveSchedule.is_due = lambda self, step: step in job["due"]
         moments = Moments(job["fault"], job.get("count_lines", False))
         try:
-            code = runtime.run(module.main)
+            code = exits.run(module.main)
         finally:
             moments.end()
             if "limit" in job:
@@ -306,7 +307,7 @@ class Agreed:
     """In the place of fastpath.twin.Twin: all agrees."""
 
     def __init__(self):
-        self.objection = self.objection_in_decoding = self.objection_to_decoder = lambda change: None
+        self.mismatch = self.mismatch_with_cache = self.mismatch_of_decoder = lambda change: None
 
 
 class Moments:

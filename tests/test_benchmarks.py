@@ -1,5 +1,5 @@
 """Each benchmark runs at a tiny size and ends with one JSON object that holds its ratios, also when a program crashes
-or the user interrupts it; recipes are compared."""
+or the user interrupts it. Runs are compared (experiments/), and the flags of the recipe scripts are known ones."""
 
 import argparse
 import json
@@ -13,15 +13,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_jsonl
 
 from benchmarks import decode_throughput as decoding
 from benchmarks import step_profile
 from benchmarks import train_throughput as benchmark
 from benchmarks.measure import Worker, WorkerFailed, copy_texts, end, sample_records, take_turns
-from Config import LLMConfig, UserError, parse_args
-from evaluate import kind_of
-from experiments import recipe
+from common.weights import save_weights
+from Config import CHAT_ONLY, DISTILL_ONLY, FLAGS, LLMConfig, UserError, parse_args
+from experiments import compare_runs
+from model import WeakWater
+from text.records import kind_of
 
 CPU = torch.device("cpu")
 
@@ -130,7 +132,7 @@ def test_texts_of_any_file(data_dir, tmp_path):
         texts = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
         assert all(set(text) == {"text"} for text in texts)
         assert 10_000 <= sum(len(text["text"].encode()) for text in texts) < 20_000
-    assert kind_of(data_dir / "pretrain.jsonl") == "text" and kind_of(data_dir / "sft.jsonl") == "chat"
+    assert kind_of([data_dir / "pretrain.jsonl"]) == "text" and kind_of([data_dir / "sft.jsonl"]) == "chat"
     (tmp_path / "none.jsonl").write_text('{"other": 1}\nno JSON\n', encoding="utf-8")
     with pytest.raises(UserError, match="no text"):
         copy_texts(str(tmp_path / "none.jsonl"), tmp_path / "texts.jsonl", 1)
@@ -162,14 +164,6 @@ def test_decoders_that_differ_are_found(preset):
         decoding.check_equal(wrong, prompts, 12)
     with pytest.raises(RuntimeError, match="ours, 1 at once, finds"):
         decoding.check_found(wrong, prompts, replies)
-
-
-def test_runs_with_other_settings_are_not_compared(tmp_path):
-    first, second = tmp_path / "1.json", tmp_path / "2.json"
-    recipe.check_comparable({first: {"tokens": 1, "recipe": "a"}, second: {"tokens": 1, "recipe": "b"}})
-    recipe.check_comparable({first: {"tokens": 1, "recipe": "a"}, second: {"preset": "nano"}})
-    with pytest.raises(UserError, match=r"tokens is 1 in .*1\.json and 2 in .*2\.json"):
-        recipe.check_comparable({first: {"tokens": 1}, second: {"tokens": 2}})
 
 
 @pytest.mark.parametrize("warm_up", [True, False])
@@ -259,32 +253,169 @@ def test_a_crash_is_a_cell_and_an_interrupt_keeps_finished_rows(tmp_path):
     assert any("transformers" in line and "crashed: SIGSEGV" in line for line in lines if line.startswith("| fp32"))
 
 
-def test_the_default_recipe_is_that_of_the_script():
-    """But for its rows, which two cores would not train in reasonable time."""
-    parse = partial(parse_args, "pretrain", "", learning_rate=4e-3)  # pretrain.py's own default, which test_help holds
-    shipped, compared = (vars(parse(["--data_path", "x", *flags.split()])) for flags in ("", recipe.DEFAULT))
-    assert {name for name in shipped if shipped[name] != compared[name]} == {"command"}
+# ---------------------------------------------------------------------------------------------
+# runs compared
+
+
+def write_run(folder, bpb: list[float], tokens: int = 4096, speed: float = 4096, **changes) -> str:
+    """What a finished pretraining run leaves in its out_dir, with a validation after each step."""
+    rows = [{"step": step, "epoch": 1, "loss": 3.0, "lr": 1e-3, "tokens": step * tokens, "tokens_per_second": speed,
+             "grad_norm": 1.0, "minutes_left": 0.0, "val_loss": value + 1, "val_ppl": 9.0, "val_bpb": value}
+            for step, value in enumerate(bpb, start=1)]
+    meta = dict(stage="pretrain", step=len(rows), tokenizer_sha256="a", val={"targets": 900, "bytes": 4000},
+                settings={"seed": 1, "max_seq_len": 512, "learning_rate": 4e-3}) | changes
+    (folder / "log").mkdir(parents=True)
+    write_jsonl(folder / "log" / "pretrain.jsonl", rows)
+    save_weights(folder / "pretrain.pth", WeakWater(LLMConfig.preset("nano", vocab_size=16)), meta)
+    return str(folder)
+
+
+def test_runs_are_compared(tmp_path, capsys):
+    """Numbers, ratios to the run named by --beside, and what differs; the curves go to the JSONL."""
+    a = write_run(tmp_path / "a", [2.5, 2.0])
+    b = write_run(tmp_path / "b", [2.4, 2.1, 1.9], speed=2048, settings={
+        "seed": 1, "max_seq_len": 512, "learning_rate": 2e-3})
+    for _ in range(2):
+        compare_runs.main(["--stage", "pretrain", a, b, "--jsonl", str(tmp_path / "curves.jsonl")])
+    *table, differing, last = capsys.readouterr().out.splitlines()
+    assert "b differs from a in learning_rate (0.004 → 0.002)" == differing
+    assert any("| b " in line and "12,288" in line and "-0.1000" in line and "150.0%" in line for line in table)
+    result = json.loads(last)
+    assert (result["stage"], result["beside"]) == ("pretrain", "a")
+    first, second = result["runs"]
+    assert (first["steps"], first["tokens"], first["val_bpb"], first["val_loss"]) == (2, 8192, 2.0, 3.0)
+    assert second["tokens_ratio"] == 1.5 and second["minutes_ratio"] == pytest.approx(3, rel=1e-3)
+    assert second["minutes"] == pytest.approx(0.1) and second["val_bpb_difference"] == pytest.approx(-0.1)
+    curves = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [run["run"] for run in curves] == ["a", "b", "a", "b"]
+    assert curves[1]["curve"][0] == {"step": 1, "tokens": 4096, "val_loss": 3.4, "val_bpb": 2.4}
+    compare_runs.main(["--stage", "pretrain", a, b, "--beside", "b"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"][0]["tokens_ratio"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("changes, reason", [
+    (dict(tokenizer_sha256="b"), "the tokenizer differs"),
+    (dict(val={"targets": 901, "bytes": 4000}), "the validation data .* differs"),
+    (dict(settings={"seed": 1, "max_seq_len": 256}), "--max_seq_len differs"),
+    (dict(step=3), "b: the pretrain run is not finished"), (dict(val={}), "lacks validation scores"),
+])
+def test_runs_that_do_not_compare_are_refused(tmp_path, changes, reason):
+    """In one line, with exit code 2, before anything is printed."""
+    a, b = write_run(tmp_path / "a", [2.0]), write_run(tmp_path / "b", [1.9], **changes)
+    with pytest.raises(UserError, match=reason):
+        compare_runs.main(["--stage", "pretrain", a, b])
+
+
+def test_what_compare_runs_cannot_read(tmp_path):
+    a = write_run(tmp_path / "a", [2.0])
+    for argv, reason in ((["--stage", "SFT", a], "no such file"), (["--stage", "pretrain", a, "--beside", "x"],
+                                                                   "--beside x: not one of a")):
+        with pytest.raises(UserError, match=reason):
+            compare_runs.main(argv)
+    done = subprocess.run([sys.executable, str(ROOT / "experiments" / "compare_runs.py"), "--stage", "SFT", a],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+
+
+# ---------------------------------------------------------------------------------------------
+# recipe scripts
+
+LEFT_OUT = {"pretrain": CHAT_ONLY + DISTILL_ONLY, "SFT": DISTILL_ONLY, "SFT_long": DISTILL_ONLY, "distill": ()}
+
+
+def calls_of(script: str, tmp_path, *flags: str, **settings) -> list[tuple[str, argparse.Namespace]]:
+    """(stage, its parsed flags) of each stage that a shell script would run; a stub takes the place of Python."""
+    stub, calls = tmp_path / "stub", tmp_path / "calls"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n', encoding="utf-8")
+    stub.chmod(0o755)
+    done = subprocess.run(["bash", str(ROOT / script), *flags], capture_output=True, text=True,
+                          env=os.environ | {"PYTHON": str(stub), "OUT": str(tmp_path / "out")} | settings)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in calls.read_text(encoding="utf-8").splitlines()]
+    calls.unlink()
+    return [(stage, parse_args(stage, "", argv, leave_out=LEFT_OUT[stage])) for name, *argv in lines
+            if (stage := name.removesuffix(".py")) in LEFT_OUT]
+
+
+def test_the_original_recipe(tmp_path):
+    """The settings of the first runs in every stage; flags on the command line go to every stage."""
+    calls = calls_of("runs/original.sh", tmp_path, "--dtype", "fp16", "--out_dir", "out/x")
+    assert [stage for stage, _ in calls] == ["pretrain", "SFT", "SFT_long", "distill"]
+    for stage, args in calls:
+        expected = dict(optimizer="adamw", beta2=0.999, weight_decay=0.01, weight_decay_on="all", lr_schedule="cosine",
+                        warmup_ratio=0.0, min_lr_ratio=0.1, output_init="normal", dtype="fp16", out_dir="out/x",
+                        resume=True, learning_rate=1e-6 if stage == "distill" else 5e-4)
+        assert expected.items() <= vars(args).items()
+        rows = (84, 2) if stage in ("pretrain", "SFT") else (21, 8)
+        assert (args.batch_size, args.accumulation_steps) == rows
+
+
+@pytest.mark.parametrize("stage", LEFT_OUT)
+def test_the_flags_of_recipes(stage, tmp_path):
+    """Every recipe is a command that the stage accepts; the default one has the settings of pretrain.py, fewer rows
+    apart; a share of the tokens is a share of the steps."""
+    calls = calls_of("experiments/recipe.sh", tmp_path, "--device", "cpu", STAGE=stage, RECIPES="all", SEEDS="1 2",
+                     TOKENS="8000000", DATA="x", INIT_FROM="y", TOKENIZER="z", VAL="v", DOC_TOKENS="409")
+    by_name = {os.path.basename(args.out_dir): args for _, args in calls}
+    assert len(by_name) == len(calls) >= 10 and {name for name, _ in calls} == {stage}
+    for name, args in by_name.items():
+        assert (args.device, args.resume, args.data_path, args.val_path) == ("cpu", True, ["x"], ["v"])
+        assert args.seed == int(name.rpartition("_")[2]) and args.init_from == ("none" if stage == "pretrain" else "y")
+    if stage == "pretrain":
+        changed = {name for name, flag in FLAGS.items() if flag.trajectory and name not in CHAT_ONLY + DISTILL_ONLY
+                   and getattr(by_name["default_1"], name) != flag.default}
+        assert changed == {"preset", "epochs", "batch_size", "max_steps", "seed"}
+        steps = {name: args.max_steps for name, args in by_name.items()}
+        assert (steps["default_third_1"], steps["default_35_2"], steps["muon_half_1"]) == (652, 684, 977)
+        assert 2430 <= steps["original_8_1"] <= 2700  # as many as its padded rows of 409 real tokens, or some more
+        assert steps["original_8_1"] > 20 * steps["original_1"]
+
+
+@pytest.mark.parametrize("settings, reason", [
+    (dict(RECIPES="default nothing"), "nothing is not one of all, original, original_8,"), (dict(STAGE="x"), "STAGE=x"),
+    (dict(TOKENS="8M"), "whole numbers"), (dict(STAGE="SFT"), "needs DATA and INIT_FROM"),
+    (dict(JOBS="0"), "at least 1")])
+def test_mistakes_in_the_settings_of_recipes(tmp_path, settings, reason):
+    done = subprocess.run(["bash", str(ROOT / "experiments/recipe.sh")], capture_output=True, text=True,
+                          env=os.environ | {"OUT": str(tmp_path / "out")} | settings)
+    assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_recipe_that_fails_ends_the_script(tmp_path, jobs):
+    """With the exit code of the stage; the recipes after it are not started."""
+    stub, calls = tmp_path / "stub", tmp_path / "calls"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexit 3\n', encoding="utf-8")
+    stub.chmod(0o755)
+    settings = {"PYTHON": str(stub), "OUT": str(tmp_path), "DATA": "x", "TOKENIZER": "z", "RECIPES": "all",
+                "JOBS": jobs}
+    done = subprocess.run(["bash", str(ROOT / "experiments/recipe.sh")], capture_output=True, text=True,
+                          env=os.environ | settings)
+    started = calls.read_text(encoding="utf-8").splitlines()
+    assert done.returncode == 3 and len(started) <= int(jobs) and "compare_runs" not in started[-1]
 
 
 @pytest.mark.extra
 def test_recipes_are_compared(tmp_path):
-    """Two recipes and the original learn, are timed, and stand in one table; nothing is run twice."""
-    def run(*flags: str) -> str:
-        done = subprocess.run([sys.executable, str(ROOT / "experiments" / "recipe.py"), "--preset", "nano",
-                               "--tokens", "20000", "--max_seq_len", "64", "--out_dir", "out", *flags],
-                              cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+    """Recipes learn side by side and stand in one table; a finished run is not trained again, a missing one is."""
+    settings = {"PYTHON": sys.executable, "OUT": str(tmp_path), "PRESET": "nano", "TOKENS": "40000", "SEEDS": "1",
+                "JOBS": "2", "RECIPES": "original_8 default_half muon_4e-3", "OMP_NUM_THREADS": "1"}
 
-    names = ["original_8", "default_half", "muon_4e-3"]
-    learned = run("--seeds", "1", "--jobs", "2", "--recipes", *names)
-    for name in names:
-        folder = tmp_path / "out" / "pretrain" / f"{name}_1"
-        curve = json.loads((folder / "result.json").read_text(encoding="utf-8"))["curve"]
-        assert len(curve) >= 5 and curve[-1]["bpb"] < curve[0]["bpb"]
-        share = 0.5 if name == "default_half" else 1
-        assert share * 20000 <= curve[-1]["tokens"] < share * 20000 + 8 * 64 and f"| {name} " in learned
-    run("--time", "--repeats", "2", "--recipes")
-    (tmp_path / "out" / "pretrain" / "default_half_1" / "result.json").unlink()  # as if it had been stopped
-    again = run("--seeds", "1", "--recipes", *names)
-    assert again.count(", seed 1") == 1 and "100.0%" in again
+    def recipes() -> list[str]:
+        done = subprocess.run(["bash", str(ROOT / "experiments/recipe.sh"), "--device", "cpu", "--log_interval", "1"],
+                              capture_output=True, text=True, env=os.environ | settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    result = json.loads(recipes()[-1])
+    first, half, muon = result["runs"]
+    assert [run["run"] for run in result["runs"]] == ["original_8_1", "default_half_1", "muon_4e-3_1"]
+    assert half["tokens"] == 5 * 4096 and muon["tokens"] == 10 * 4096 and 40000 <= first["tokens"] < 40512
+    folder = tmp_path / "pretrain" / "default_half_1"
+    log = (folder / "log" / "pretrain.jsonl").read_text(encoding="utf-8")
+    curve = [json.loads(line) for line in log.splitlines()]
+    assert len(curve) == 5 and curve[-1]["val_bpb"] < curve[0]["val_bpb"]
+    (tmp_path / "pretrain" / "muon_4e-3_1").rename(tmp_path / "away")
+    assert json.loads(recipes()[-1])["runs"][2]["val_bpb"] == pytest.approx(muon["val_bpb"], rel=1e-6)
+    assert (folder / "log" / "pretrain.jsonl").read_text(encoding="utf-8") == log
+    assert "finished before" in (folder / "log" / "pretrain.log").read_text(encoding="utf-8")

@@ -11,15 +11,17 @@ from conftest import make_chats, make_texts, save_tokenizer, write_jsonl
 
 import dataset
 from Config import UserError
-from dataset import MalformedRecord, find_files, load_documents, load_tokenizer, open_cache, parse_record, read_lines
+from dataset import load_documents, open_cache
+from text.records import MalformedRecord, find_files, parse_record, read_lines
+from text.tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------
 # records
 
 
 @pytest.mark.parametrize("line, reason", [
-    (b'{"text": "a", "text": "b"}', "a key stands twice"),
-    (b'{"text": "a", "meta": {"k": 1, "k": 2}}', "a key stands twice"),
+    (b'{"text": "a", "text": "b"}', "duplicate key"),
+    (b'{"text": "a", "meta": {"k": 1, "k": 2}}', "duplicate key"),
     (b'{"text": "a", "weight": NaN}', "NaN is not JSON"),
     (b'{"text": "a", "other": -Infinity}', "-Infinity is not JSON"),
     (b'{"text": "a", "weight": -1}', "weight"),
@@ -57,7 +59,7 @@ def test_malformed_text(line, reason):
     ('[{"role": ["user"], "content": "a"}]', "message 1"),
     ('[{"role": "user", "content": ["a"]}]', "message 1.*not a string"),
     ('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\ud83d"}]', "message 2.*lone surrogate"),
-    ('[{"role": "user", "role": "user", "content": "a"}]', "a key stands twice"),
+    ('[{"role": "user", "role": "user", "content": "a"}]', "duplicate key"),
     ('[{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]', "system message may only come first"),
 ])
 def test_malformed_chat(conversation, reason):
@@ -135,7 +137,7 @@ def test_truncated_data_stops_the_run(tokenizer, tmp_path):
     file = compress(write_jsonl(tmp_path / "a.jsonl", make_texts(1, 300)), ".xz")
     file.write_bytes(file.read_bytes()[:-500])
     with pytest.raises(UserError, match=r"a\.jsonl\.xz: cannot be read beyond line \d+"):
-        open_cache(str(file), tokenizer, "text", str(tmp_path / "cache"))
+        open_cache([file], tokenizer, "text", str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -174,7 +176,7 @@ def test_bad_ratio(tokenizer, tmp_path):
                               say=said.append)
 
     documents = load(0.03)  # not more than 3 of 100
-    assert len(documents) == 97 and documents.counts["malformed"] == 3
+    assert len(documents) == 97 and documents.counts[0]["malformed"] == 3
     assert [f"{file}:{n}: " in line for n, line in zip((11, 12, 13), said, strict=True)] == [True] * 3
     with pytest.raises(UserError, match="3 of 100 lines are malformed.*0.029.*a.jsonl:11: not JSON"):
         load(0.029)
@@ -226,22 +228,22 @@ def folders(cache_dir) -> list[str]:
 def test_made_once(tokenizer, file, tmp_path, monkeypatch):
     """The second time nothing is tokenised; after a change of the file it is."""
     cache_dir = tmp_path / "c"
-    first = open_cache(str(file), tokenizer, "chat", str(cache_dir))
+    first = open_cache([file], tokenizer, "chat", str(cache_dir))
     tokens = first.tokens[:].tolist()
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "_build_cache", lambda *a: pytest.fail("tokenised again"))
-        assert open_cache(str(file), tokenizer, "chat", str(cache_dir)).tokens[:].tolist() == tokens
+        assert open_cache([file], tokenizer, "chat", str(cache_dir)).tokens[:].tolist() == tokens
     with open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(make_chats(5, 1)[0]) + "\n")
-    assert len(open_cache(str(file), tokenizer, "chat", str(cache_dir)).tokens) > len(tokens)
+    assert len(open_cache([file], tokenizer, "chat", str(cache_dir)).tokens) > len(tokens)
     assert len(folders(cache_dir)) == 2
 
 
-@pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "kinds.bin", "documents.bin", "replies.bin"])
+@pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "types.bin", "documents.bin", "replies.bin"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damaged_cache(tokenizer, file, tmp_path, capsys, name, damage):
     """A damaged cache is named, and made again."""
-    cache = open_cache(str(file), tokenizer, "chat", str(tmp_path / "c"))
+    cache = open_cache([file], tokenizer, "chat", str(tmp_path / "c"))
     tokens, broken = cache.tokens[:].tolist(), cache.folder / name
     whole = bytearray(broken.read_bytes())
     if damage == "remove":
@@ -251,13 +253,13 @@ def test_damaged_cache(tokenizer, file, tmp_path, capsys, name, damage):
         whole[middle + 2] ^= 4
         broken.write_bytes(whole if damage == "flip" else whole[:middle])
     capsys.readouterr()
-    again = open_cache(str(file), tokenizer, "chat", str(tmp_path / "c"))
+    again = open_cache([file], tokenizer, "chat", str(tmp_path / "c"))
     said = capsys.readouterr().out
     assert "token cache refused" in said and str(broken) in said
     assert again.tokens[:].tolist() == tokens and folders(tmp_path / "c") == [cache.folder.name]
 
 
-@pytest.mark.parametrize("moment", ["_crc32", "os.rename", "_record_blocks"])
+@pytest.mark.parametrize("moment", ["dataset._crc32", "common.files.os.rename", "dataset._record_blocks"])
 def test_partial_cache_is_never_used(tokenizer, file, tmp_path, monkeypatch, moment):
     """Interrupted while it is made, a cache does not bear its name, and what is left of it is not used."""
     cache_dir = tmp_path / "c"
@@ -266,14 +268,14 @@ def test_partial_cache_is_never_used(tokenizer, file, tmp_path, monkeypatch, mom
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"dataset.{moment}", interrupt)
-        patch.setattr("dataset.shutil.rmtree", lambda *a, **k: None)  # as after kill -9, where nothing is tidied up
+        patch.setattr(moment, interrupt)
+        patch.setattr("common.files.shutil.rmtree", lambda *a, **k: None)  # as after kill -9
         with pytest.raises(KeyboardInterrupt):
-            open_cache(str(file), tokenizer, "chat", str(cache_dir))
-    assert len(folders(cache_dir)) == 1 and folders(cache_dir)[0].endswith(".partial")
+            open_cache([file], tokenizer, "chat", str(cache_dir))
+    assert len(folders(cache_dir)) == 1 and folders(cache_dir)[0].endswith(".tmp")
     for leftover in (cache_dir / folders(cache_dir)[0]).iterdir():
         leftover.write_bytes(b"\xff" * 64)
-    cache = open_cache(str(file), tokenizer, "chat", str(cache_dir))
+    cache = open_cache([file], tokenizer, "chat", str(cache_dir))
     assert len(cache.documents) == 13 and cache.tokens[:].max() < 800
     assert cache.folder.name in folders(cache_dir)
 
@@ -286,9 +288,9 @@ def test_two_tokenizers_two_caches(tokenizer, file, tmp_path):
     same = load_tokenizer(str(save_tokenizer(backend, tmp_path / "same")))
     backend.add_tokens(["小明"])
     other = load_tokenizer(str(save_tokenizer(backend, tmp_path / "other")))
-    made = {open_cache(str(file), t, "chat", str(tmp_path / "c")).folder.name for t in (tokenizer, same)}
+    made = {open_cache([file], t, "chat", str(tmp_path / "c")).folder.name for t in (tokenizer, same)}
     assert len(made) == 1
-    made.add(open_cache(str(file), other, "chat", str(tmp_path / "c")).folder.name)
+    made.add(open_cache([file], other, "chat", str(tmp_path / "c")).folder.name)
     assert len(made) == 2 and folders(tmp_path / "c") == sorted(made)
 
 
@@ -311,7 +313,7 @@ def test_width_of_a_token(tmp_path, entries, dtype):
     backend.add_special_tokens(["<s>", "</s>"])
     tokenizer = load_tokenizer(str(save_tokenizer(backend, tmp_path / "tokenizer")))
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": f"w3 w{entries - 1} w{entries - 2}"}])
-    cache = open_cache(str(file), tokenizer, "text", str(tmp_path / "c"))
+    cache = open_cache([file], tokenizer, "text", str(tmp_path / "c"))
     assert cache.tokens.dtype == np.dtype(dtype)
     assert cache.tokens[:].tolist() == [0, 3, entries - 1, entries - 2, 1]
     documents = load_documents(str(file), tokenizer, "text", str(tmp_path / "c"), 64)

@@ -1,4 +1,4 @@
-"""Someone edits model.py: training, chat and scores follow the edit, and the log says what is no longer accelerated."""
+"""After an edit of model.py, training, chat and scores follow it, and the log says what is no longer accelerated."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, read_rows
 
-EDITS = {  # name: (what stands in model.py, what is put there, of the log)
+EDITS = {  # name: (text in model.py, replacement text, expected part of the log)
     "nothing": ("", "", "faster than model.py"),
     "GELU for SiLU": ("F.silu(self.gate_proj(x))", "F.gelu(self.gate_proj(x))", "since SwiGLU edited"),
     "another slope": ("F.silu(self.gate_proj(x))", "F.silu(4 * self.gate_proj(x))", "since SwiGLU edited"),
@@ -27,7 +27,7 @@ EDITS = {  # name: (what stands in model.py, what is put there, of the log)
     "soft-capped logits": ("logits_NV = (logits := self.lm_head(hidden_NC))",
                            "logits_NV = (logits := 5 * torch.tanh(self.lm_head(hidden_NC) / 5))",
                            "since WeakWater.loss edited"),
-    "another width": (  # 171: no multiple of what C takes at a time
+    "another width": (  # 171 is not a multiple of the C code's vector width
         """config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim""",
         """config.hidden_dim, bias=False)
@@ -68,7 +68,7 @@ def learn(plain, dtype):
         loss = model(**batch.to(device))
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    scores = score(model, [batch], 300, device, lambda: runtime.autocast(device, dtype))["loss"]
+    scores = score(model, [batch], 300, device, dtype)["loss"]
     return lines, loss.item(), gradient, scores
 
 def compare(dtype):
@@ -96,7 +96,7 @@ open("found.json", "w").write(json.dumps({dtype: compare(dtype) for dtype in ("f
 FORKS = """
 import os, sys, torch
 driver, *folders = sys.argv[1:]
-for folder in folders:  # importing torch takes longer than all the rest
+for folder in folders:  # fork, because importing torch takes longer than everything else
     if os.fork() == 0:
         os.chdir(folder)
         sys.path[0] = folder
@@ -107,8 +107,8 @@ for folder in folders:  # importing torch takes longer than all the rest
 
 
 def copy_with(folder, *edits: str) -> None:
-    """A copy of the code, edited."""
-    for path in [*ROOT.glob("*.py"), ROOT / "common", ROOT / "fastpath"]:
+    """Copy the code to a folder and edit model.py there."""
+    for path in [*ROOT.glob("*.py"), ROOT / "common", ROOT / "fastpath", ROOT / "text"]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     source = (folder / "model.py").read_text(encoding="utf-8")
     for before, after in edits:
@@ -119,7 +119,7 @@ def copy_with(folder, *edits: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """edit → dtype → what DRIVER found."""
+    """edit → dtype → the results of DRIVER."""
     folders = {edit: tmp_path_factory.mktemp("edited") for edit in EDITS}
     for edit, folder in folders.items():
         copy_with(folder, EDITS[edit][:2])
@@ -130,8 +130,8 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_all_follow_an_edit_of_the_network(found, edit):
-    """Losses, gradients and scores to the precision's error; greedy text token for token in float32."""
+def test_training_and_generation_follow_an_edit(found, edit):
+    """Losses, gradients and scores agree to rounding; in float32, greedy text agrees token for token."""
     words = EDITS[edit][2]
     for dtype, here in found[edit].items():
         tolerance = 1e-5 if dtype == "fp32" else 0.03

@@ -16,12 +16,13 @@ from conftest import ROOT
 from test_evaluate import save_nano
 
 import eval_model
-from common import runtime
-from common.checkpoint import save_weights
+from common import checkpoint, exits
+from common.weights import load_weights, model_parser, open_weights, save_weights
 from Config import LLMConfig, UserError
-from dataset import TextEncoder, encode_chat
-from eval_model import DIM, PLAIN, Display, make_prompt, model_parser
+from eval_model import DIM, PLAIN, Display, make_prompt
 from model import WeakWater
+from text.chat import encode_chat
+from text.tokenizer import TextEncoder
 
 REPLY = "<think>嗯</think><answer>鳄🐊</answer>"  # no token twice, as save_nano wants it
 
@@ -48,7 +49,7 @@ def flags(out_dir, tokenizer_dir):
 @pytest.fixture
 def load(flags):
     """Weights by mode, as the script loads them."""
-    return lambda mode: eval_model.open_weights(
+    return lambda mode: open_weights(
         model_parser("test", "").parse_args(["--model_mode", str(mode), *flags]))
 
 
@@ -97,7 +98,7 @@ def test_a_seed_repeats_an_answer(flags, capsys):
     (["--model_mode", "1", "--temperature", "-1"], "--temperature -1.0: must be at least 0"),
 ])
 def test_mistakes_are_one_line_and_exit_2(flags, capsys, argv, reason):
-    assert runtime.run(lambda: eval_model.main([*flags, *argv])) == 2
+    assert exits.run(lambda: eval_model.main([*flags, *argv])) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
     assert re.search(reason, errors), errors
@@ -115,11 +116,14 @@ def test_flags_that_make_no_sense(argv, capsys):
 def test_a_tokenizer_that_does_not_fit(out_dir, flags, tmp_path, tokenizer):
     from conftest import byte_level, save_tokenizer
 
-    for texts, size, reason in ((["a b"], 300, "trained with another tokenizer"),
-                                ([chr(0x4E00 + n) * 3 for n in range(3000)], 900, "has .* entries, .* only 800")):
+    old = load_weights(out_dir / "SFT.pth")  # without the digest of a tokenizer, as weights once were
+    checkpoint.save({"model": old[0], "config": old[1].to_dict(), "meta": {}}, tmp_path / "old.pth")
+    large = [chr(0x4E00 + n) * 3 for n in range(3000)]
+    for texts, size, weights, reason in ((["a b"], 300, out_dir / "SFT.pth", "trained with another tokenizer"),
+                                         (large, 900, tmp_path / "old.pth", "has 900 entries, .* only 800")):
         folder = save_tokenizer(byte_level(texts, size), tmp_path / str(size))
         with pytest.raises(UserError, match=reason):
-            eval_model.main([*flags, "--model_mode", "1", "--prompt", "a", "--tokenizer_path", str(folder)])
+            eval_model.main([*flags, "--checkpoint", str(weights), "--prompt", "a", "--tokenizer_path", str(folder)])
 
 
 # ---- the conversation -----------------------------------------------------------------------

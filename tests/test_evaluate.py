@@ -10,12 +10,14 @@ from conftest import make_chats, make_texts, write_jsonl
 from torch.nn.functional import cross_entropy
 
 import evaluate
-from common import checkpoint
 from common.answers import is_well_formed, read_answer, read_reply, wilson
 from common.generation import generate
+from common.weights import load_model, save_weights
 from Config import LLMConfig, UserError
-from dataset import MalformedRecord, TextEncoder, encode_chat
 from model import WeakWater
+from text.chat import ChatEncoder, encode_chat
+from text.records import MalformedRecord, kind_of
+from text.tokenizer import TextEncoder
 
 # ---- exact answers --------------------------------------------------------------------------
 
@@ -135,11 +137,12 @@ def save_nano(path, tokenizer, stage, reply=()):
                 block.mlp.down_proj.weight.zero_()
             model.model.embed_tokens.weight.normal_()
             model.lm_head.weight.zero_()
-            chain = [*encoder.newline[-1:], *reply, encoder.eos_id]  # the prompt's last token is the header's newline
+            # the prompt's last token is the header's newline
+            chain = [*ChatEncoder.of(tokenizer).newline[-1:], *reply, encoder.eos_id]
             assert len(set(chain)) == len(chain)
             for before, after in zip(chain, chain[1:], strict=False):
                 model.lm_head.weight[after] = model.model.embed_tokens.weight[before]
-    checkpoint.save_weights(path, model, {"stage": stage, "step": 7, "tokenizer_sha256": encoder.fingerprint})
+    save_weights(path, model, {"stage": stage, "step": 7, "tokenizer_sha256": encoder.fingerprint})
     return path
 
 
@@ -175,7 +178,7 @@ def test_the_loss_is_that_of_the_words_alone(tmp_path, tokenizer, tokenizer_dir,
     result, _ = scored(capsys, "--checkpoint", path, "--tokenizer_path", tokenizer_dir, "--data_path", data,
                        "--out_dir", tmp_path, "--dtype", "fp32")
     ids, mask = encode_chat(tokenizer, messages)
-    model, _ = checkpoint.load_model(path)
+    model, _ = load_model(path)
     with torch.no_grad():
         nats = cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="none")
     total = float(nats[torch.tensor(mask[1:], dtype=torch.bool)].sum())
@@ -254,7 +257,7 @@ def test_mistakes_are_explained(tmp_path, tokenizer, tokenizer_dir, change, reas
 
 def test_a_file_of_something_else(tmp_path):
     with pytest.raises(UserError, match="no record with"):
-        evaluate.kind_of(write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a"}]))
+        kind_of([write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a"}])])
 
 
 def test_choices(tmp_path, tokenizer, tokenizer_dir, capsys):

@@ -79,7 +79,7 @@ def test_a_signal_saves_the_state_and_the_printed_command_ends_the_run_as_if_nev
         out = tmp_path / f"the user's $HOME & {name}"
         returned, _, err = stopped_in_the_middle(runs.argv("pretrain", out, **long), number)
         assert returned == code, err
-        told = re.search(r"stopped by (\w+) after step (\d+); the state is saved. To go on: (.*)", err)
+        told = re.search(r"stopped by (\w+) after step (\d+); the state is saved. To resume: (.*)", err)
         assert told and told[1] == name, err
         step = int(told[2])
         rows = metrics("pretrain", out)
@@ -212,18 +212,18 @@ CHANGED = {
     "preset": "demo", "max_seq_len": 80, "min_tokens": 1, "max_tokens": 1000, "epochs": 3, "max_steps": 5,
     "batch_size": 2, "accumulation_steps": 1, "learning_rate": 0.002, "lr_schedule": "constant", "warmup_ratio": 0.3,
     "decay_ratio": 0.3, "min_lr_ratio": 0.2, "optimizer": "adamw", "beta2": 0.9, "weight_decay": 0.2,
-    "decayed": "all", "grad_clip": 2.0,
+    "weight_decay_on": "all", "grad_clip": 2.0,
     "dropout": 0.2, "tag_weight": 4.0, "think_weight": 0.25, "compile": True, "deterministic": True, "seed": 43,
     "order": "file", "dtype": "fp32",
 }
 
 
-def test_every_flag_that_steers_is_among_those_changed_below():
-    assert {name for name, flag in FLAGS.items() if flag.steers} <= {*CHANGED, "output_init"}
+def test_every_trajectory_flag_is_among_those_changed_below():
+    assert {name for name, flag in FLAGS.items() if flag.trajectory} <= {*CHANGED, "output_init"}
 
 
 @pytest.mark.parametrize("flag", CHANGED)
-def test_a_steering_flag_changed_on_resume_is_refused_by_name(runs, half_way, flag):
+def test_a_trajectory_flag_changed_on_resume_is_refused_by_name(runs, half_way, flag):
     out = half_way("distill")
     before = contents(out / "checkpoints")
     ended = runs.run("distill", out, flags={flag: CHANGED[flag]}, env={"TORCHDYNAMO_DISABLE": "1"})

@@ -1,4 +1,4 @@
-"""fastpath: replacements are used where they agree with model.py, and refused where one constant in them is wrong."""
+"""fastpath: replacements are used where they agree with model.py, and rejected if a single constant is wrong."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ from common import runtime
 from common.generation import Decoder, Sampling, generate
 from Config import LLMConfig
 from fastpath import decoding, kernels, known, training
-from fastpath.decoder import NativeDecoder
+from fastpath.native_decoder import NativeDecoder
 from fastpath.replace import replace
 from fastpath.twin import Twin, make_twin, small_copy, twin_config
 from model import Block, RMSNorm, SwiGLU, WeakWater
@@ -30,7 +30,7 @@ DTYPES = ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not has_compiler
 
 
 def reason_against(model: WeakWater) -> str | None:
-    """Why no twin can stand for a model."""
+    """The reason why no twin can represent a model."""
     return make_twin(model, CPU, torch.float32)[1]
 
 
@@ -41,7 +41,7 @@ def nano(**changes) -> WeakWater:
 @pytest.mark.parametrize("preset", ["nano", "demo", "weakwater-5m", "weakwater-30m", "weakwater-30m-gqa"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_parts_of_the_presets_are_accelerated(preset, dtype):
-    """Also of a fresh model, whose output projections are zero, and of one in which they are not."""
+    """Also in a fresh model, whose output projections are zero."""
     model = WeakWater(LLMConfig.preset(preset))
     model.zero_init_residual()
     lines = fastpath.accelerate(model, CPU, dtype, inference=True)
@@ -50,17 +50,17 @@ def test_all_parts_of_the_presets_are_accelerated(preset, dtype):
     assert ("kernels.c" in lines[0]) == (dtype == "bf16")
 
 
-def test_accelerating_draws_no_random_number_and_leaves_the_weights():
+def test_accelerate_keeps_the_random_state_and_the_weights():
     model = nano()
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     fastpath.accelerate(model, CPU, "fp32", inference=True)
     assert torch.equal(state, torch.random.get_rng_state())
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert not model.model.layers[0].self_attn._parameters, "nothing registered"
+    assert not model.model.layers[0].self_attn._parameters, "no parameter is registered"
 
 
-def test_restored_it_is_plain():
+def test_restore_removes_all_replacements():
     model = nano()
     names = {name: set(vars(module)) for name, module in model.named_modules()}
     fastpath.accelerate(model, CPU, "fp32", inference=True)
@@ -69,7 +69,7 @@ def test_restored_it_is_plain():
     assert {name: set(vars(module)) for name, module in model.named_modules()} == names
 
 
-def test_a_copy_has_weights_of_its_own():
+def test_a_copy_computes_with_its_own_weights():
     model = nano()
     fastpath.accelerate(model, CPU, "fp32")
     twin = copy.deepcopy(model)
@@ -80,8 +80,8 @@ def test_a_copy_has_weights_of_its_own():
     assert twin(tokens, lengths=[4, 5]).abs().max() == 0 < model(tokens, lengths=[4, 5]).abs().max()
 
 
-def test_another_precision_is_computed_plainly(monkeypatch):
-    """What was checked in float32 is not used in bf16 or float64."""
+def test_another_dtype_runs_the_code_of_model_py(monkeypatch):
+    """A replacement checked in float32 is not used in bf16 or float64."""
     model = nano()
     fastpath.accelerate(model, CPU, "fp32")
     used = []
@@ -97,7 +97,7 @@ def test_another_precision_is_computed_plainly(monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("preset", ["nano", "weakwater-30m", "weakwater-30m-gqa"])
 def test_the_check_is_quick(preset, dtype):
-    """At most 0.3 s on two quiet cores; ten times that where other tests run."""
+    """It takes at most 0.3 s on two idle cores. The limit is ten times that, since other tests may run."""
     import time
 
     model = WeakWater(LLMConfig.preset(preset))
@@ -107,7 +107,7 @@ def test_the_check_is_quick(preset, dtype):
     assert time.perf_counter() - begin < 3
 
 
-def test_the_twin_is_small_and_alike():
+def test_the_twin_is_small_and_similar():
     for preset in ("weakwater-30m", "weakwater-30m-gqa"):
         config = LLMConfig.preset(preset)
         small = twin_config(config)
@@ -117,11 +117,11 @@ def test_the_twin_is_small_and_alike():
 
 
 # ---------------------------------------------------------------------------------------------
-# a wrong constant is found
+# faults in a replacement
 
 
 def changed(function, old: str, new: str):
-    """The function with one piece of its source replaced."""
+    """The function with one part of its source replaced."""
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) >= 1, f"{old!r} is not in {function}"
     space = dict(inspect.unwrap(function).__globals__)
@@ -129,7 +129,7 @@ def changed(function, old: str, new: str):
     return space[function.__name__]
 
 
-FAULTS = {  # name: (class or module, attribute, piece of its source, what it becomes, dtype)
+FAULTS = {  # name: (class or module, attribute, part of its source, replacement text, dtype)
     "norm, eps": (training.RMSNormFunction, "forward", "keepdim=True) + eps)", "keepdim=True) + 10 * eps)", "fp32"),
     "norm, gradient of x": (training.RMSNormFunction, "backward", "value=-1)", "value=1)", "fp32"),
     "norm, gradient of the scale": (training.RMSNormFunction, "backward", "grad_times_unit.flatten(0, -2).sum(0)",
@@ -137,7 +137,8 @@ FAULTS = {  # name: (class or module, attribute, piece of its source, what it be
     "swiglu": (training.GatedSiLU, "forward", "F.silu(gate) * up", "F.gelu(gate) * up", "fp32"),
     "swiglu, gradient": (training.GatedSiLU, "backward", "grad * F.silu(gate)", "-grad * F.silu(gate)", "fp32"),
     "attention, scale": (training, "causal_attention", "is_causal=True,", "is_causal=True, scale=0.2,", "fp32"),
-    "attention, order": (training.Scatter, "forward", "return x[place]", "return x[place.flip(0)]", "fp32"),
+    "attention, order": (training.Scatter, "forward", "return x[unpadded_index]", "return x[unpadded_index.flip(0)]",
+                         "fp32"),
     "attention, gradient": (training.Gather, "backward", "return grad[", "return 0.9 * grad[", "fp32"),
     "loss": (training.LinearCrossEntropy, "forward", "* loss_weight_N1).sum()", "* loss_weight_N1).sum() * 1.001",
              "fp32"),
@@ -157,8 +158,8 @@ FAULTS = {  # name: (class or module, attribute, piece of its source, what it be
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_constant_is_refused(monkeypatch, fault):
-    """The slot stays plain or takes another choice, a line says so, and the model computes what model.py says."""
+def test_a_wrong_constant_is_rejected(monkeypatch, fault):
+    """A log line names the slot and the error."""
     owner, name, old, new, dtype = FAULTS[fault]
     if dtype == "bf16" and not has_compiler:
         pytest.skip("no C compiler")
@@ -179,7 +180,7 @@ def test_a_wrong_constant_is_refused(monkeypatch, fault):
 @pytest.mark.parametrize("function, old, new", [
     (decoding.attention_cached, "* sin)", "* -sin)"), (decoding.attention_cached, "cache.mask(T)", "~cache.mask(T)"),
     (decoding.swiglu_packed, "F.silu(gate)", "F.relu(gate)")])
-def test_a_wrong_constant_in_decoding_is_refused(monkeypatch, function, old, new):
+def test_a_wrong_constant_in_decoding_is_rejected(monkeypatch, function, old, new):
     monkeypatch.setattr(decoding, function.__name__, changed(function, old, new))
     model = nano()
     lines = fastpath.accelerate(model, CPU, "fp32", inference=True)
@@ -192,14 +193,14 @@ def test_a_wrong_constant_in_decoding_is_refused(monkeypatch, function, old, new
 @pytest.mark.parametrize("old, new", [("[dtype], c.norm_eps", "[dtype], 30 * c.norm_eps"),
                                       ("address(decoder.rotary.sin_SD", "address(-decoder.rotary.sin_SD"),
                                       ("attention.v_proj, (keys", "attention.k_proj, (keys")])
-def test_a_wrong_c_decoder_is_refused(monkeypatch, dtype, old, new):
+def test_a_wrong_c_decoder_is_rejected(monkeypatch, dtype, old, new):
     assert Decoder(nano(), dtype).native_reason is None
     monkeypatch.setattr(NativeDecoder, "__init__", changed(NativeDecoder.__init__, old, new))
     assert "decode.c differs from model.py by" in Decoder(nano(), dtype).native_reason
 
 
 # ---------------------------------------------------------------------------------------------
-# what the twin cannot stand for
+# models that the twin cannot represent
 
 
 class Wrapped(nn.Module):
@@ -214,17 +215,17 @@ class Wrapped(nn.Module):
         return self.inner(x) + self.down(x).sum(-1, keepdim=True)
 
 
-def test_a_wrapped_projection_is_computed():
+def test_a_model_with_a_wrapped_projection_is_not_accelerated():
     model = nano()
     attention = model.model.layers[1].self_attn
     attention.q_proj = Wrapped(attention.q_proj)
-    assert reason_against(model) == "its modules are not those that model.py makes"
+    assert reason_against(model) == "its modules differ from those that model.py makes"
     assert "without replacements" in fastpath.accelerate(model, CPU, "fp32", inference=True)[0]
     decoder = Decoder(model)
     assert decoder.native is None and generate(decoder, [[1, 2, 3]], 5, Sampling(), ())
 
 
-def test_hooks_and_forwards_of_others_are_left():
+def test_a_model_with_hooks_or_other_forwards_is_not_accelerated():
     model = nano()
     model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
     assert reason_against(model)
@@ -233,28 +234,28 @@ def test_hooks_and_forwards_of_others_are_left():
     assert reason_against(model)
 
 
-def test_one_that_answers_two_seeds_differently(monkeypatch):
+def test_a_random_network_is_not_accelerated(monkeypatch):
     monkeypatch.setattr(SwiGLU, "forward", lambda self, x: self.down_proj(F.dropout(F.silu(self.gate_proj(x)), 0.5)))
-    assert reason_against(nano()) == "it answers differently with another random seed"
+    assert reason_against(nano()) == "its output depends on the random seed"
 
 
-def test_a_constant_of_one_module():
+def test_a_model_with_one_different_constant_is_not_accelerated():
     model = nano()
     model.model.layers[0].input_layernorm.eps = 0.1
-    assert reason_against(model) == "its modules are not those that model.py makes"
+    assert reason_against(model) == "its modules differ from those that model.py makes"
 
 
-def test_a_network_of_which_no_twin_can_be_made(monkeypatch):
-    def only_here(self, x):
-        assert x.shape[-1] == 512, "made for one width"
+def test_a_network_that_cannot_be_made_smaller_is_not_accelerated(monkeypatch):
+    def one_width(self, x):
+        assert x.shape[-1] == 512, "for one width only"
         return x
 
-    monkeypatch.setattr(SwiGLU, "forward", only_here)
-    assert "no small model of the same kind can be made" in reason_against(nano())
+    monkeypatch.setattr(SwiGLU, "forward", one_width)
+    assert "a small copy of the model cannot be made" in reason_against(nano())
 
 
 # ---------------------------------------------------------------------------------------------
-# edits of the classes, in this process; tests/test_edits.py makes them in the file
+# edits of the classes in this process; tests/test_edits.py edits the file
 
 
 def other_norm(self, x):
@@ -269,7 +270,7 @@ EDITS = {
 
 
 def edit_model(monkeypatch, old: str, new: str) -> None:
-    """Edit one function of model.py in this process, source and all."""
+    """Edit one function of model.py in this process, including the source that inspect returns."""
     for name, part in list(vars(network).items()):
         owner = part if isinstance(part, type) and part.__module__ == "model" else network
         for attribute, function in list(vars(owner).items()) if owner is part else [(name, part)]:
@@ -284,11 +285,11 @@ def edit_model(monkeypatch, old: str, new: str) -> None:
     raise AssertionError(f"{old!r} is not in model.py")
 
 
-QUIET = {  # edits that a comparison on a small model may not see: name → (old, new, what stays plain)
+QUIET = {  # edits that a comparison on a small model may miss: name → (old, new, edited part of model.py)
     "a window of 500 tokens": ("mixed = attention(q.to(k.dtype), k, v, cache.mask(q.shape[1]))",
                                "mixed = attention(q.to(k.dtype), k[:, -500:], v[:, -500:], "
                                "cache.mask(q.shape[1])[..., -500:])", "Attention"),
-    "positions do not count in every fourth layer": (
+    "no positions in every fourth layer": (
         "q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)",
         "q, k = (q, k) if self.layer % 4 == 3 else (apply_rotary(q, cos, sin), apply_rotary(k, cos, sin))",
         "Attention"),
@@ -305,8 +306,8 @@ QUIET = {  # edits that a comparison on a small model may not see: name → (old
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("edit", QUIET)
-def test_what_an_edit_touches_stays_plain_though_the_twin_agrees(monkeypatch, edit, dtype):
-    """decode.c stands for all of the network, so after any edit of the forward it is not used."""
+def test_edited_parts_are_not_replaced_even_if_the_twin_agrees(monkeypatch, edit, dtype):
+    """decode.c depends on the whole network, so it is not used after any edit of the forward."""
     old, new, part = QUIET[edit]
     edit_model(monkeypatch, old, new)
     assert known.edited() == {part}
@@ -318,15 +319,16 @@ def test_what_an_edit_touches_stays_plain_though_the_twin_agrees(monkeypatch, ed
     assert ("forward" in vars(attention), "forward" in vars(mlp)) == (part != "Attention", part != "SwiGLU")
 
 
-def test_comments_and_docstrings_are_no_edit(monkeypatch):
+def test_comments_and_docstrings_are_not_edits(monkeypatch):
     edit_model(monkeypatch, 'return self.weight * (x32', '"""Scaled."""\n        return self.weight * (x32')
-    assert known.edited() == {"RMSNorm"}, "a string that is no docstring"
+    assert known.edited() == {"RMSNorm"}, "a string that is not a docstring"
     monkeypatch.undo()
     edit_model(monkeypatch, "x32 = x.float()", "x32 = x.float()  # at least\n\n        # this")
     assert not known.edited()
 
 
-def test_what_follows_a_norm_decides_whether_it_may_be_rounded(monkeypatch):
+def test_the_c_norm_is_not_used_after_an_edit_of_block(monkeypatch):
+    """It returns bf16, and the edited Block adds a norm's output to the residual stream."""
     edit_model(monkeypatch, "self.mlp(self.post_attention_layernorm(x_BTC))",
                "self.post_attention_layernorm(self.mlp(x_BTC))")
     lines = fastpath.accelerate(nano(), CPU, "bf16")
@@ -335,8 +337,8 @@ def test_what_follows_a_norm_decides_whether_it_may_be_rounded(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_weights_that_change_are_seen_by_a_decoder(batch, dtype):
-    """Changed by an optimizer in place, and by loading others."""
+def test_a_decoder_uses_changed_weights(batch, dtype):
+    """Weights change in place by an optimizer step, and by loading others."""
     model, prompts = nano().eval(), [[5, 6, 7], [8, 9, 10]][:batch]
     decoder, others = Decoder(model, dtype), nano()
     before = generate(decoder, prompts, 8, Sampling(), ())
@@ -352,8 +354,8 @@ def test_weights_that_change_are_seen_by_a_decoder(batch, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("edit", ["norm", "activation"])
-def test_what_does_not_agree_is_refused(monkeypatch, edit, dtype):
-    """The comparison alone, as if the edited class were the one that the replacement stands for."""
+def test_a_replacement_that_disagrees_is_rejected(monkeypatch, edit, dtype):
+    """The comparison alone rejects it: `known.edited` reports no edit here."""
     owner, forward, slot = EDITS[edit]
     monkeypatch.setattr(owner, "forward", forward)
     monkeypatch.setattr(known, "edited", lambda: set())
@@ -368,8 +370,8 @@ def test_what_does_not_agree_is_refused(monkeypatch, edit, dtype):
     assert (got - expected).abs().max() <= (1e-5 if dtype == "fp32" else 0.03) * expected.abs().max()
 
 
-def test_the_order_of_norm_and_branch(monkeypatch):
-    """A norm after the branch: each part is what it was, and all are used where they agree together."""
+def test_norms_after_the_branches(monkeypatch):
+    """With the norm after each branch, generated ids still equal those of model.py."""
     def after(self, x, cos, sin, packing=None, cache=None, rows=None):
         x = x + self.input_layernorm(self.self_attn(x, cos, sin, packing, cache))
         x = x if rows is None else x.flatten(0, 1).index_select(0, rows).unsqueeze(0)
@@ -386,11 +388,11 @@ def test_the_order_of_norm_and_branch(monkeypatch):
     assert rows == [g.ids for g in expected]
 
 
-def test_the_twin_finds_what_a_fresh_model_hides():
-    """With output projections at zero, GELU for SiLU changes nothing of the loss: the twin's are random."""
+def test_the_twin_finds_faults_that_a_fresh_model_hides():
+    """With output projections of zero, GELU instead of SiLU does not change the loss. The twin's are random."""
     model = nano()
     model.zero_init_residual()
     assert all(p.abs().median() > 0.01 for p in small_copy(model).parameters())
     twin, forward = make_twin(model, CPU, torch.float32)[0], EDITS["activation"][1]
-    assert isinstance(twin, Twin) and twin.objection(lambda target: [
+    assert isinstance(twin, Twin) and twin.mismatch(lambda target: [
         replace(m, "forward", forward, ("cpu", torch.float32)) for m in target.modules() if isinstance(m, SwiGLU)])

@@ -1,4 +1,4 @@
-"""fastpath/kernels.py: what kernels.c computes is what model.py computes (laws 3 and 4 for it)."""
+"""fastpath/kernels.py: kernels.c computes the same as model.py; invariants 3 and 4 hold for it."""
 
 import copy
 import shutil
@@ -30,18 +30,18 @@ ALL_C = ("faster than model.py, and checked against it: attention (kernels.c), n
 
 @pytest.fixture(autouse=True, scope="module")
 def usable():
-    assert kernels.trouble() is None
+    assert kernels.why_unavailable() is None
 
 
 def make(**changes) -> tuple[WeakWater, dict]:
-    """A model whose attention is far from uniform, computed by kernels.c in bf16, and a buffer."""
+    """A model with nonuniform attention, computed by kernels.c in bf16, and a buffer."""
     model, buffer = make_plain(**changes)
     assert accelerate(model, CPU, "bf16") == [ALL_C]
     return model, buffer
 
 
 def make_plain(**changes) -> tuple[WeakWater, dict]:
-    """The same, computed as model.py says."""
+    """The same model without replacements, and the buffer."""
     torch.manual_seed(3)
     model = WeakWater(LLMConfig.preset("nano", **({"vocab_size": 304, "max_seq_len": 512} | changes)))
     for parameter in model.parameters():
@@ -53,7 +53,7 @@ def make_plain(**changes) -> tuple[WeakWater, dict]:
 
 
 def learn(model: WeakWater, buffer: dict, dtype: str, expected_calls: bool | None = None) -> dict[str, torch.Tensor]:
-    """Loss and gradients; and whether kernels.c had a part in them must be as expected."""
+    """Loss and gradients. `expected_calls`: whether all functions of kernels.c must be called (or none)."""
     calls, call = [], kernels.call
     kernels.call = lambda name, *arguments: (calls.append(name), call(name, *arguments))
     try:
@@ -68,37 +68,37 @@ def learn(model: WeakWater, buffer: dict, dtype: str, expected_calls: bool | Non
 
 
 def error(found: dict, truth: dict) -> dict[str, float]:
-    """Each tensor's distance from the true one, as a share of that."""
+    """The relative error of each tensor."""
     return {name: float((found[name].double() - truth[name]).norm() / truth[name].norm()) for name in truth}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_and_gradients_are_as_near_to_float64_as_without_it(variant, checkpointing, monkeypatch):
+def test_loss_and_gradients_are_as_accurate_as_without_kernels_c(variant, checkpointing, monkeypatch):
     if checkpointing:
-        monkeypatch.setattr(LinearCrossEntropy, "BLOCK_LOGITS", 1)  # 64 rows at a time, and the last ones
+        monkeypatch.setattr(LinearCrossEntropy, "BLOCK_LOGITS", 1)  # 64 rows per block, fewer in the last
     plain, buffer = make_plain(**VARIANTS[variant])
     truth = learn(copy.deepcopy(plain).double(), buffer | {"weights": buffer["weights"].double()}, "fp32",
                   expected_calls=False)
     model, by_torch = copy.deepcopy(plain), copy.deepcopy(plain)
     assert accelerate(model, CPU, "bf16") == [ALL_C]
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "trouble", lambda: "not wanted here")
+        patch.setattr(kernels, "why_unavailable", lambda: "disabled by the test")
         assert "attention (documents of similar length together)" in accelerate(by_torch, CPU, "bf16")[0]
     for each in (plain, model, by_torch):
         each.model.gradient_checkpointing = checkpointing
     ours = error(learn(model, buffer, "bf16", expected_calls=True), truth)
     assert ours.pop("loss") < 1e-3
-    for other, more in ((by_torch, 1.02), (plain, 1.05)):  # model.py's own has scores in float32
+    for other, more in ((by_torch, 1.02), (plain, 1.05)):  # model.py's attention has float32 scores
         simple = error(learn(other, buffer, "bf16", expected_calls=False), truth)
         assert simple.pop("loss") < 1e-3
-        for name in ours:  # where there are few numbers chance may favour either; six seeds gave 1.28 at most
+        for name in ours:  # small tensors vary by chance; the largest ratio of six seeds was 1.28
             assert ours[name] <= 1.4 * simple[name] + 1e-4, (name, ours[name], simple[name])
         assert sum(ours.values()) <= more * sum(simple.values()) and max(ours.values()) < 0.1
 
 
-def test_packed_is_one_by_one_and_in_pieces():
-    """Laws 3 and 4: a buffer's gradients are the sums of those of its documents, and of its halves."""
+def test_a_buffer_equals_the_sum_of_its_parts():
+    """Invariants 3 and 4: the gradients of a buffer are the sums over its documents, and over its halves."""
     model, buffer = make(**VARIANTS["GQA, qk_norm"])
     whole = learn(model, buffer, "bf16")
     for groups in ([[length] for length in LENGTHS], [LENGTHS[:4], LENGTHS[4:]]):
@@ -112,10 +112,10 @@ def test_packed_is_one_by_one_and_in_pieces():
             parts.append(learn(model, part, "bf16"))
             begin = end
         summed = {name: sum(part[name].double() for part in parts) for name in whole}
-        assert max(error(whole, summed).values()) < 0.02  # bf16: a product of other rows is rounded elsewhere
+        assert max(error(whole, summed).values()) < 0.02  # bf16: matmuls of other shapes round differently
 
 
-def test_logits_too():
+def test_logits_match_float64_and_documents_stay_separate():
     model, buffer = make()
     truth = copy.deepcopy(model).double()(buffer["tokens"], lengths=LENGTHS)
     with torch.no_grad(), runtime.autocast(CPU, "bf16"):
@@ -128,8 +128,8 @@ def test_logits_too():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_share_the_work(threads):
-    """The loss is the same; gradients of norms are added up thread by thread, and may differ in their last bits."""
+def test_any_number_of_threads_gives_the_same_gradients(threads):
+    """To rounding: gradients of norms are summed per thread. The same number of threads gives the same bits."""
     model, buffer = make(**VARIANTS["GQA, qk_norm"])
     usual, expected = torch.get_num_threads(), learn(model, buffer, "bf16")
     again = learn(model, buffer, "bf16")
@@ -143,7 +143,7 @@ def test_threads_share_the_work(threads):
 
 
 # ---------------------------------------------------------------------------------------------
-# one by one, against float64
+# each function against float64
 
 
 def close(found: torch.Tensor, truth: torch.Tensor, tolerance: float) -> bool:
@@ -151,10 +151,10 @@ def close(found: torch.Tensor, truth: torch.Tensor, tolerance: float) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_normalise(dtype):
+def test_rms_norm(dtype):
     torch.manual_seed(0)
     x = (torch.randn(7, 3, 48) * 10).to(dtype)
-    x[0, 0] *= 1e-3  # where eps counts
+    x[0, 0] *= 1e-3  # here eps matters
     x[0, 1] = 0
     weight, grad = torch.randn(48), torch.randn(7, 3, 48).bfloat16()
     inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -163,7 +163,7 @@ def test_normalise(dtype):
     y.backward(grad)
     truth.backward(grad.double())
     assert close(y, truth, 2**-8) and inputs[0].grad.dtype == dtype
-    for row in (0, 1), (0, 2):  # each for itself: the smaller the row, the larger its gradient
+    for row in (0, 1), (0, 2):  # separately: a smaller row has larger gradients
         assert close(inputs[0].grad[row], exact[0].grad[row], 2**-8)
     assert close(y[0, 0], truth[0, 0], 2**-8) and close(inputs[1].grad, exact[1].grad, 1e-5)
 
@@ -183,7 +183,7 @@ def test_cross_entropy(vocab_size):
     torch.manual_seed(0)
     logits, weights = (torch.randn(11, vocab_size) * 20).bfloat16(), torch.rand(11)
     logits[3] = -torch.inf
-    logits[3, 5] = 1e4  # certain of one
+    logits[3, 5] = 1e4  # probability 1
     targets = torch.randint(0, vocab_size, (11,))
     targets[3], targets[4] = 5, vocab_size - 1
     exact = logits.double().requires_grad_()
@@ -196,7 +196,7 @@ def test_cross_entropy(vocab_size):
 
 
 def test_the_exponential_is_exact():
-    """Two logits, 0 and -gap: the loss of the first is log(1 + exp(-gap)), and its gradient minus the other's share."""
+    """For logits 0 and -gap, the loss of the first is log(1 + exp(-gap)), its gradient minus the second's probability."""
     gaps = torch.linspace(0, 12, 97).bfloat16()
     logits, targets = torch.stack([torch.zeros_like(gaps), -gaps], 1), torch.zeros(97, dtype=torch.int64)
     losses = kernels.cross_entropy(logits, targets, torch.ones(97))
@@ -209,29 +209,29 @@ def test_the_exponential_is_exact():
 
 @pytest.mark.parametrize("targets, dtype, error", [
     ([0, -100], torch.int64, ValueError), ([32, 0], torch.int64, ValueError), ([0, 1], torch.int32, AssertionError)])
-def test_no_memory_beyond_is_touched(targets, dtype, error):
+def test_targets_out_of_bounds_are_rejected(targets, dtype, error):
     with pytest.raises(error):
         kernels.cross_entropy(torch.zeros(2, 32, dtype=torch.bfloat16), torch.tensor(targets, dtype=dtype), None)
 
 
 @pytest.mark.parametrize("n_targets, n_weights", [(3, 3), (5, 5), (4, 3), (4, 5)])
-def test_as_many_targets_and_weights_as_positions(n_targets, n_weights):
-    """What the caller of the model gets wrong is said, where C would read on beyond the end."""
+def test_numbers_of_targets_and_weights_must_match(n_targets, n_weights):
+    """The caller gets an error instead of C reading out of bounds."""
     model, buffer = make()
     wrong = dict(target_index=torch.arange(4), targets=torch.zeros(n_targets, dtype=torch.int64),
                  weights=torch.ones(n_weights))
-    with pytest.raises(ValueError, match="4 positions predict"):
+    with pytest.raises(ValueError, match="4 rows of logits"):
         learn(model, buffer | wrong, "bf16")
 
 
-def test_no_target_at_all():
+def test_a_buffer_without_targets():
     model, buffer = make()
     none = torch.zeros(0, dtype=torch.int64)
     found = learn(model, buffer | dict(target_index=none, targets=none, weights=torch.zeros(0)), "bf16")
     assert found["loss"] == 0 and not any(each.any() for each in found.values())
 
 
-def test_no_gradient_of_a_gradient():
+def test_double_backward_raises():
     x, weight = torch.randn(2, 32).bfloat16().requires_grad_(), torch.ones(16).bfloat16().requires_grad_()
     grad, = torch.autograd.grad((kernels.GatedSiLU.apply(x) * weight).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -239,8 +239,8 @@ def test_no_gradient_of_a_gradient():
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_what_is_no_number_stays_none(poison):
-    """A broken weight must show in the loss, so that training stops."""
+def test_nan_stays_nan(poison):
+    """A non-finite weight must make the loss non-finite, so that training stops."""
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight",
                  "model.layers.1.mlp.gate_proj.weight", "model.layers.1.input_layernorm.weight"):
         model, buffer = make()
@@ -251,10 +251,10 @@ def test_what_is_no_number_stays_none(poison):
 
 
 # ---------------------------------------------------------------------------------------------
-# where it applies
+# where kernels.c is used
 
 
-def test_it_is_for_bf16_on_a_cpu():
+def test_kernels_c_is_used_for_bf16_on_a_cpu_only():
     config = LLMConfig.preset("nano")
     assert Case(config, CPU, torch.bfloat16, compile=False).c_applies
     for device, dtype in ((CPU, torch.float32), (CPU, torch.float16), (torch.device("meta"), torch.bfloat16)):
@@ -269,8 +269,8 @@ def test_it_is_for_bf16_on_a_cpu():
     learn(model.bfloat16(), buffer | {"weights": buffer["weights"].bfloat16()}, "fp32", expected_calls=True)
 
 
-def test_what_each_forward_takes(monkeypatch):
-    """A norm of float64 stays plain under autocast too; nothing that is not on the CPU, and nothing in float32."""
+def test_inputs_of_each_forward(monkeypatch):
+    """kernels.c is not called for a float64 norm, also under autocast, nor for another device, nor in float32."""
     model, _ = make()
     seen, call = [], kernels.call
     monkeypatch.setattr(kernels, "call", lambda name, *arguments: (seen.append(name), call(name, *arguments)))
@@ -286,12 +286,12 @@ def test_what_each_forward_takes(monkeypatch):
     with runtime.autocast(CPU, "bf16"):
         for module in modules:
             module(x)
-    assert seen == ["normalise", "gated_silu"]
+    assert seen == ["rms_norm", "gated_silu"]
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.extra)])
-def test_a_compiled_block_is_torchs(backend, monkeypatch):
-    """torch's compiler cannot follow an address, and fuses the norm itself; the rest, here the loss, goes on."""
+def test_compiled_blocks_do_not_use_kernels_c(backend, monkeypatch):
+    """torch's compiler cannot trace a ctypes call. Outside the blocks, the loss still uses kernels.c."""
     model, buffer = make()
     expected = learn(model, buffer, "bf16", expected_calls=True)
     model, buffer = make_plain()
@@ -314,21 +314,21 @@ def test_a_compiled_block_is_torchs(backend, monkeypatch):
     assert abs(loss - expected["loss"]) <= 0.01 * expected["loss"]
 
 
-@pytest.mark.parametrize("widths, not_taken", [
-    (dict(dim=40, n_heads=1, n_kv_heads=1, hidden_dim=24), {"normalise", "gated_silu", "pack_heads"}),
-    (dict(dim=40, n_heads=5, n_kv_heads=5, hidden_dim=100), {"normalise", "gated_silu", "pack_heads"}),
+@pytest.mark.parametrize("widths, not_called", [
+    (dict(dim=40, n_heads=1, n_kv_heads=1, hidden_dim=24), {"rms_norm", "gated_silu", "pack_heads"}),
+    (dict(dim=40, n_heads=5, n_kv_heads=5, hidden_dim=100), {"rms_norm", "gated_silu", "pack_heads"}),
     (dict(dim=48, n_heads=3, n_kv_heads=3, hidden_dim=64), {"pack_heads"})])
-def test_other_widths_are_torchs(widths, not_taken, monkeypatch):
+def test_unsupported_widths_use_torch(widths, not_called, monkeypatch):
     model, buffer = make_plain(**widths)
     accelerate(model, CPU, "bf16")
     seen, call = set(), kernels.call
     monkeypatch.setattr(kernels, "call", lambda name, *arguments: (seen.add(name), call(name, *arguments)))
     with runtime.autocast(CPU, "bf16"):
         model(**buffer).backward()
-    assert {"normalise", "gated_silu", "pack_heads", "cross_entropy"} - seen == not_taken
+    assert {"rms_norm", "gated_silu", "pack_heads", "cross_entropy"} - seen == not_called
 
 
-def test_without_a_compiler_torch_computes(monkeypatch):
+def test_without_a_compiler_torch_is_used(monkeypatch):
     monkeypatch.setattr(kernels, "compiled", lambda: None)
     monkeypatch.setattr(kernels, "library", lambda: (None, "no C compiler was found"))
     model, buffer = make_plain()
@@ -336,13 +336,13 @@ def test_without_a_compiler_torch_computes(monkeypatch):
     assert said == "kernels.c is not used: kernels.c was not compiled: no C compiler was found"
     assert "kernels.c" not in used and "norm (fewer passes)" in used
     learn(model, buffer, "bf16", expected_calls=False)
-    for dtype, compile in (("fp32", False), ("fp16", False), ("fp32", True)):  # it would not be used anyway
+    for dtype, compile in (("fp32", False), ("fp16", False), ("fp32", True)):  # kernels.c is not for these
         assert not any("kernels.c" in line for line in accelerate(make_plain()[0], CPU, dtype, compile))
 
 
-def test_on_one_thread_of_several_torch_computes(monkeypatch):
-    """A compiler without OpenMP: for training torch, which uses them all, is the faster one."""
-    class Lacking:
+def test_without_openmp_torch_is_used_on_several_threads(monkeypatch):
+    """For training, torch on all threads is faster than kernels.c on one."""
+    class WithoutOpenMP:
         def has_openmp(self):
             return 0
 
@@ -350,7 +350,7 @@ def test_on_one_thread_of_several_torch_computes(monkeypatch):
             return getattr(whole, name)
 
     whole, usual = kernels.compiled(), torch.get_num_threads()
-    monkeypatch.setattr(kernels, "compiled", Lacking)
+    monkeypatch.setattr(kernels, "compiled", WithoutOpenMP)
     try:
         torch.set_num_threads(3)
         used, said = accelerate(make_plain()[0], CPU, "bf16")
@@ -361,12 +361,12 @@ def test_on_one_thread_of_several_torch_computes(monkeypatch):
         torch.set_num_threads(usual)
 
 
-def test_a_packing_keeps_its_buckets():
+def test_length_buckets_are_computed_once_per_packing():
     packing = Packing(LENGTHS, boundaries_of(LENGTHS))
-    buckets = training.buckets_of(packing)
+    buckets = training.length_buckets(packing)
     groups = buckets.groups
-    assert training.buckets_of(packing) is buckets and training.buckets_of(Packing(LENGTHS, packing.boundaries)) \
-        is not buckets
+    assert training.length_buckets(packing) is buckets
+    assert training.length_buckets(Packing(LENGTHS, packing.boundaries)) is not buckets
     assert sum(len(starts) for starts, _, _ in groups) == len(LENGTHS)
     assert sorted(zip((s for starts, _, _ in groups for s in starts.tolist()),
                       (n for _, lengths, _ in groups for n in lengths.tolist()), strict=True)) == \

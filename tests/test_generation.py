@@ -1,4 +1,4 @@
-"""Sampling, the decoding loop, and text that streams in whole characters."""
+"""common/generation.py: sampling, the generation loop, and streaming of text in whole characters."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ def model():
     return WeakWater(LLMConfig.preset("nano", vocab_size=300, max_seq_len=40)).eval()
 
 
-# ---- the choice of a token ------------------------------------------------------------------
+# ---- sampling -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.8, 1.3])
@@ -67,7 +67,7 @@ def test_sampling_follows_the_distribution():
 
 @pytest.mark.parametrize("values", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_p=0),
                                     dict(top_p=1.1), dict(top_k=-1), dict(repetition_penalty=0)])
-def test_sampling_refuses_nonsense(values):
+def test_invalid_sampling_settings_are_rejected(values):
     with pytest.raises(UserError, match=next(iter(values))):
         Sampling(**values)
 
@@ -90,7 +90,7 @@ def test_a_seed_repeats_a_generation_and_another_does_not(model):
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_ids_beyond_the_tokenizer_are_never_sampled(model):
+def test_ids_outside_the_tokenizer_are_never_sampled(model):
     hot = Sampling(temperature=100.0)
     free = generate(model, [[1, 5]] * 8, 30, hot, (), generator=torch.Generator().manual_seed(0))
     held = generate(model, [[1, 5]] * 8, 30, hot, (), vocab_size=200, generator=torch.Generator().manual_seed(0))
@@ -105,13 +105,13 @@ def test_reasons_to_stop(model):
     assert (stopped.ids, stopped.reason) == ([], "eos")
 
 
-def test_prompts_that_leave_no_room_are_refused(model):
+def test_prompts_that_fill_the_context_are_rejected(model):
     for prompts in ([[]], [[1] * 40], [[1], [1] * 41]):
         with pytest.raises(UserError, match="1 to 39 tokens"):
             generate(model, prompts, 5, Sampling(), ())
 
 
-def test_broken_weights_are_named(model):
+def test_weights_that_are_not_finite_raise(model):
     broken = WeakWater(model.config).eval()
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
@@ -126,15 +126,15 @@ def test_stream_yields_token_by_token_and_joins_to_generate(model):
     assert joined == [g.ids for g in generate(model, [[1, 2], [3]], 6, Sampling(), (), sync_every=4)]
 
 
-def test_the_precision_of_matmuls_and_cache(model):
+def test_the_dtypes_of_matmuls_and_cache(model):
     decoder = Decoder(model, "bf16")
     assert decoder.new_cache(1, 2).keys.dtype == torch.float32  # on a CPU
     assert model.lm_head.matmul.dtype == model.model.layers[0].self_attn.qkv.dtype == torch.bfloat16
     assert len(generate(decoder, [[1, 2, 3]], 8, Sampling(), ())[0].ids) == 8
 
 
-def test_a_decoder_sees_weights_that_changed(model):
-    """The forwards of an earlier Decoder hold copies of the weights: another one makes them anew."""
+def test_a_new_decoder_uses_changed_weights(model):
+    """The forwards of an earlier Decoder hold copies of the weights. A new Decoder makes new copies."""
     torch.manual_seed(2)
     changed = WeakWater(replace(model.config, tie_embeddings=False)).eval()
     before = generate(changed, [[1, 2], [3, 4]], 8, Sampling(), ())
@@ -145,12 +145,12 @@ def test_a_decoder_sees_weights_that_changed(model):
     assert after == generate(Decoder(changed, plain=True), [[1, 2], [3, 4]], 8, Sampling(), ()) != before
 
 
-def test_logits_that_overflow_in_the_middle_are_named(model, monkeypatch):
-    calm, calls = decoding.decode_one_token, []
+def test_logits_that_overflow_during_generation_raise(model, monkeypatch):
+    unchanged, calls = decoding.decode_one_token, []
 
     def overflowing(*args):
         calls.append(args)
-        return calm(*args) * (math.inf if len(calls) == 2 else 1)
+        return unchanged(*args) * (math.inf if len(calls) == 2 else 1)
 
     monkeypatch.setattr(decoding, "decode_one_token", overflowing)
     with pytest.raises(UserError, match="not finite"):
@@ -182,7 +182,7 @@ def test_an_incomplete_character_shows_at_the_end(tokenizer):
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_pieces_join_to_the_decoded_whole(tokenizer, data):
-    """Any ids: special ones, halves of characters, long runs of bytes that are no text."""
+    """Any ids: special tokens, parts of characters, long runs of bytes that are not text."""
     vocabulary = tokenizer.get_vocab()
     lone_bytes = [i for token, i in vocabulary.items() if len(token) == 1 and not token.isascii()]
     any_id = st.sampled_from(lone_bytes) | st.integers(0, len(tokenizer) - 1) | st.integers(0, 9)
@@ -192,7 +192,7 @@ def test_pieces_join_to_the_decoded_whole(tokenizer, data):
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40))
-def test_text_streams_back(tokenizer, text):
+def test_streamed_text_equals_the_input(tokenizer, text):
     ids = tokenizer.backend_tokenizer.encode(text).ids
     pieces = pieces_of(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
@@ -200,7 +200,7 @@ def test_text_streams_back(tokenizer, text):
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_rubbish_is_shown_as_it_goes_at_a_bounded_cost(tokenizer):
+def test_invalid_bytes_are_shown_at_bounded_cost(tokenizer):
     class Counting:
         longest = 0
 
@@ -210,7 +210,7 @@ def test_rubbish_is_shown_as_it_goes_at_a_bounded_cost(tokenizer):
 
     counting = Counting()
     decoder = StreamDecoder(counting)
-    continuation = tokenizer.get_vocab()["Ģ"]  # byte 0x80, which begins nothing
+    continuation = tokenizer.get_vocab()["Ģ"]  # byte 0x80, which starts no character
     shown = sum(len(decoder.push(continuation)) for _ in range(800))
     assert shown >= 800 - StreamDecoder.LONGEST
     assert shown + len(decoder.flush()) == 800
@@ -218,7 +218,7 @@ def test_rubbish_is_shown_as_it_goes_at_a_bounded_cost(tokenizer):
 
 
 def test_decoders_that_treat_the_first_token_differently(tmp_path):
-    """SentencePiece-like (Llama 2): "▁" is a space but at the start, bytes are tokens of their own."""
+    """As in SentencePiece (Llama 2): "▁" is a space except at the start, and bytes are separate tokens."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import make_demo_data
-from common.checkpoint import load_model
+from common.weights import load_model
 from experiments import split_weights
 
 SMALL = {"DEVICE": "cpu", "PRESET": "nano", "ROWS": "2", "BIG_ROWS": "4", "PILOT": "4", "REPEATS": "1",

@@ -1,4 +1,4 @@
-"""fastpath/native.py and decoder.py: C compiled where it can be, and decoding that goes on where it cannot."""
+"""fastpath/native.py and native_decoder.py: C is compiled where possible; elsewhere torch decodes."""
 
 import copy
 import os
@@ -23,8 +23,8 @@ def model():
 
 
 @pytest.fixture
-def afresh(monkeypatch, tmp_path):
-    """A copy of decode.c, and the others beside it, that has never been compiled."""
+def uncompiled(monkeypatch, tmp_path):
+    """A copy of the C sources in a new folder, not compiled yet. Yields the path of decode.c."""
     folder = tmp_path / "code"
     folder.mkdir()
     for name in ("simd.h", *native.SOURCES):
@@ -40,10 +40,10 @@ def afresh(monkeypatch, tmp_path):
 
 
 @needs_compiler
-def test_it_is_compiled_once_and_beside_its_source(afresh, model, monkeypatch):
+def test_sources_are_compiled_once_into_pycache(uncompiled, model, monkeypatch):
     loaded, reason = native.library()
     assert loaded is not None and "compiled by" in reason
-    (made,) = (afresh.parent / "__pycache__").iterdir()
+    (made,) = (uncompiled.parent / "__pycache__").iterdir()
     native.library.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)  # a second compilation would call it
     assert native.library()[0] is not None and made.exists()
@@ -51,20 +51,20 @@ def test_it_is_compiled_once_and_beside_its_source(afresh, model, monkeypatch):
 
 
 @needs_compiler
-def test_a_changed_source_is_compiled_again(afresh):
+def test_a_changed_source_is_compiled_again(uncompiled):
     native.library()
     native.library.cache_clear()
-    (before,) = (afresh.parent / "__pycache__").iterdir()
-    afresh.write_text(afresh.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    (before,) = (uncompiled.parent / "__pycache__").iterdir()
+    uncompiled.write_text(uncompiled.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     native.library()
-    after = set((afresh.parent / "__pycache__").iterdir())  # the old one may be another machine's
+    after = set((uncompiled.parent / "__pycache__").iterdir())  # the old file may belong to another machine
     assert before in after and len(after) == 2
 
 
 @needs_compiler
 @pytest.mark.parametrize("hindrance", ["a file in the way", "others may write", "a link"])
-def test_where_the_folder_is_not_ours_alone_another_is_taken(afresh, tmp_path, hindrance):
-    folder = afresh.parent / "__pycache__"
+def test_a_folder_that_others_can_write_is_not_used(uncompiled, tmp_path, hindrance):
+    folder = uncompiled.parent / "__pycache__"
     if hindrance == "a file in the way":
         folder.write_text("")
     elif hindrance == "a link":
@@ -80,7 +80,7 @@ def test_where_the_folder_is_not_ours_alone_another_is_taken(afresh, tmp_path, h
 @needs_compiler
 @pytest.mark.parametrize("vocab_size", [300, 301])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_any_number_of_threads_and_none_of_openmp_give_the_same_tokens(afresh, model, monkeypatch, dtype, vocab_size):
+def test_tokens_do_not_depend_on_threads_or_openmp(uncompiled, model, monkeypatch, dtype, vocab_size):
     prompt = list(range(5, 25))
     monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
                                            "-Wno-unused-parameter"])
@@ -106,18 +106,19 @@ def test_any_number_of_threads_and_none_of_openmp_give_the_same_tokens(afresh, m
             return subprocess.CompletedProcess(command, 1, "", "unsupported option '-fopenmp'")
         return run(command, **options)
 
-    afresh.write_text(afresh.read_text(encoding="utf-8") + "\n", encoding="utf-8")  # else what is loaded would serve
+    # with another source, since the library that is already loaded would be used again
+    uncompiled.write_text(uncompiled.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     monkeypatch.setattr(subprocess, "run", without_openmp)
     assert tokens(2) == expected
     loaded, reason = native.library()
     assert not loaded.has_openmp() and "on one thread" in reason
 
 
-@pytest.mark.parametrize("path, reason", [("", "no C compiler was found"), ("broken", "this compiler knows no C")])
-def test_without_a_working_compiler_torch_decodes(afresh, model, monkeypatch, tmp_path, path, reason):
+@pytest.mark.parametrize("path, reason", [("", "no C compiler was found"), ("broken", "cannot compile C")])
+def test_without_a_working_compiler_torch_decodes(uncompiled, model, monkeypatch, tmp_path, path, reason):
     (tmp_path / "broken").mkdir()
     for name in ("cc", "gcc", "clang"):
-        (tmp_path / "broken" / name).write_text("#!/bin/sh\necho 'decode.c:1: this compiler knows no C' >&2\nexit 1\n")
+        (tmp_path / "broken" / name).write_text("#!/bin/sh\necho 'decode.c:1: cannot compile C' >&2\nexit 1\n")
         os.chmod(tmp_path / "broken" / name, 0o755)
     prompt = list(range(5, 25))
     monkeypatch.delenv("CC", raising=False)
@@ -129,11 +130,11 @@ def test_without_a_working_compiler_torch_decodes(afresh, model, monkeypatch, tm
     generation = generate(decoder, [prompt], 30, Sampling(), ())[0]
     logits_TV = model(torch.tensor([prompt + generation.ids]))[0]
     assert generation.ids == logits_TV[len(prompt) - 1:-1].argmax(-1).tolist()
-    assert not list((afresh.parent / "__pycache__").glob("*"))  # nothing half made
+    assert not list((uncompiled.parent / "__pycache__").glob("*"))  # no partial file
 
 
 @needs_compiler
-def test_only_what_it_can_compute_is_given_to_it(model):
+def test_unsupported_models_use_torch(model):
     for dtype in ("fp32", "bf16"):
         assert Decoder(copy.deepcopy(model), dtype).native is not None
     narrow = WeakWater(LLMConfig.preset("nano", vocab_size=300, hidden_dim=100))
@@ -146,7 +147,7 @@ def test_only_what_it_can_compute_is_given_to_it(model):
 
 @needs_compiler
 @pytest.mark.parametrize("token, position", [(-1, 0), (300, 0), (1, -1), (1, 64)])
-def test_no_memory_beyond_is_touched(model, token, position):
+def test_arguments_out_of_bounds_are_rejected(model, token, position):
     decoder = Decoder(model)
     cache = decoder.new_cache(1, 64)
     with pytest.raises(AssertionError):

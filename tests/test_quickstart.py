@@ -6,7 +6,7 @@ import pytest
 from conftest import write_jsonl
 
 from Config import UserError
-from experiments import control, quickstart
+from experiments import no_think_control, quickstart
 
 RIGHT = {  # stage: how many of 100 questions of each kind are right, so that every threshold is just met
     "pretrain": dict(facts=0, never=0, one=0, many=0), "SFT": dict(facts=90, never=70, one=90, many=0),
@@ -125,7 +125,7 @@ def test_the_control(tmp_path, tokenizer_dir, capsys):
     write_jsonl(tmp_path / "val.jsonl", [record(n) for n in range(300, 310)])
     settings = dict(data_path=tmp_path / "r1.jsonl", val_path=tmp_path / "val.jsonl", tokenizer_path=tokenizer_dir,
                     out_dir=tmp_path / "control", max_steps=3, batch_size=2, max_seq_len=256)
-    control.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+    no_think_control.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["records"], result["emptied"], result["malformed"]) == (200, 200, 0)
     assert 0 <= result["control_targets"] - result["targets"] < 2 * 256
@@ -148,4 +148,4 @@ def test_mistakes_of_the_control(tmp_path, tokenizer_dir, change, reason):
                     max_steps=3, batch_size=2, max_seq_len=64)
     settings |= {name: value.format(tmp=tmp_path) for name, value in change.items()}
     with pytest.raises(UserError, match=reason):
-        control.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+        no_think_control.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])

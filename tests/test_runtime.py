@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import train
 
-from common import checkpoint, optim, runtime
+from common import optim, run_state, runtime
 from Config import LLMConfig, UserError
 from dataset import MicroBatch, StepLoader
 from model import WeakWater
@@ -131,7 +131,7 @@ def test_when_the_state_is_saved(monkeypatch):
     """As often as asked; where nothing is asked every 500 steps, at most once a minute."""
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    asked, default = checkpoint.SaveSchedule(3), checkpoint.SaveSchedule(None)
+    asked, default = run_state.SaveSchedule(3), run_state.SaveSchedule(None)
     assert [step for step in range(1, 10) if asked.is_due(step)] == [3, 6, 9]
     saved = []
     for step in range(1, 20_001):  # of 9.9 ms
@@ -146,11 +146,11 @@ def test_when_the_state_is_saved(monkeypatch):
 
 def test_a_fast_run_saves_at_its_end_alone(text_file, tokenizer_dir, tmp_path, monkeypatch):
     """Without --save_interval, a run of less than a minute writes one state; with it, as many as it says."""
-    is_due = checkpoint.SaveSchedule.is_due
-    monkeypatch.setattr(checkpoint.SaveSchedule, "is_due",
+    is_due = run_state.SaveSchedule.is_due
+    monkeypatch.setattr(run_state.SaveSchedule, "is_due",
                         lambda self, step: is_due(self, step * 500 if self.least_seconds else step))
-    seen, save = [], checkpoint.save_state
-    monkeypatch.setattr(checkpoint, "save_state",
+    seen, save = [], run_state.save_state
+    monkeypatch.setattr(run_state, "save_state",
                         lambda state, *where: seen.append(state["step"]) or save(state, *where))
     flags = dict(preset="nano", batch_size=4, max_steps=5, epochs=9, eval_interval=0)
     train("pretrain", text_file, tokenizer_dir, tmp_path / "a", **flags)
@@ -177,7 +177,8 @@ def test_only_pinned_memory_is_copied_without_waiting(monkeypatch, device, pinne
 def test_an_epoch_is_planned_once(data_dir, tokenizer_dir, cache_dir, tmp_path, monkeypatch):
     """The next step is asked for before the line of this one is written: that line must not plan its epoch anew."""
     planned, plan = [], StepLoader._plan_epoch
-    monkeypatch.setattr(StepLoader, "_plan_epoch", lambda self: planned.append(self._epoch) or plan(self))
+    monkeypatch.setattr(StepLoader, "_plan_epoch",
+                        lambda self, passes: planned.append(self._epoch) or plan(self, passes))
     flags = dict(cache_dir=cache_dir, preset="nano", batch_size=4, epochs=3, eval_interval=0, init_from="none")
     rows = train("SFT", data_dir / "sft.jsonl", tokenizer_dir, tmp_path, **flags)
     assert {row["epoch"] for row in rows} == {1, 2, 3}
@@ -213,7 +214,7 @@ def test_muon_in_half_precision_orthogonalises(monkeypatch, size):
     coefficients, results = (3.4445, -4.7750, 2.0315), {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         monkeypatch.setattr(optim, "matmul_dtype", lambda device, dtype=dtype: dtype)
-        results[dtype] = optim.orthogonalised(matrices * size, coefficients, 5, 1e-7).float()
+        results[dtype] = optim.newton_schulz(matrices * size, coefficients, 5, 1e-7).float()
     exact = results[torch.float32]
     singular = torch.linalg.svdvals(exact)
     assert singular.min() > 0.5 and singular.max() < 1.3

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from common.checkpoint import load_model, load_weights, save_weights, weights_sha256
+from common.weights import load_model, load_weights, save_weights, weights_sha256
 from Config import LLMConfig, UserError
 from experiments import split_weights
 from model import WeakWater

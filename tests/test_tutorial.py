@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import ROOT, write_jsonl
 
-from common.checkpoint import save_weights
+from common.exits import run
 from common.generation import Decoder
-from common.runtime import run
+from common.weights import save_weights
 from Config import LLMConfig
-from dataset import StepLoader, TextEncoder, evaluation_batches
+from dataset import StepLoader, evaluation_batches
 from make_demo_data import World
 from model import Packing, WeakWater
+from text.tokenizer import TextEncoder
 
 sys.path.insert(0, str(ROOT / "docs"))
 import refresh

@@ -384,7 +384,7 @@ def out_of_memory(measured: dict, folder: Path) -> None:
     limit = ("import resource; size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 2**29;"
              "resource.setrlimit(resource.RLIMIT_AS, (size, size))" if ON_CPU else
              "torch.cuda.set_per_process_memory_fraction(0.01)")  # 0.8 GB of an H100: less work until it is full
-    code = f"import sys, torch, pretrain; from common import runtime; {limit}; sys.exit(runtime.run(pretrain.main))"
+    code = f"import sys, torch, pretrain; from common import runtime; {limit}; sys.exit(exits.run(pretrain.main))"
     flags = [*stage_flags(folder, "pretrain", folder / "out_of_memory"), "--preset", "weakwater-5m", "--batch_size",
              100_000, "--dtype", "fp32"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,139 @@
+"""Weights files, which the next stage, a chat or an evaluation starts from: {"model", "config", "meta"} in one .pth.
+
+`meta["tokenizer"]` holds the texts of the tokenizer's two files, so a weights file alone is all that a chat needs.
+"""
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import runtime
+from common.checkpoint import load, save
+from common.generation import Decoder
+from Config import FLAGS, LLMConfig, OneLineParser, UserError, number
+from model import WeakWater
+from text.tokenizer import TextEncoder, choose_tokenizer
+
+STAGES = {0: "pretrain", 1: "SFT", 2: "distill", 3: "SFT_long"}  # by --model_mode
+
+
+def save_weights(path: Path, model: WeakWater, meta: dict) -> None:
+    """Write {"model": float32 state dict, "config", "meta"}; meta also gets the weights' SHA-256."""
+    tensors = {id(tensor): tensor.detach().cpu() for tensor in model.parameters()}  # tied weights stay one
+    state = {name: tensors[id(parameter)] for name, parameter in model.state_dict(keep_vars=True).items()}
+    meta = meta | {"weights_sha256": weights_sha256(state)}
+    save({"model": state, "config": model.config.to_dict(), "meta": meta}, path)
+
+
+def weights_sha256(state: dict[str, torch.Tensor]) -> str:
+    """Digest of names and values of a state dict on the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode("utf-8"))
+        digest.update(state[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def load_weights(path: Path, hint: str = "") -> tuple[dict[str, torch.Tensor], LLMConfig, dict]:
+    """(state dict, config, meta) of a weights file. Raises UserError; `hint` says how the file is made."""
+    if hint and not Path(path).is_file():
+        raise UserError(f"{path}: no such file ({hint})")
+    content = load(path, ("model", "config", "meta"))
+    if not all(isinstance(content[key], dict) for key in ("model", "config", "meta")):
+        raise UserError(f"{path}: not a WeakWater checkpoint")
+    try:
+        config = LLMConfig.from_dict(content["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return content["model"], config, content["meta"]
+
+
+def load_strict(model: WeakWater, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict strictly. Raises UserError, naming the file, when names or shapes differ."""
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights do not fit its config: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_model(path: Path, device="cpu", hint: str = "") -> tuple[WeakWater, dict]:
+    """The model in a weights file, in eval mode on `device`, and the file's meta. Raises UserError."""
+    state, config, meta = load_weights(path, hint)
+    model = WeakWater(config)
+    load_strict(model, state, path)
+    return model.to(device).eval(), meta
+
+
+# ---------------------------------------------------------------------------------------------
+# the weights that a command line names, ready to run
+
+
+def model_parser(prog: str, description: str) -> OneLineParser:
+    """A parser with the flags that choose weights, tokenizer, device and precision."""
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    modes = ", ".join(f"{mode} {stage}" for mode, stage in STAGES.items())
+    which.add_argument("--model_mode", type=int, choices=tuple(STAGES), help=f"the weights in out_dir of: {modes}")
+    which.add_argument("--checkpoint", metavar="PATH", help="a weights file of any stage")
+    parser.add_argument("--plain", action="store_true", help=FLAGS["plain"].help)
+    for name in ("out_dir", "tokenizer_path", "device", "dtype"):
+        flag = FLAGS[name]
+        parser.add_argument(f"--{name}", default=flag.default, choices=flag.choices or None,
+                            help=f"{flag.help} (default: {flag.default})")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="seed of all chance (default: 42)")
+    return parser
+
+
+@dataclass
+class Loaded:
+    """Weights, ready to run, and what belongs to them."""
+
+    model: WeakWater
+    tokenizer: object
+    encoder: TextEncoder
+    path: Path
+    stage: str
+    device: torch.device
+    dtype: str
+    decoder: Decoder  # the same weights, to generate with
+    described: list[str]  # lines for the user
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether it knows text only, and no chat format."""
+        return self.stage == "pretrain"
+
+    def autocast(self):
+        """The context to run the model in."""
+        return runtime.autocast(self.device, self.dtype)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A random generator on the model's device."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+def open_weights(args) -> Loaded:
+    """What the flags of `model_parser` name. Raises UserError when it is missing, damaged or does not fit together."""
+    device, device_reason = runtime.pick_device(args.device)
+    dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
+    if args.checkpoint is None:
+        stage = STAGES[args.model_mode]
+        path, hint = Path(args.out_dir) / f"{stage}.pth", f"python {stage}.py makes it"
+    else:
+        stage, path, hint = "unknown stage", Path(args.checkpoint), "--checkpoint"
+    model, meta = load_model(path, device, hint)
+    stage = str(meta.get("stage", stage))
+    tokenizer = choose_tokenizer(args.tokenizer_path, str(path), meta.get("tokenizer"), meta.get("tokenizer_sha256"))
+    encoder = TextEncoder.of(tokenizer)
+    if encoder.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer has {encoder.vocab_size:,} entries, {path} only {model.config.vocab_size:,}: "
+                        "not the one it was trained with; name that with --tokenizer_path")
+    described = [f"{stage}: {path}, step {meta.get('step', '?')}, {sum(model.num_parameters().values()):,} parameters, "
+                 f"context of {model.config.max_seq_len:,} tokens",
+                 f"device {device}: {device_reason}; dtype {dtype}: {dtype_reason}"]
+    decoder = Decoder(model, dtype, args.plain)
+    return Loaded(model, tokenizer, encoder, path, stage, device, dtype, decoder, described + decoder.lines)
