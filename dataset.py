@@ -416,8 +416,6 @@ def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, ki
         counts = trains[number].counts if val_path is None else val.counts
         counts[0]["doubles in validation"] = len(val) - len(once)
         val.keep(once)  # in the order of the hashes: the first --eval_tokens are then a fair sample
-        if val_path is not None:
-            say(f"validation: {val.names[0]}: {_in_words(val.counts[0])}")
     if val_path is not None or len(sources) > 1:
         hashes = np.concatenate([val.hash for val in vals])
         for train in trains:
@@ -432,7 +430,8 @@ def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, ki
         say(f"data: {part.names[0]}: {_in_words(part.counts[0])}; {len(part):,} train "
             f"({int(part.length.sum()):,} tokens)")
     for part in vals:
-        say(f"validation: {part.names[0]}: {len(part):,} documents ({int(part.length.sum()):,} tokens)")
+        counted = "" if val_path is None else f"{_in_words(part.counts[0])}; "
+        say(f"validation: {part.names[0]}: {counted}{len(part):,} documents ({int(part.length.sum()):,} tokens)")
     return train, val
 
 

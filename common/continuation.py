@@ -1,5 +1,8 @@
 """What a model says while it learns: one greedy continuation at each validation."""
 
+import sys
+from contextlib import nullcontext
+
 import torch
 
 from common.runtime import autocast
@@ -32,7 +35,8 @@ def greedy(net: WeakWater, prompt: list[int], n_tokens: int, vocab_size: int, st
     net.eval()
     cache = KVCache(net.config, 1, len(prompt) + n_tokens, device, cache_dtype(torch.device(device), DTYPES[dtype]))
     ids, tokens = [], prompt
-    with torch.compiler.set_stance("force_eager"), autocast(device, dtype):
+    compiled = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it takes a second
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), autocast(device, dtype):
         while len(ids) < n_tokens:
             logits_V = net(torch.tensor([tokens], device=device), cache=cache)[0, -1]
             next_id = int(logits_V[:vocab_size].argmax())

@@ -87,9 +87,9 @@ class RunLog:
     def step(self, run, loss: float, lr: float, norm: float, scores: dict | None) -> None:
         """Print a line about the last step, with the `scores` of a validation if there was one; the same as JSONL."""
         epoch, step_in_epoch = run.place(run.steps_done - 1)
-        steps_left = run.epoch_ends[epoch] - run.steps_done
+        steps_left = min(run.epoch_ends[epoch], run.total_steps) - run.steps_done
         rate, minutes = self.meter.rate(), self.meter.minutes(steps_left)
-        line = (f"Epoch:[{epoch + 1}/{run.args.epochs}]({step_in_epoch + 1}/{step_in_epoch + 1 + steps_left}) "
+        line = (f"Epoch:[{epoch + 1}/{len(run.epoch_ends)}]({step_in_epoch + 1}/{step_in_epoch + 1 + steps_left}) "
                 f"loss:{loss:.3f} lr:{lr:.12f} epoch_Time:{minutes:.1f}min tokens/s:{rate:,.0f} grad_norm:{norm:.3f}")
         if self.peak:
             line += f" mfu:{rate * self.flops_per_token / self.peak / run.ranks.world_size:.1%}"
@@ -151,9 +151,8 @@ class RunLog:
         def start():
             import wandb
 
-            if not os.environ.get("WANDB_MODE") and not wandb.api.api_key:
-                os.environ["WANDB_MODE"] = "offline"
-            self.wandb = wandb.init(project=project, name=self.stage, config=settings, dir=str(self.out_dir))
+            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+            self.wandb = wandb.init(project=project, name=self.stage, config=settings, dir=str(self.out_dir), mode=mode)
 
         self._wandb("init", start)
 

@@ -37,7 +37,7 @@ from Config import FLAGS, OneLineParser, UserError
 from dataset import StepLoader, evaluation_batches, load_documents, make_micro_batch
 from experiments.no_think_control import without_thoughts
 from model import Packing, apply_rotary, attention, boundaries_of
-from text.chat import CONTEXT, REPLY, TAG, THINK, encode_chat
+from text.chat import CONTEXT, REPLY, TAG, THINK, ChatEncoder, encode_chat
 from text.records import parse_record, read_lines
 from text.tokenizer import TextEncoder, load_tokenizer
 from train_tokenizer import CONTROL, MAX_WORD_CHARS, token_byte_lengths
@@ -140,11 +140,12 @@ def show_tokenizer(args) -> None:
     words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
     print(" | ".join(text[begin:end] for _, (begin, end) in words))
 
+    chat = ChatEncoder.of(tokenizer)
     title("the same characters, said by the user and by the assistant")
     for said in ("</s>", "<think>"):
         for role in ("user", "assistant"):
             ids, _ = encode_chat(tokenizer, [{"role": role, "content": said}])
-            content = ids[len(encoder.headers[role]):-1 - len(encoder.newline)]  # without header, </s> and newline
+            content = ids[len(chat.headers[role]):-1 - len(chat.newline)]  # without header, </s> and newline
             assert encoder.eos_id not in content
             print(f"{said:8} {role:10} {content}")
 
@@ -161,7 +162,7 @@ def show_sample(args) -> None:
     # a small optimizer step: this conversation and the three after it, in two micro-batches
     few = documents.take(np.arange(document, document + 4) % len(documents))
     loader = StepLoader(few, max_seq_len=512, batch_size=1, accumulation_steps=2, seed=1, order="file")
-    step = loader.step(epoch=0, number=0)
+    step = loader.step(epoch=0, step_in_epoch=0)
     with torch.no_grad():
         if args.part in ("all", "record"):
             sample_record(args, tokenizer, documents, document)
@@ -372,7 +373,7 @@ def show_attention(args) -> None:
     first, second = (torch.from_numpy(documents.tokens(document)) for document in (0, 1))
     with torch.no_grad():
         title("attention weights of head 0 in layer 0: two packed documents of four tokens each")
-        said = slice(len(TextEncoder.of(tokenizer).headers["user"]), len(TextEncoder.of(tokenizer).headers["user"]) + 4)
+        said = slice(len(ChatEncoder.of(tokenizer).headers["user"]), len(ChatEncoder.of(tokenizer).headers["user"]) + 4)
         tokens, lengths = torch.cat([first[said], second[said]])[None], [4, 4]
         packing = Packing(lengths, boundaries_of(lengths))
         block, x = model.model.layers[0], model.model.embed_tokens(tokens)

@@ -1,4 +1,4 @@
-"""The built-in corpus, read back from its files: what it holds, and that what is held out is held out."""
+"""make_demo_data.py: the content of its files, and the held-out guarantees, checked by reading the files back."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ TEXTS = ("pretrain.jsonl", "val/pretrain.jsonl")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The corpus of a seed that no document speaks of."""
+    """The corpus of a seed that the docs do not use."""
     path = tmp_path_factory.mktemp("demo")
     demo.main(["--out_dir", str(path), "--seed", "20"])
     return path
@@ -42,7 +42,7 @@ def turns(files, names=CHATS) -> list[tuple[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------
-# reading sums and problems back from words, by rules of our own: not by the program that wrote them
+# parse sums and problems from text, independently of the generator
 
 WORDS_OF = {"+": ("加", "又买了", "又收到", "朋友送来", "又找到", "邻居给了", "又添了"),
             "-": ("减", "用掉", "送出", "丢了", "卖掉", "借走", "坏了"),
@@ -54,7 +54,7 @@ BARE_SUM = re.compile(r"(\d+)(加|减|乘|除以)(\d+)等于")
 
 
 def compute(a: int, operation: str, b: int) -> int:
-    """a operation b; a quotient must come out even."""
+    """a operation b. Asserts that a quotient is an integer."""
     if operation == "/":
         assert a % b == 0
         return a // b
@@ -62,7 +62,7 @@ def compute(a: int, operation: str, b: int) -> int:
 
 
 def chains_in(text: str) -> list[tuple]:
-    """Every (start, (operation, number), ...) that is told in a text, bare sums included."""
+    """Every (start, (operation, number), ...) in a text, including bare sums."""
     chains = [(int(a), (OPERATION_OF[word], int(b))) for a, word, b in BARE_SUM.findall(text)]
     begins = list(STARTING.finditer(text))
     for i, begin in enumerate(begins):
@@ -89,18 +89,18 @@ def spelled(chain: tuple) -> str:
 
 @pytest.fixture(scope="module")
 def trained_chains(files) -> list[tuple]:
-    """Every chain in a training or validation file: in texts, in questions, and in thoughts and replies."""
+    """Every chain in the training and validation files: in texts, questions, thoughts and replies."""
     texts = [r["text"] for name in TEXTS for r in files[name]]
     texts += [part for pair in turns(files) for part in pair]
     return [chain for text in texts for chain in chains_in(text)]
 
 
 # ---------------------------------------------------------------------------------------------
-# what it holds
+# content
 
 
-def test_it_is_as_large_as_it_says(files, trained_chains):
-    """At least 300 facts, 20,000 problems of several steps, 40 sentence frames; long chats, greetings, who-are-you."""
+def test_the_corpus_has_the_documented_size(files, trained_chains):
+    """At least 300 facts, 20,000 multi-step problems and 40 sentence templates; also long chats and small talk."""
     facts = {(q["entity"], q["relation"]) for q in files["eval/facts.jsonl"]}
     assert len(facts) == len(files["eval/facts.jsonl"]) >= 300
     assert len({spelled(chain) for chain in trained_chains if len(chain) > 2}) >= 20_000
@@ -118,7 +118,7 @@ def test_it_is_as_large_as_it_says(files, trained_chains):
 
 
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
-    """And another seed another world."""
+    """Another seed gives another world."""
     def digest(path):
         return {p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).digest() for p in path.rglob("*.jsonl")}
 
@@ -128,8 +128,8 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     assert all(digest(tmp_path / "other")[name] != value for name, value in digest(folder).items())
 
 
-def test_questions_have_one_right_answer(files):
-    """The value alone among its choices, and no choice stands in a question or in an entity's name."""
+def test_questions_have_one_correct_answer(files):
+    """The answer is one of the choices. No choice occurs in the question or in another choice."""
     for question in files["eval/facts.jsonl"]:
         choices = question["choices"]
         assert len(set(choices)) == len(choices) and question["answer"] in choices
@@ -144,8 +144,8 @@ def test_questions_have_one_right_answer(files):
         assert str(value) == question["answer"] and spelled(chain) == question["numbers"]
 
 
-def test_every_reply_is_right(files):
-    """Facts, sums, problems and thoughts in the chats: answers computed again, every line of every thought too."""
+def test_every_reply_is_correct(files):
+    """Answers to facts, sums and problems are recomputed, and so is every line of every thought."""
     checked = Counter()
     relations = {relation.name: relation for relation in demo.OF_PEOPLE + demo.OF_PLACES}
     values = {frame.format(e=q["entity"]): q["answer"] for q in files["eval/facts.jsonl"]
@@ -177,8 +177,8 @@ def test_every_reply_is_right(files):
 # what is held out
 
 
-def test_every_fact_stands_in_the_pretraining_text(files):
-    """As one of the sentences that tell it, and with no other value."""
+def test_every_fact_is_in_the_pretraining_text(files):
+    """In at least three sentences of the templates, and never with another value."""
     text = "".join(r["text"] for r in files["pretrain.jsonl"])
     sentences = set(re.findall(r"[^。]*。", text))
     relations = {relation.name: relation for relation in demo.OF_PEOPLE + demo.OF_PLACES}
@@ -190,7 +190,7 @@ def test_every_fact_stands_in_the_pretraining_text(files):
         assert not [v for v, times in told.items() if times and v != question["answer"]], question
 
 
-def test_asked_facts_are_asked_in_other_words_only(files):
+def test_chats_ask_facts_in_other_words_than_eval(files):
     everywhere = {question for question, _ in turns(files)}
     asked = {question for question, _ in turns(files, ("sft_512.jsonl", "sft_1024.jsonl"))}
     for question in files["eval/facts.jsonl"]:
@@ -202,7 +202,7 @@ def test_asked_facts_are_asked_in_other_words_only(files):
 
 
 def test_facts_never_asked_are_in_no_chat(files):
-    """Neither the question in any words, nor any turn that names entity and value, or entity and relation."""
+    """No turn contains a question about the fact, entity and value, or entity and relation."""
     pairs = [question + reply for question, reply in turns(files)]
     relations = {relation.name: relation for relation in demo.OF_PEOPLE + demo.OF_PLACES}
     by_entity = {}
@@ -218,7 +218,7 @@ def test_facts_never_asked_are_in_no_chat(files):
 
 
 def test_one_step_questions_are_in_no_training_file(files, trained_chains):
-    """Not as a sum in words or in signs, not as a story, not as a step of a longer problem or of a thought."""
+    """Neither as a sum in words or symbols, nor as a story, nor as a step of a longer problem or of a thought."""
     held_out = {question["numbers"] for question in files["eval/one_step.jsonl"]}
     assert len(held_out) == len(files["eval/one_step.jsonl"])
     trained = {f"{a}{operation}{b}" for chain in trained_chains for a, operation, b in triples_of(chain)}
@@ -230,7 +230,7 @@ def test_one_step_questions_are_in_no_training_file(files, trained_chains):
 
 
 def test_multi_step_questions_are_in_no_training_file(files, trained_chains):
-    """Start and steps together, whatever the person, the thing and the words; nor as a part of a longer problem."""
+    """Start and steps, in any wording; also not as part of a longer problem."""
     held_out = {question["numbers"] for question in files["eval/multi_step.jsonl"]}
     assert len(held_out) == len(files["eval/multi_step.jsonl"])
     parts = set()
@@ -245,7 +245,7 @@ def test_validation_is_not_trained_on(files):
     for name in ("pretrain.jsonl", "sft_512.jsonl", "r1_1024.jsonl"):
         trained = {json.dumps(r, ensure_ascii=False) for r in files[name]}
         own = [r for r in files[f"val/{name}"] if json.dumps(r, ensure_ascii=False) not in trained]
-        assert len(own) >= 0.5 * len(files[f"val/{name}"])  # greetings repeat: load_splits takes doubles out
+        assert len(own) >= 0.5 * len(files[f"val/{name}"])  # greetings repeat; load_splits removes duplicates
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_validation_is_not_trained_on(files):
 
 
 def test_a_share_of_the_training_files(files, tmp_path, capsys):
-    """Smaller training files, as many questions; a share of nothing is refused."""
+    """Training files shrink, the number of questions does not. Invalid shares are rejected."""
     demo.main(["--out_dir", str(tmp_path), "--seed", "20", "--share", "0.1"])
     lines = {p.relative_to(tmp_path).as_posix(): p.read_bytes().count(b"\n") for p in tmp_path.rglob("*.jsonl")}
     assert lines.keys() == files.keys()

@@ -73,7 +73,7 @@ def learn(plain, dtype):
 
 def compare(dtype):
     _, loss, gradient, scored = learn(True, dtype)
-    lines, fast_loss, fast_gradient, fast_scored = learn(False, dtype)
+    lines, replaced_loss, replaced_gradient, replaced_scored = learn(False, dtype)
     prompts, new = [[5, 6, 7, 8, 9], [11, 12]], 12
     decoder = Decoder(model.eval(), dtype)
     batched = [g.ids for g in generate(decoder, prompts, new, Sampling(), ())]
@@ -87,9 +87,9 @@ def compare(dtype):
             with torch.no_grad(), runtime.autocast(device, dtype):
                 ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
         uncached.append(ids[len(prompt):])
-    return ({"lines": lines + decoder.lines, "native": native, "loss": fast_loss / loss - 1,
-                      "gradient": float((fast_gradient - gradient).norm() / gradient.norm()),
-                      "score": fast_scored / scored - 1, "batched": batched == uncached, "alone": alone == uncached})
+    return {"lines": lines + decoder.lines, "native": native, "loss": replaced_loss / loss - 1,
+            "gradient": float((replaced_gradient - gradient).norm() / gradient.norm()),
+            "score": replaced_scored / scored - 1, "batched": batched == uncached, "alone": alone == uncached}
 
 open("found.json", "w").write(json.dumps({dtype: compare(dtype) for dtype in ("fp32", "bf16")}))
 """
@@ -157,7 +157,7 @@ def run(main, *argv):
         main([*argv, "--tokenizer_path", tokenizer, "--device", "cpu", "--dtype", "fp32"])
     return out.getvalue()
 
-for name, plain in (("plain", ["--plain"]), ("fast", [])):
+for name, plain in (("plain", ["--plain"]), ("replaced", [])):
     log = run(pretrain.main, "--data_path", data, "--out_dir", name, "--preset", "nano", "--max_seq_len", "64",
               "--batch_size", "4", "--max_steps", "6", "--log_interval", "1", "--optimizer", "adamw",
               "--learning_rate", "0.01", *plain)
@@ -174,11 +174,11 @@ def test_the_scripts_follow_an_edit(tmp_path, text_file, tokenizer_dir):
     done = subprocess.run([sys.executable, "-c", SCRIPTS, str(text_file), str(tokenizer_dir)], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    plain, fast = map(json.loads, done.stdout.splitlines())
-    losses = [[row["loss"] for row in read_rows(tmp_path / name, "pretrain")] for name in ("plain", "fast")]
+    plain, replaced = map(json.loads, done.stdout.splitlines())
+    losses = [[row["loss"] for row in read_rows(tmp_path / name, "pretrain")] for name in ("plain", "replaced")]
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
-    assert fast["scores"]["loss"] == pytest.approx(plain["scores"]["loss"], rel=1e-5)
-    assert fast["text"] == plain["text"] != ""
+    assert replaced["scores"]["loss"] == pytest.approx(plain["scores"]["loss"], rel=1e-5)
+    assert replaced["text"] == plain["text"] != ""
     for words in ("since SwiGLU edited", "since RMSNorm edited", "attention (documents"):
-        assert words in fast["log"] and words not in plain["log"]
+        assert words in replaced["log"] and words not in plain["log"]
     assert "without replacements: --plain" in plain["log"]

@@ -196,7 +196,7 @@ def test_cross_entropy(vocab_size):
 
 
 def test_the_exponential_is_exact():
-    """For logits 0 and -gap, the loss of the first is log(1 + exp(-gap)), its gradient minus the second's probability."""
+    """For logits 0 and -gap, the loss of the first is log(1 + exp(-gap)), its gradient -probability of the other."""
     gaps = torch.linspace(0, 12, 97).bfloat16()
     logits, targets = torch.stack([torch.zeros_like(gaps), -gaps], 1), torch.zeros(97, dtype=torch.int64)
     losses = kernels.cross_entropy(logits, targets, torch.ones(97))

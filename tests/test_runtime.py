@@ -1,4 +1,4 @@
-"""common/runtime.py and what a loop asks of the machine: devices, memory, when to save, copies, precision of Muon."""
+"""common/runtime.py: devices and memory. Also when the state is saved, copies to the device, and the dtype of Muon."""
 
 import time
 import types
@@ -17,8 +17,8 @@ from model import WeakWater
 
 @pytest.mark.parametrize("cuda, says", [
     (None, "pip install --force-reinstall torch=="), ("13.0", "cannot start CUDA 13.0")])
-def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, cuda, says):
-    """A GPU beside a torch without CUDA, or an old driver: training on the CPU would go unnoticed for hours."""
+def test_a_gpu_that_torch_cannot_use_is_reported(monkeypatch, cuda, says):
+    """torch without CUDA, or an old driver: otherwise training on the CPU could go unnoticed for hours."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -29,7 +29,7 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, cuda, says):
     assert device.type == "cpu" and "a GPU is here" in reason and says in reason and "\n" not in reason
     with pytest.raises(UserError, match="a GPU is here"):
         runtime.pick_device("cuda")
-    with monkeypatch.context() as hidden:  # the user's own choice is no fault
+    with monkeypatch.context() as hidden:  # the user's own choice is not an error
         hidden.setenv("CUDA_VISIBLE_DEVICES", "")
         assert "GPU" not in runtime.pick_device("auto")[1]
     monkeypatch.setattr(runtime.os.path, "exists", lambda path: False)
@@ -38,7 +38,7 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, cuda, says):
         runtime.pick_device("cuda")
 
 
-def test_the_machine_names_its_processor():
+def test_describe_machine_names_the_processor():
     said = runtime.describe_machine(torch.device("cpu"))
     assert f"torch {torch.__version__}" in said and "\n" not in said
     info = Path("/proc/cpuinfo")
@@ -51,7 +51,7 @@ def test_the_machine_names_its_processor():
 
 
 def advice_of(error, device="cpu", tokens=10**9, **settings) -> str:
-    """What the user reads when `error` ends a loop of so many rows over so many tokens."""
+    """The message when `error` ends a training loop over `tokens` tokens."""
     args = types.SimpleNamespace(**dict(batch_size=32, accumulation_steps=1, max_seq_len=16,
                                         gradient_checkpointing=False) | settings)
     net = WeakWater(LLMConfig.preset("nano", vocab_size=97))
@@ -63,13 +63,13 @@ def advice_of(error, device="cpu", tokens=10**9, **settings) -> str:
 
 
 @pytest.mark.parametrize("rows, accumulation_steps, bytes_free, advice", [
-    (32, 1, 18e6, "--batch_size 16 --accumulation_steps 2 should fit"),  # room for 17: 16 of them divide the step
-    (32, 1, 40e6, "--batch_size 16 --accumulation_steps 2 should fit"),  # never as many as just failed
+    (32, 1, 18e6, "--batch_size 16 --accumulation_steps 2 should fit"),  # 17 rows fit; 16 divide the step
+    (32, 1, 40e6, "--batch_size 16 --accumulation_steps 2 should fit"),  # never the number that just failed
     (30, 2, 10.5e6, "--batch_size 6 --accumulation_steps 10 should fit"),
     (32, 1, 0.5e6, "--gradient_checkpointing needs less; so does a shorter --max_seq_len")])
 def test_a_batch_size_that_fits(monkeypatch, rows, accumulation_steps, bytes_free, advice):
-    """On a GPU: what is free, less weights, gradients and optimizer, over what a row was measured to need; one row
-    less, since a buffer of chats may hold one more."""
+    """On a GPU: free memory minus weights, gradients and optimizer state, divided by the measured need per row; one
+    row less, since a buffer of chats may hold one more."""
     monkeypatch.setattr(runtime.BatchSizeAdvice, "peak_bytes", lambda self, rows: 5e6 + rows * 1e6)
     fixed = 4 * 4 * sum(WeakWater(LLMConfig.preset("nano", vocab_size=97)).num_parameters().values())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((bytes_free + fixed) / 0.9, 1e12))
@@ -84,20 +84,20 @@ def test_a_batch_size_that_fits(monkeypatch, rows, accumulation_steps, bytes_fre
 @pytest.mark.parametrize("message", [
     "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", "MPS backend out of memory (MPS allocated",
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
-def test_where_nothing_is_measured_half_is_suggested(message):
-    """On a CPU and on MPS, in every form in which a lack of memory shows."""
+def test_without_a_measurement_half_is_suggested(message):
+    """On a CPU and on MPS, for every form of an out-of-memory error."""
     said = advice_of(RuntimeError(message), gradient_checkpointing=True)
     assert "--batch_size 16 --accumulation_steps 2 needs less" in said and "--gradient_checkpointing" not in said
 
 
-def test_rows_that_the_data_does_not_fill_need_no_memory():
-    """20,000 rows of which the data fills 100: half of the 100, not of the 20,000."""
+def test_rows_without_data_are_not_counted():
+    """The data fills 100 of 20,000 rows: the advice is half of 100."""
     said = advice_of(RuntimeError("can't allocate memory"), batch_size=20_000, tokens=16 * 100 - 5)
     assert "--batch_size 50 --accumulation_steps 400 needs less" in said
 
 
-def test_no_memory_to_measure_in(monkeypatch):
-    """Out of memory once more while it is measured: nothing is claimed to fit."""
+def test_the_measurement_runs_out_of_memory(monkeypatch):
+    """The message then does not claim that anything fits."""
     def full(self, rows):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -106,7 +106,7 @@ def test_no_memory_to_measure_in(monkeypatch):
     assert "--batch_size 16 --accumulation_steps 2 needs less" in said and "fit" not in said
 
 
-def test_other_errors_pass_the_advice_by():
+def test_other_errors_are_not_changed():
     args = types.SimpleNamespace(batch_size=32, max_seq_len=16)
     with pytest.raises(RuntimeError, match="shapes"):
         with runtime.BatchSizeAdvice(args, None, torch.device("cpu"), "fp32", 1000):
@@ -114,7 +114,7 @@ def test_other_errors_pass_the_advice_by():
 
 
 def test_a_stage_out_of_memory(text_file, tokenizer_dir, tmp_path, monkeypatch):
-    """The advice is around the loop of the stage scripts."""
+    """The stage scripts give the advice."""
     def full(self, *inputs, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -128,7 +128,7 @@ def test_a_stage_out_of_memory(text_file, tokenizer_dir, tmp_path, monkeypatch):
 
 
 def test_when_the_state_is_saved(monkeypatch):
-    """As often as asked; where nothing is asked every 500 steps, at most once a minute."""
+    """At --save_interval; by default every 500 steps, but at most once a minute."""
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     asked, default = run_state.SaveSchedule(3), run_state.SaveSchedule(None)
@@ -144,8 +144,8 @@ def test_when_the_state_is_saved(monkeypatch):
     assert not default.is_due(20_001) and default.is_due(20_500)  # of steps of seconds, each 500th
 
 
-def test_a_fast_run_saves_at_its_end_alone(text_file, tokenizer_dir, tmp_path, monkeypatch):
-    """Without --save_interval, a run of less than a minute writes one state; with it, as many as it says."""
+def test_a_short_run_saves_only_at_its_end(text_file, tokenizer_dir, tmp_path, monkeypatch):
+    """Without --save_interval, a run shorter than a minute saves one state; with it, the state at every interval."""
     is_due = run_state.SaveSchedule.is_due
     monkeypatch.setattr(run_state.SaveSchedule, "is_due",
                         lambda self, step: is_due(self, step * 500 if self.least_seconds else step))
@@ -164,8 +164,8 @@ def test_a_fast_run_saves_at_its_end_alone(text_file, tokenizer_dir, tmp_path, m
 
 
 @pytest.mark.parametrize("device, pinned", [("mps", False), ("cuda", True)])
-def test_only_pinned_memory_is_copied_without_waiting(monkeypatch, device, pinned):
-    """From other memory, which is freed at once, a copy that nobody waits for reads whatever stands there by then."""
+def test_only_pinned_memory_is_copied_asynchronously(monkeypatch, device, pinned):
+    """Other memory is freed at once, so an asynchronous copy could read what is written there later."""
     batch, copies = MicroBatch(np.zeros(3), [3], np.zeros(2), np.zeros(2), np.zeros(2)), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone().fill_(7))
     monkeypatch.setattr(torch.Tensor, "to", lambda self, where, non_blocking: copies.append(
@@ -175,7 +175,7 @@ def test_only_pinned_memory_is_copied_without_waiting(monkeypatch, device, pinne
 
 
 def test_an_epoch_is_planned_once(data_dir, tokenizer_dir, cache_dir, tmp_path, monkeypatch):
-    """The next step is asked for before the line of this one is written: that line must not plan its epoch anew."""
+    """The next step is loaded before the log line of the current one, which must not plan the epoch again."""
     planned, plan = [], StepLoader._plan_epoch
     monkeypatch.setattr(StepLoader, "_plan_epoch",
                         lambda self, passes: planned.append(self._epoch) or plan(self, passes))
@@ -185,8 +185,8 @@ def test_an_epoch_is_planned_once(data_dir, tokenizer_dir, cache_dir, tmp_path, 
     assert planned == [0, 1, 2, 0, 1, 2], planned  # once to count the steps, once to take them
 
 
-def test_steps_are_what_the_loader_gives(text_file, tokenizer_dir, tmp_path, monkeypatch):
-    """Each step trains on the rows of its own number, across an epoch's end."""
+def test_the_loop_trains_on_the_steps_of_the_loader(text_file, tokenizer_dir, tmp_path, monkeypatch):
+    """Each step trains on the rows of its number, also across the end of an epoch."""
     asked, trained = [], []
     step = StepLoader.step
     monkeypatch.setattr(StepLoader, "step",
@@ -202,13 +202,13 @@ def test_steps_are_what_the_loader_gives(text_file, tokenizer_dir, tmp_path, mon
 
 
 # ---------------------------------------------------------------------------------------------
-# precision of Muon
+# the dtype of Muon
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-4, 1e-8])
-def test_muon_in_half_precision_orthogonalises(monkeypatch, size):
-    """GPUs before Ampere have no fast bfloat16: float16 gives what float32 gives, also of gradients that are too small
-    for float16, as those of queries are at first."""
+def test_newton_schulz_in_half_precision(monkeypatch, size):
+    """GPUs before Ampere lack fast bfloat16. float16 gives the same as float32, also for gradients that are too small
+    for float16, as those of queries are at the start."""
     torch.manual_seed(0)
     matrices = torch.randn(2, 48, 96)
     coefficients, results = (3.4445, -4.7750, 2.0315), {}

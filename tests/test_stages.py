@@ -547,9 +547,13 @@ def test_wandb_never_stops_training(text_file, tokenizer_dir, tmp_path, monkeypa
         logged.append(values | {"step": step})
 
     run = types.SimpleNamespace(log=log, finish=lambda: call("finish"))
-    fake = types.SimpleNamespace(init=lambda **_: call("init") or run, api=types.SimpleNamespace(api_key=None))
+    def init(mode, **settings):
+        assert mode == "offline", "nobody is logged in"
+        return call("init") or run
+
+    fake = types.SimpleNamespace(init=init, login=lambda prompt: False)
     monkeypatch.setitem(sys.modules, "wandb", None if fault == "missing" else fake)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     rows = train("pretrain", text_file, tokenizer_dir, tmp_path, use_wandb=True, max_steps=3, **SMALL)
     said = capsys.readouterr().out
     assert len(rows) == 3 and (tmp_path / "pretrain.pth").is_file()

@@ -1,4 +1,4 @@
-"""Law 1: the network is transformers' Llama (Qwen3 with qk_norm): parameters, logits, losses and gradients."""
+"""Invariant 1: parameters, logits, losses and gradients equal those of transformers' Llama (Qwen3 with qk_norm)."""
 
 import pytest
 import torch
@@ -22,10 +22,10 @@ PATHS = dict(argvalues=[False, True], ids=["plain", "replaced"])
 
 
 def twins(variant: str, dtype: torch.dtype, replaced: bool):
-    """(our model, transformers' with the same weights), all weights random, those of the norms too; ours as model.py
-    says, or with the faster forwards.
+    """(our model, transformers' model with the same weights). All weights are random, including norm scales. Ours is
+    plain, or `replaced`: with the faster forwards.
 
-    Not its eager attention, whose softmax is float32 whatever the model is.
+    transformers' eager attention is not used: its softmax is in float32 whatever the model's dtype.
     """
     torch.manual_seed(1)
     c = LLMConfig.preset("nano", vocab_size=97, max_seq_len=64, **VARIANTS[variant])
@@ -37,7 +37,7 @@ def twins(variant: str, dtype: torch.dtype, replaced: bool):
 
 
 def close(a: torch.Tensor, b: torch.Tensor, float64: float = 1e-9) -> bool:
-    """Equal to the law's share of the largest value."""
+    """True if the tensors agree to the invariant's tolerance, relative to the largest value."""
     tolerance = float64 if a.dtype == torch.float64 else 1e-5
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
@@ -46,7 +46,7 @@ def close(a: torch.Tensor, b: torch.Tensor, float64: float = 1e-9) -> bool:
     (None, 28_975_616), ("weakwater-30m", 28_975_616), ("weakwater-5m", 5_655_296), ("weakwater-30m-gqa", 29_503_232),
     ("nano", 6400 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64) + 64)])
 def test_parameter_counts(preset, expected):
-    """Every preset has the parameters it is named for, and the printed parts add up to them."""
+    """Every preset has the documented number of parameters, and the parts add up to it."""
     with torch.device("meta"):
         model = WeakWater(LLMConfig.preset(preset) if preset else LLMConfig())
     assert sum(p.numel() for p in model.parameters()) == expected
@@ -54,7 +54,7 @@ def test_parameter_counts(preset, expected):
 
 
 def test_untied_head_is_counted():
-    """An output projection of its own is a part of its own."""
+    """An untied output projection is counted separately."""
     parts = WeakWater(LLMConfig.preset("nano", tie_embeddings=False)).num_parameters()
     assert parts["lm_head"] == parts["embedding"] == 6400 * 64
 
@@ -63,13 +63,13 @@ def test_untied_head_is_counted():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_and_gradients(variant, dtype, replaced):
-    """Rows: logits, the loss of the training path, and every gradient equal transformers'."""
+    """Rows: logits, the training loss and every gradient equal those of transformers."""
     ours, theirs = twins(variant, dtype, replaced)
     tokens = torch.randint(0, 97, (3, 64))
     logits = theirs(tokens).logits
     assert close(ours(tokens), logits)
 
-    index = torch.cat([torch.arange(63) + 64 * row for row in range(3)])  # all but each row's last predict
+    index = torch.cat([torch.arange(63) + 64 * row for row in range(3)])  # all positions except the last of each row
     targets, weights = tokens[:, 1:].flatten(), torch.rand(3 * 63, dtype=dtype)
     nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
     (nats * weights).sum().backward()
@@ -82,7 +82,7 @@ def test_logits_and_gradients(variant, dtype, replaced):
         loss.backward()
         assert {n for n, _ in ours.named_parameters()} == set(expected)
         for name, parameter in ours.named_parameters():
-            # both compute the norm, and its gradient, in float32 whatever the dtype, but not in the same order
+            # both compute norms and their gradients in float32 whatever the dtype, but in different order
             assert close(parameter.grad.float(), expected[name].float()), name
 
 
@@ -90,10 +90,10 @@ def test_logits_and_gradients(variant, dtype, replaced):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_logits(variant, dtype, replaced):
-    """Packed: each document has the logits that transformers gives it alone.
+    """Packed: each document has the logits that transformers computes for it alone.
 
-    Products of other shapes differ in their last bit, and a norm, which rounds to float32 in a float64 model too, can
-    make 1e-8 of that (one value in this test; none in 900 other documents). Rows have the same shapes and no such luck.
+    Matmuls of other shapes differ in the last bit. A norm rounds to float32, also in a float64 model, and can turn that
+    into 1e-8 (one value in this test; none in 900 other documents). For rows, shapes are equal and this cannot happen.
     """
     ours, theirs = twins(variant, dtype, replaced)
     documents = [torch.randint(0, 97, (1, n)) for n in LENGTHS]
@@ -118,14 +118,14 @@ def test_packed_logits(variant, dtype, replaced):
     (dict(rope_theta="1e4"), "rope_theta must be a finite number"),
     (dict(tie_embeddings=1), "tie_embeddings must be True or False"),
 ])
-def test_senseless_configs_are_refused(wrong, reason):
-    """A config that makes no sense is refused with the reason."""
+def test_invalid_configs_are_rejected(wrong, reason):
+    """The error names the reason."""
     with pytest.raises(UserError, match=reason):
         LLMConfig(**wrong)
 
 
-def test_unknown_names_are_refused():
-    """An unknown preset and an unknown field are named."""
+def test_unknown_names_are_rejected():
+    """The error names the unknown preset or field."""
     with pytest.raises(UserError, match="7b.*weakwater-30m"):
         LLMConfig.preset("7b")
     with pytest.raises(UserError, match="experts"):
@@ -133,8 +133,8 @@ def test_unknown_names_are_refused():
     assert LLMConfig.from_dict(LLMConfig().to_dict()) == LLMConfig()
 
 
-def test_too_long_a_sequence_is_refused():
-    """A sequence beyond max_seq_len, packed or not, and lengths that do not add up are refused."""
+def test_sequences_that_are_too_long_are_rejected():
+    """Sequences beyond max_seq_len, packed or not, and lengths that do not add up."""
     model = WeakWater(LLMConfig.preset("nano", vocab_size=97, max_seq_len=16))
     model(torch.zeros(1, 32, dtype=torch.long), lengths=[16, 16])
     for tokens, lengths in ((17, None), (20, [3, 17]), (20, [10, 9]), (8, [10, -2]), (8, [0, 8])):
@@ -146,7 +146,7 @@ def test_too_long_a_sequence_is_refused():
                          ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.015)], ids=str)
 def test_attention_in_blocks(shape, dtype, tolerance):
-    """What a CPU does in bf16: the library's attention in float32 on the same numbers, and its gradients."""
+    """The attention for bf16 on a CPU equals torch's attention in float32 on the same numbers; so do its gradients."""
     torch.manual_seed(3)
     B, T, H, K, D = shape
     ours = [torch.randn(B, T, heads, D, dtype=dtype, requires_grad=True) for heads in (H, K, K)]
@@ -160,9 +160,9 @@ def test_attention_in_blocks(shape, dtype, tolerance):
         assert (a.float() - b).abs().max() <= tolerance * b.abs().max()
 
 
-def test_which_attention_a_cpu_takes(monkeypatch):
-    """In bf16 in blocks (packed, only without kernels.c), in float32 the library's."""
-    taken, has_c = [], kernels.why_unavailable() is None
+def test_attention_on_a_cpu(monkeypatch):
+    """In bf16, attention in blocks (for packed buffers only without kernels.c); in float32, torch's."""
+    called, has_c = [], kernels.why_unavailable() is None
     tokens = torch.randint(0, 97, (1, 30))
 
     def net(dtype: str) -> WeakWater:
@@ -171,16 +171,16 @@ def test_which_attention_a_cpu_takes(monkeypatch):
         return model
 
     single, half = net("fp32"), net("bf16")
-    monkeypatch.setattr(kernels, "why_unavailable", lambda: "not wanted here")
+    monkeypatch.setattr(kernels, "why_unavailable", lambda: "disabled by the test")
     half_without_c = net("bf16")
-    monkeypatch.setattr(training, "attention_in_blocks", lambda q, k, v: taken.append(q.dtype) or q)
+    monkeypatch.setattr(training, "attention_in_blocks", lambda q, k, v: called.append(q.dtype) or q)
     single(tokens)
     single(tokens, lengths=[10, 10, 10])
-    assert not taken
+    assert not called
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half_without_c(tokens)
         half_without_c(tokens, lengths=[10, 10, 10])
-        assert taken == [torch.bfloat16] * 4  # two layers, twice
+        assert called == [torch.bfloat16] * 4  # two layers, twice
         half(tokens)
         half(tokens, lengths=[10, 10, 10])
-    assert taken == [torch.bfloat16] * (6 if has_c else 8)
+    assert called == [torch.bfloat16] * (6 if has_c else 8)

@@ -1,5 +1,5 @@
-"""Law 2: cached decoding gives the full forward's logits at every position; prompts of unequal length in a batch
-give what each gives alone."""
+"""Invariant 2: cached decoding gives the logits of the full forward at every position; prompts of unequal length in a
+batch give the same results as each alone."""
 
 import shutil
 
@@ -19,12 +19,12 @@ VARIANTS = {
     "gqa": dict(n_heads=4, n_kv_heads=2),
     "gqa and qk_norm": dict(n_heads=4, n_kv_heads=1, qk_norm=True),
 }
-# RMSNorm is in float32 whatever the model is in (as in transformers), so float64 is no exacter than this
+# RMSNorm computes in float32 whatever the model's dtype (as in transformers), which limits the accuracy of float64
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 
 
 def nano(dtype=torch.float32, **changes) -> WeakWater:
-    """A nano model whose weights are large enough for its logits to differ from token to token."""
+    """A nano model with weights large enough that its logits differ from token to token."""
     torch.manual_seed(7)
     model = WeakWater(LLMConfig.preset("nano", **{"vocab_size": 331, "max_seq_len": 48} | changes))
     with torch.no_grad():
@@ -38,12 +38,12 @@ def prompts_of(*lengths: int) -> list[list[int]]:
     return [torch.randint(3, 331, (n,), generator=generator).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "replaced"])
 @pytest.mark.parametrize("prompt_lengths", [[1, 17, 30], [17]], ids=["batch", "one row, compiled C in float32"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_cached_logits_are_those_of_the_full_forward_at_every_position(variant, dtype, prompt_lengths, plain):
+def test_cached_logits_equal_the_full_forward_at_every_position(variant, dtype, prompt_lengths, plain):
     model, B = nano(dtype, **VARIANTS[variant]), len(prompt_lengths)
     sequences = prompts_of(40, 40, 40)[:B]
     full_BTV = model(torch.tensor(sequences))
@@ -61,16 +61,16 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_position(variant, 
         position_B = position_B + 1
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["plain", "replaced"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_several_new_tokens_at_once_against_a_cache(variant, dtype, fast):
-    """Rows that stand at equal and at unequal positions; after a rewind what was padding is written anew."""
+def test_several_new_tokens_at_once_against_a_cache(variant, dtype, replaced):
+    """Rows at equal and at unequal positions; after a rewind, the padding's entries are overwritten."""
     model = nano(dtype, **VARIANTS[variant])
     tokens_BT = torch.tensor(prompts_of(24, 24))
     full_BTV = model(tokens_BT)
-    if fast:
+    if replaced:
         fastpath.patch_for_decoding(model, fastpath.Case(model.config, torch.device("cpu"), dtype, False))
     cache = KVCache(model.config, 2, 48, dtype=dtype)
     tolerance = TOLERANCE[dtype] * full_BTV.abs().max()
@@ -87,7 +87,7 @@ def test_several_new_tokens_at_once_against_a_cache(variant, dtype, fast):
 @pytest.mark.parametrize("prompt_lengths", [[9, 30], [20, 20], [20]], ids=["ragged", "aligned", "one row, compiled C"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_in_half_precision_cached_logits_are_as_exact_as_the_full_forward(variant, prompt_lengths):
+def test_bf16_cached_logits_are_as_accurate_as_the_full_forward(variant, prompt_lengths):
     model = nano(**VARIANTS[variant])
     sequences = prompts_of(40, 40)[:len(prompt_lengths)]
     exact_BTV = model(torch.tensor(sequences))
@@ -95,7 +95,7 @@ def test_in_half_precision_cached_logits_are_as_exact_as_the_full_forward(varian
         full_BTV = model(torch.tensor(sequences))
     decoder = Decoder(model, "bf16")
     assert decoder.native is not None or not shutil.which("cc")
-    allowed = 1.5 * (full_BTV - exact_BTV).abs().max()  # what rounding costs the full forward
+    allowed = 1.5 * (full_BTV - exact_BTV).abs().max()  # the rounding error of the full forward
     cache, rows = decoder.new_cache(len(sequences), 48), torch.arange(len(sequences))
     logits_BV = prefill(decoder, [s[:n] for s, n in zip(sequences, prompt_lengths, strict=True)], cache)
     for position_B in torch.tensor(prompt_lengths) + torch.arange(10)[:, None]:
@@ -105,7 +105,7 @@ def test_in_half_precision_cached_logits_are_as_exact_as_the_full_forward(varian
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_full_cache_is_refused(plain):
+def test_a_full_cache_raises(plain):
     decoder = Decoder(nano(), plain=plain)
     cache = decoder.new_cache(1, 4)
     prefill(decoder, [[5, 6, 7, 8]], cache)
@@ -115,11 +115,11 @@ def test_a_full_cache_is_refused(plain):
 
 @pytest.mark.parametrize("penalty, sync_every", [(1.0, 5), (1.3, 1)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(variant, penalty, sync_every):
+def test_a_batch_of_unequal_prompts_equals_each_prompt_alone(variant, penalty, sync_every):
     model = nano(torch.float64, **VARIANTS[variant])
     prompts = prompts_of(1, 40, 7, 19, 33)
     sampling = Sampling(repetition_penalty=penalty)
-    # stop tokens that some rows meet early, so that rows leave the batch at different times
+    # stop tokens that some rows reach early, so that rows leave the batch at different times
     free = generate(model, prompts, 20, sampling, stop_ids=())
     stop_ids = {free[0].ids[3], free[3].ids[9]}
     together = generate(model, prompts, 20, sampling, stop_ids, sync_every=sync_every)

@@ -1,4 +1,4 @@
-"""Law 3: however a step is cut, 8×1, 4×2 or 1×8, it is the same step: the same documents, loss and gradients."""
+"""Invariant 3: batch × accumulation of 8×1, 4×2 and 1×8 give the same step: the same documents, loss and gradients."""
 
 import json
 
@@ -20,7 +20,7 @@ WEIGHTS = dict(tag_weight=4.0, think_weight=0.25)
 
 @pytest.fixture(scope="module")
 def weighted_data(data_dir, tmp_path_factory):
-    """Text and R1 records of which every second has a weight of its own, from 0.1 to 3."""
+    """Text and R1 records; every second one has a `weight` from 0.1 to 3."""
     folder = tmp_path_factory.mktemp("weighted")
     for name in ("pretrain", "r1"):
         lines = (data_dir / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -38,15 +38,15 @@ def load(weighted_data, tokenizer, cache_dir, kind):
 
 
 def make_loader(documents, cut, **options):
-    """A loader of steps cut as `cut` says, with weights on tags and thoughts."""
+    """A loader with `cut` = (batch size, accumulation), and weights on tags and thoughts."""
     return StepLoader(documents, ROW, *cut, seed=7, **WEIGHTS, **options)
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["plain", "replaced"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["no checkpointing", "checkpointing"])
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_gradients(weighted_data, tokenizer, cache_dir, kind, checkpointing, replaced):
-    """In float64 the gradient of a step is the same to rounding, for a full step and for an epoch's short last one."""
+    """In float64 the gradients are equal to rounding, for a full step and for the short last step of an epoch."""
     documents = load(weighted_data, tokenizer, cache_dir, kind)
     torch.manual_seed(1)
     model = WeakWater(LLMConfig.preset("nano", vocab_size=800, max_seq_len=ROW, n_kv_heads=1)).double().train()
@@ -74,7 +74,7 @@ def test_gradients(weighted_data, tokenizer, cache_dir, kind, checkpointing, rep
 
 
 def contents(step) -> tuple[list, float]:
-    """What a step trains on, in no order: (token, target, weight) of each target; and its total weight."""
+    """(the sorted (token, target, weight) of every target of a step, its total weight)."""
     targets = []
     for batch in step.micro_batches:
         rows = zip(batch.tokens[batch.target_index].tolist(), batch.targets.tolist(), batch.weights.tolist(),
@@ -85,8 +85,8 @@ def contents(step) -> tuple[list, float]:
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_the_same_targets(weighted_data, tokenizer, cache_dir, kind):
-    """Every step of an epoch holds the same targets however it is cut, over micro-batches or processes; total_weight is
-    the sum of their weights."""
+    """Every step of an epoch has the same targets, however it is split into micro-batches or over processes.
+    total_weight is the sum of their weights."""
     documents = load(weighted_data, tokenizer, cache_dir, kind)
     whole = make_loader(documents, (8, 1))
     seen = set()
@@ -99,11 +99,11 @@ def test_the_same_targets(weighted_data, tokenizer, cache_dir, kind):
         ranks = [make_loader(documents, (2, 2), rank=rank, world_size=2).step(1, number) for rank in (0, 1)]
         assert all(rank.total_weight == pytest.approx(total) for rank in ranks)
         assert sorted(target for rank in ranks for target in contents(rank)[0]) == expected
-    assert len(seen) > 5  # the data is weighted indeed
+    assert len(seen) > 5  # the data has different weights
 
 
 def test_more_ranks_than_documents(weighted_data, tokenizer, cache_dir):
-    """A rank that gets nothing of a short last step still computes something, at weight 0."""
+    """A rank without a document in a short last step still computes a micro-batch, at weight 0."""
     for kind in ("text", "chat"):
         documents = load(weighted_data, tokenizer, cache_dir, kind).take(np.arange(2))
         steps = [make_loader(documents, (4, 1), rank=rank, world_size=4).step(0, 0) for rank in range(4)]
@@ -115,8 +115,8 @@ def test_more_ranks_than_documents(weighted_data, tokenizer, cache_dir):
 
 
 @pytest.mark.parametrize("stage, plain", [("pretrain", False), ("pretrain", True), ("SFT", False), ("distill", False)])
-def test_the_real_loop(weighted_data, tokenizer_dir, cache_dir, tmp_path, stage, plain):
-    """Four steps of each stage's own loop log the same losses and gradient norms."""
+def test_the_loops_of_the_stages(weighted_data, tokenizer_dir, cache_dir, tmp_path, stage, plain):
+    """Four steps of each stage script log the same losses and gradient norms."""
     flags = dict(preset="nano", init_from="none", max_seq_len=ROW, max_steps=4, cache_dir=cache_dir, grad_clip=0.5,
                  learning_rate=3e-3, eval_interval=0, eval_tokens=1000, plain=plain)
     if stage == "SFT":

@@ -1,5 +1,5 @@
-"""Law 3, the part about processes: two of them give the losses and weights of one with the same tokens per step
-(to rounding, float32); they stop and resume like one."""
+"""Invariant 3 for processes: two processes give the losses and weights of one with the same tokens per step, to float32
+rounding; they also stop and resume like one."""
 
 import os
 import signal
@@ -15,20 +15,20 @@ from faults import ROOT, Ended, bits, course, metrics, start
 
 import dataset
 
-# rounding, and nothing else, may differ
+# settings in which only rounding may differ
 PLAIN = dict(dtype="fp32", dropout=0, optimizer="adamw", epochs=2, save_interval=3, eval_interval=2)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tokenizer_dir):
-    """Undisturbed runs of all stages, of which these tests use the weights."""
+    """Uninterrupted runs of all stages. These tests use their weights."""
     runs = course(tmp_path_factory, tokenizer_dir)
     runs.reference("SFT_long")
     return runs
 
 
 def idle_steps(path: Path, kind: str, tokenizer, cache_dir: Path, rows: int, length: int) -> list[int]:
-    """Steps of the first epoch in which the second of two processes has no document of its own, at accumulation 2."""
+    """Steps of the first epoch in which the second of two processes has no document, at accumulation 2."""
     train, _ = dataset.load_splits(dataset.find_sources([str(path)]), None, tokenizer, kind, str(cache_dir), length,
                                    say=lambda line: None)
     loader = dataset.StepLoader(train, length, rows, 2, seed=42, rank=1, world_size=2)
@@ -38,14 +38,14 @@ def idle_steps(path: Path, kind: str, tokenizer, cache_dir: Path, rows: int, len
 
 @pytest.fixture(scope="module")
 def weighted(tmp_path_factory, tokenizer) -> Path:
-    """R1 records with weights of their own, so many that an epoch's last step is too small for two processes."""
+    """Weighted R1 records, of a number that makes an epoch's last step too small for two processes."""
     folder = tmp_path_factory.mktemp("weighted")
     records = [r | {"weight": [0.5, 1, 3][number % 3]} for number, r in enumerate(make_r1(6, 40, thought=1))]
     for n in range(12, 40):
         path = write_jsonl(folder / f"{n}.jsonl", records[:n])
         if len(steps := idle_steps(path, "chat", tokenizer, folder / "cache", rows=2, length=96)) and steps[-1] > 0:
             return path
-    raise AssertionError("each number of records leaves both processes something to do")
+    raise AssertionError("with every number of records both processes have documents")
 
 
 def free_port() -> int:
@@ -56,8 +56,8 @@ def free_port() -> int:
 
 def run_two(runs, stage: str, out: Path, flags: dict, resume: bool = False, fault: dict | None = None,
             options: tuple[dict, dict] = ({}, {})) -> list[Ended]:
-    """Run a stage as two processes joined by gloo, as torchrun would start them; `fault` befalls the first, and each
-    has its own options of `faults.start`."""
+    """Run a stage as two gloo processes, as torchrun would start them. `fault` applies to the first process; `options`
+    are the arguments of `faults.start` for each."""
     env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
            "GLOO_SOCKET_IFNAME": "lo"}
     waits = [start(stage, runs.argv(stage, out, resume, **flags), fault if rank == 0 else None,
@@ -66,7 +66,7 @@ def run_two(runs, stage: str, out: Path, flags: dict, resume: bool = False, faul
 
 
 def assert_close(one: Path, two: Path, stage: str) -> None:
-    """Equal metrics and weights but for rounding."""
+    """Metrics and weights are equal to rounding."""
     rows, expected = metrics(stage, two), metrics(stage, one)
     assert len(rows) == len(expected) >= 4
     for row, other in zip(rows, expected, strict=True):
@@ -87,7 +87,7 @@ def test_two_processes_pretrain_as_one(runs, tmp_path, accumulation):
     ended = run_two(runs, "pretrain", tmp_path / "two", flags)
     assert [e.code for e in ended] == [0, 0], ended
     assert_close(tmp_path / "one", tmp_path / "two", "pretrain")
-    assert "2 processes" in ended[0].out and "Epoch:" not in ended[1].out, "only the first speaks"
+    assert "2 processes" in ended[0].out and "Epoch:" not in ended[1].out, "only the first process prints"
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -101,8 +101,8 @@ def test_two_processes_distill_as_one_with_masks_and_weights(runs, weighted, tmp
     assert_close(tmp_path / "one", tmp_path / "two", "distill")
 
 
-def test_among_these_are_last_steps_too_small_for_both_processes(runs, weighted, tokenizer, tmp_path):
-    """What the two tests above rely on."""
+def test_some_steps_leave_the_second_process_idle(runs, weighted, tokenizer, tmp_path):
+    """The two tests above rely on this."""
     assert idle_steps(runs.data["pretrain"], "text", tokenizer, tmp_path, rows=2, length=16)
     assert idle_steps(weighted, "chat", tokenizer, tmp_path, rows=2, length=96)
 
@@ -124,8 +124,8 @@ def test_two_processes_killed_at_a_save_resume_bit_for_bit(runs, tmp_path):
     assert ended.code == 2 and "the number of processes changed" in ended.one_line, ended
 
 
-def test_the_first_processs_clock_says_when_to_save(runs, tmp_path):
-    """Clocks differ, and all must take part in a save: the first decides, the other follows."""
+def test_the_first_process_decides_when_to_save(runs, tmp_path):
+    """Clocks differ, and all processes take part in a save: the others follow the first."""
     flags = PLAIN | dict(save_interval=None, keep_checkpoints=9)
     ended = run_two(runs, "pretrain", tmp_path / "two", flags, options=({"due": [2, 3]}, {"due": [1, 3]}))
     assert [e.code for e in ended] == [0, 0], ended
@@ -134,8 +134,9 @@ def test_the_first_processs_clock_says_when_to_save(runs, tmp_path):
     assert [int(path.stem.removeprefix("step_")) for path in saved] == [2, 3, last] and last > 3
 
 
-def test_torchrun_stopped_by_sigterm_saves_and_the_printed_command_goes_on(runs, tmp_path):
-    """In real processes: the state of the last whole step is saved, and the end is as if never stopped."""
+def test_torchrun_saves_on_sigterm_and_the_printed_command_resumes(runs, tmp_path):
+    """With real processes: the state of the last complete step is saved, and the final metrics equal those of a run
+    that was never stopped."""
     flags = PLAIN | dict(epochs=40, save_interval=1000, eval_interval=1000)
     command = ["torchrun", "--nproc_per_node", "2", "pretrain.py", *runs.argv("pretrain", tmp_path / "two", **flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo",
@@ -152,7 +153,7 @@ def test_torchrun_stopped_by_sigterm_saves_and_the_printed_command_goes_on(runs,
         process.kill()
     rows = metrics("pretrain", tmp_path / "two")
     saved, = (tmp_path / "two" / "checkpoints" / "pretrain").glob("step_*.pth")
-    assert int(saved.stem.removeprefix("step_")) == rows[-1]["step"] < 100, "the last whole step is saved"
+    assert int(saved.stem.removeprefix("step_")) == rows[-1]["step"] < 100, "the last complete step is saved"
     told = [line.split("To resume: ")[1] for line in err.splitlines() if "To resume: " in line]
     assert told and " --nproc_per_node 2 pretrain.py " in told[0], err
     env["PET_MASTER_PORT"] = str(free_port())

@@ -1,4 +1,5 @@
-"""Law 4: a packed buffer is its documents one by one: loss, gradients, logits; and the loss is the cross-entropy."""
+"""Invariant 4: a packed buffer has the loss, gradients and logits of its documents one by one. Also: loss functions,
+compiled blocks and validation windows."""
 
 import functools
 import inspect
@@ -32,8 +33,8 @@ PATHS = pytest.mark.parametrize("replaced", [False, True], ids=["plain", "replac
 
 
 def make_model(dtype=torch.float64, replaced=False, vocab_size=97, max_seq_len=64, **changes) -> WeakWater:
-    """A nano model whose attention is far from uniform: weights ten times as large as at the start; as model.py says,
-    or with the faster forwards."""
+    """A nano model with nonuniform attention: its weights are ten times as large as initially. Plain, or `replaced`:
+    with the faster forwards."""
     torch.manual_seed(3)
     model = WeakWater(LLMConfig.preset("nano", vocab_size=vocab_size, max_seq_len=max_seq_len, **changes))
     for parameter in model.parameters():
@@ -43,8 +44,8 @@ def make_model(dtype=torch.float64, replaced=False, vocab_size=97, max_seq_len=6
 
 
 def make_buffer(dtype=torch.float64, lengths=LENGTHS):
-    """(tokens (1, T), target_index, targets, weights); about half of the positions predict, last ones of documents
-    too (a document that goes on in the next row)."""
+    """(tokens (1, T), target_index, targets, weights). About half of the positions have a loss, including last
+    positions of documents, as when a document continues in the next row."""
     total = sum(lengths)
     index = torch.randperm(total)[: total // 2].sort().values
     return (torch.randint(0, 97, (1, total)), index, torch.randint(0, 97, (len(index),)),
@@ -52,7 +53,7 @@ def make_buffer(dtype=torch.float64, lengths=LENGTHS):
 
 
 def loss_and_gradients(model, buffers) -> tuple[float, dict]:
-    """Loss summed over (tokens, lengths, target_index, targets, weights), and the gradients."""
+    """The summed loss and gradients of buffers (tokens, lengths, target_index, targets, weights)."""
     model.zero_grad()
     total = 0.0
     for tokens, lengths, index, targets, weights in buffers:
@@ -63,7 +64,7 @@ def loss_and_gradients(model, buffers) -> tuple[float, dict]:
 
 
 def one_by_one(tokens, index, targets, weights, lengths=LENGTHS):
-    """The documents of a buffer, each a buffer of its own without `lengths`."""
+    """Each document of a buffer as a separate buffer without `lengths`."""
     begin = 0
     for length in lengths:
         inside = (index >= begin) & (index < begin + length)
@@ -78,13 +79,13 @@ def assert_same(a, b, tolerance: float):
         assert (a[1][name] - expected).abs().max() <= tolerance * expected.abs().max(), name
 
 
-# RMSNorm computes in float32, as transformers' does: where a product's last bit in float64 differs, the float32
-# beside may too, so float64 agrees to 1e-7 at worst (and mostly to 1e-12)
+# RMSNorm computes in float32, as in transformers. Where the last bit of a float64 matmul differs, its float32 rounding
+# may differ too, so float64 agrees only to 1e-7 in the worst case (mostly to 1e-12).
 @PATHS
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["no checkpointing", "checkpointing"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_is_one_by_one(variant, checkpointing, replaced):
-    """Loss and every gradient of a packed buffer are the sums over its documents alone."""
+def test_packed_equals_one_by_one(variant, checkpointing, replaced):
+    """Loss and gradients of a packed buffer are the sums over its documents one by one."""
     model = make_model(replaced=replaced, **VARIANTS[variant])
     buffer = make_buffer()
     expected = loss_and_gradients(model, one_by_one(*buffer))
@@ -96,7 +97,7 @@ def test_packed_is_one_by_one(variant, checkpointing, replaced):
 @PATHS
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_document_sees_another(variant, replaced):
-    """Changing one document changes no other's logits, and no earlier token of its own."""
+    """A change in a document affects neither other documents nor its own earlier tokens."""
     model = make_model(replaced=replaced, **VARIANTS[variant])
     tokens = make_buffer()[0]
     before = model(tokens, lengths=LENGTHS)
@@ -111,7 +112,7 @@ def test_no_document_sees_another(variant, replaced):
 
 @PATHS
 def test_positions_restart(replaced):
-    """The same document has the same logits wherever it stands; rows of equal length are the buffer they make."""
+    """A document has the same logits at any place in a buffer. Rows of equal length equal the same rows packed."""
     model = make_model(replaced=replaced)
     document = torch.randint(0, 97, (1, 20))
     packed = model(torch.cat([document[:, :7], document, document], 1), lengths=[7, 20, 20])
@@ -124,8 +125,8 @@ def test_positions_restart(replaced):
 
 
 @PATHS
-def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir, replaced):
-    """What StepLoader lays out, conversations whole and text cut at rows, is worth its documents alone."""
+def test_training_buffers_equal_their_documents(tokenizer, data_dir, cache_dir, replaced):
+    """The buffers of StepLoader (whole conversations, or text cut at rows) have the loss of their segments alone."""
     for kind, file in (("text", "pretrain"), ("chat", "r1")):
         documents = load_documents(str(data_dir / f"{file}.jsonl"), tokenizer, kind, str(cache_dir), 256)
         model = make_model(replaced=replaced, vocab_size=800, max_seq_len=256)
@@ -134,7 +135,7 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir, re
         batch = step.micro_batches[0].to("cpu")
         alone, total, begin = [], 0.0, 0
         for document, offset, length in loader.step(0, 0).segments:
-            ids = torch.from_numpy(documents.tokens(document)[offset:][:length + 1])  # and what its last predicts
+            ids = torch.from_numpy(documents.tokens(document)[offset:][:length + 1])  # with the last position's target
             inside = (batch["target_index"] >= begin) & (batch["target_index"] < begin + length)
             index = batch["target_index"][inside] - begin
             weights = batch["weights"][inside].double()
@@ -149,15 +150,15 @@ def test_training_buffers_are_their_documents(tokenizer, data_dir, cache_dir, re
 
 
 def documents_alone(q, k, v, bounds):
-    """Causal attention to each document of a buffer, (T, H, D): what the variable-length kernel computes."""
+    """Causal attention within each document of a buffer (T, H, D), as the variable-length kernel computes it."""
     return torch.cat([network.attention(*(x[None, a:b] for x in (q, k, v)))[0]
                       for a, b in zip(bounds.tolist(), bounds.tolist()[1:], strict=False)])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_call_of_the_varlen_kernel(monkeypatch, variant):
-    """On CUDA one kernel attends to all documents. A stand-in with its signature shows on any machine that it is told
-    where they lie: boundaries from 0 to T in int32, the longest there may be, causal, grouped heads where it asks."""
+    """A stand-in with the kernel's signature checks the call on any machine: int32 boundaries from 0 to T, the maximum
+    length, causal, grouped heads enabled where that is an option."""
     kernel = training.varlen_kernel()
     if kernel is None:
         pytest.skip("this torch has no varlen_attn")
@@ -180,14 +181,13 @@ def test_the_call_of_the_varlen_kernel(monkeypatch, variant):
     monkeypatch.setattr(training, "varlen_kernel", lambda: functools.partial(stand_in, **kernel.keywords))
     model = make_model(replaced=True, **VARIANTS[variant])
     expected = loss_and_gradients(model, one_by_one(*buffer))
-    assert not calls  # rows have no use for it
+    assert not calls  # rows do not use it
     assert_same(loss_and_gradients(model, [(buffer[0], LENGTHS, *buffer[1:])]), expected, 1e-7)
     assert len(calls) == 2
 
 
 def test_where_the_varlen_kernel_can_run(monkeypatch):
-    """Half precision, Ampere or later, heads of a multiple of 8 dimensions, at most 256; also where torch is told to be
-    deterministic."""
+    """Half precision, Ampere or later, head widths that are multiples of 8 and at most 256."""
     capability = [(8, 9)]
     monkeypatch.setattr(training, "varlen_kernel", lambda: functools.partial(print))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
@@ -208,7 +208,7 @@ def test_where_the_varlen_kernel_can_run(monkeypatch):
 @pytest.mark.parametrize("block_rows", [64, 10_000], ids=["several blocks", "one block"])
 @pytest.mark.parametrize("n", [0, 1, 64, 129])
 def test_linear_cross_entropy(monkeypatch, n, block_rows):
-    """Loss and both gradients are F.cross_entropy's with weights, in float64 and float32, also for no rows."""
+    """Loss and both gradients equal a weighted F.cross_entropy, in float64 and float32, also without rows."""
     monkeypatch.setattr(LinearCrossEntropy, "BLOCK_LOGITS", block_rows * 131)
     torch.manual_seed(n)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
@@ -228,7 +228,7 @@ def test_linear_cross_entropy(monkeypatch, n, block_rows):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_linear_cross_entropy_under_autocast(dtype):
-    """Under autocast the products are in half precision and the loss in float32: as exact as those products."""
+    """Under autocast the matmuls are in half precision and the loss in float32. The error is that of the matmuls."""
     torch.manual_seed(1)
     hidden, weight = torch.randn(300, 64, requires_grad=True), (torch.randn(131, 64) * 0.2).requires_grad_()
     targets, weights = torch.randint(0, 131, (300,)), torch.rand(300)
@@ -245,7 +245,7 @@ def test_linear_cross_entropy_under_autocast(dtype):
 
 @PATHS
 def test_no_target_no_loss(replaced):
-    """A buffer in which nothing predicts has loss 0 and gradients 0, not NaN."""
+    """A buffer without targets has loss 0 and gradients 0, not NaN."""
     empty = torch.zeros(0, dtype=torch.long)
     buffer = (torch.randint(0, 97, (1, sum(LENGTHS))), LENGTHS, empty, empty, torch.zeros(0, dtype=torch.float64))
     loss, gradients = loss_and_gradients(make_model(replaced=replaced), [buffer])
@@ -255,13 +255,13 @@ def test_no_target_no_loss(replaced):
 @PATHS
 @pytest.mark.parametrize("changes", [dict(), dict(n_heads=4, n_kv_heads=2, qk_norm=True)], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_attention_is_computed_in_the_precision_of_matmuls(monkeypatch, changes, packed, replaced):
-    """Under autocast norms and rotation may give float32, for which the fast kernels are not."""
+def test_attention_uses_the_compute_dtype(monkeypatch, changes, packed, replaced):
+    """Under autocast norms and RoPE may return float32, which the fast kernels do not support."""
     module, name = (training, "causal_attention") if replaced else (network, "attention")
     attention, seen = getattr(module, name), set()
     model = make_model(torch.float32, **changes)
     if replaced:
-        monkeypatch.setattr("fastpath.kernels.why_unavailable", lambda: "not wanted here")
+        monkeypatch.setattr("fastpath.kernels.why_unavailable", lambda: "disabled by the test")
         replace_forwards(model, torch.bfloat16)
     monkeypatch.setattr(module, name, lambda q, k, v, *mask: seen.update((q.dtype, k.dtype, v.dtype)) or attention(
         q, k, v, *mask))
@@ -275,7 +275,7 @@ def test_attention_is_computed_in_the_precision_of_matmuls(monkeypatch, changes,
 
 
 def compile_with(backend: str, monkeypatch) -> None:
-    """Have compile_blocks use another backend of torch's compiler: only "inductor" needs a C++ compiler."""
+    """Make compile_blocks use another backend of torch's compiler: only "inductor" needs a C++ compiler."""
     import torch._dynamo as dynamo
 
     monkeypatch.setattr(runtime, "compile_trouble", lambda device: None)
@@ -286,8 +286,8 @@ def compile_with(backend: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.extra)])
 def test_compiled_blocks(monkeypatch, backend):
-    """Compiled blocks give what plain ones give, rows and packed, checkpointed or not; and buffers with other
-    numbers of documents and tokens compile nothing new (after some recompilations torch gives up, in silence)."""
+    """Compiled blocks equal plain ones, with and without checkpointing. Buffers with other numbers of documents and
+    tokens compile no new graph (after some recompilations torch silently stops compiling)."""
     model, plain = make_model(torch.float32, n_layers=1), make_model(torch.float32, n_layers=1)
     if backend == "inductor" and (trouble := runtime.compile_trouble(CPU)):
         pytest.skip(trouble)
@@ -299,16 +299,16 @@ def test_compiled_blocks(monkeypatch, backend):
 
     torch.manual_seed(5)
     graphs = []
-    with dynamo.config.patch(assume_static_by_default=False):  # else all is compiled twice: half a minute
+    with dynamo.config.patch(assume_static_by_default=False):  # otherwise all compiles twice: 30 s
         for lengths in ([64, 64], [3, 50, 7], [1, 2, 3, 4, 5], [64], [9] * 11, [17, 30], [5, 1, 33, 2, 64, 17, 64]):
             tokens, *loss_on = make_buffer(torch.float32, lengths)
             buffer = [(tokens, lengths, *loss_on)]
             assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
             graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
-        # the second may, where sizes of the first were equal by chance: torch then takes them for the same
+        # the second buffer may add a graph: torch assumes that sizes that are equal in the first are always equal
         assert 0 < graphs[1] == graphs[-1], f"graphs compiled, buffer by buffer: {graphs}"
         breaks = [reason for reason in dynamo.utils.counters["graph_break"] if "attention_buckets" not in reason]
-        assert not breaks, breaks  # all but attention is one graph
+        assert not breaks, breaks  # everything except attention is one graph
         model.model.gradient_checkpointing = True
         assert_same(loss_and_gradients(model, buffer), loss_and_gradients(plain, buffer), 1e-5)
 
@@ -316,14 +316,14 @@ def test_compiled_blocks(monkeypatch, backend):
 @torch.library.custom_op("weakwater_test::varlen", mutates_args=())
 def varlen_stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, bounds_k: torch.Tensor,
                     longest: int, longest_k: int) -> torch.Tensor:
-    """An operator like torch's variable-length kernel, for any machine."""
+    """An operator like torch's variable-length kernel that runs on any machine."""
     return documents_alone(q, k, v, bounds)
 
 
 @torch.library.custom_op("weakwater_test::varlen_gradient", mutates_args=())
 def varlen_stand_in_gradient(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                              bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Its gradient, by hand: autograd does not reach into an operator."""
+    """Its gradient, handwritten, since autograd does not differentiate a custom operator."""
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
     group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     for a, b in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
@@ -347,8 +347,8 @@ varlen_stand_in.register_autograd(
 
 
 def test_a_block_is_one_graph(monkeypatch):
-    """With a variable-length kernel a whole block is one graph, for 20 buffers of other lengths: at most two graphs to
-    train (the last block computes only what predicts) and two more to validate, without a break."""
+    """With a variable-length kernel, a whole block is one graph without a break, for 20 buffers of different lengths.
+    At most two graphs for training (the last block computes only positions with a loss), two more for validation."""
     import torch._dynamo as dynamo
 
     monkeypatch.setattr(training, "varlen_kernel", lambda: varlen_stand_in)
@@ -376,8 +376,8 @@ def test_a_block_is_one_graph(monkeypatch):
     assert not dynamo.utils.counters["graph_break"]
 
 
-def test_it_is_said_that_torch_compiles_no_more(monkeypatch):
-    """Where a block would need too many graphs torch goes on without, in silence but for the console."""
+def test_a_message_says_when_torch_stops_compiling(monkeypatch):
+    """If a block needs too many graphs, torch runs it eagerly and warns only on the console."""
     import torch._dynamo as dynamo
 
     said = []
@@ -385,7 +385,7 @@ def test_it_is_said_that_torch_compiles_no_more(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
     logger = logging.getLogger("torch._dynamo.convert_frame")
     monkeypatch.setattr(logger, "handlers", list(logger.handlers))
-    for _ in range(2):  # the second run of a process alone
+    for _ in range(2):  # a second run in the same process must not add a second handler
         runtime.compile_blocks(make_model(torch.float32), CPU, said.append)
     dynamo.reset()
     compiled = torch.compile(lambda x, n: x * n, backend="eager", dynamic=False)
@@ -402,8 +402,8 @@ def test_it_is_said_that_torch_compiles_no_more(monkeypatch):
 @pytest.mark.parametrize("kind, file", [("text", "pretrain"), ("chat", "sft")])
 @pytest.mark.parametrize("batch_tokens", [64, 500, 10**6])
 def test_evaluation_windows(tokenizer, data_dir, cache_dir, kind, file, batch_tokens, replaced):
-    """Each target of each document once and at weight 1, in disjoint windows from its `<s>`, however they are batched;
-    loss and bits per byte are those of the documents one by one."""
+    """Each target counts once at weight 1, in disjoint windows that start at the document's `<s>`, however windows are
+    batched. Loss and bits per byte equal those of the documents one by one."""
     window = 64 if kind == "text" else 1024
     documents = load_documents(str(data_dir / f"{file}.jsonl"), tokenizer, kind, str(cache_dir), 1024)
     documents = documents.take(np.arange(0, len(documents), 7))
