@@ -29,6 +29,7 @@ from text.chat import CONTEXT, REPLY, TAG, ChatEncoder
 from text.records import (
     MalformedRecord,
     Source,
+    find_files,
     find_sources,
     is_held_out,
     kind_of,
@@ -410,7 +411,7 @@ def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, ki
         for train in trains:
             train.keep(~_held_out(train.hash))
     else:
-        vals = [load(source) for path in dict.fromkeys(val_path) for source in find_sources([path])]
+        vals = [load(Source(path, None, find_files(path))) for path in dict.fromkeys(val_path)]
     for number, val in enumerate(vals):
         _, once = np.unique(val.hash, return_index=True)
         counts = trains[number].counts if val_path is None else val.counts

@@ -83,7 +83,7 @@ def model_parser(prog: str, description: str) -> OneLineParser:
     for name in ("out_dir", "tokenizer_path", "device", "dtype"):
         flag = FLAGS[name]
         parser.add_argument(f"--{name}", default=flag.default, choices=flag.choices or None,
-                            help=f"{flag.help} (default: {flag.default})")
+                            help=flag.help if flag.default is None else f"{flag.help} (default: {flag.default})")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="seed of all chance (default: 42)")
     return parser
 

@@ -269,7 +269,9 @@ def _child(job: dict) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
         import fastpath
-        from common import exits, run_state, runlog
+        from common import continuation, exits, run_state, runlog
+
+        continuation.NEW_TOKENS = 4  # a sample of 40 takes longer than the small run's steps
 
         # the check of the replacements takes as long as the run; tests/test_fastpath.py is about it
         fastpath.make_twin = lambda model, device, dtype: (Agreed(), None)

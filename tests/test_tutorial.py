@@ -109,8 +109,8 @@ class Doubled(Decoder):
 class FirstWeight(StepLoader):
     """A step's weight is that of its first micro-batch only."""
 
-    def step(self, epoch, number):
-        step = super().step(epoch, number)
+    def step(self, epoch, step_in_epoch):
+        step = super().step(epoch, step_in_epoch)
         step.total_weight = float(step.micro_batches[0].weights.sum())
         return step
 
