@@ -1,14 +1,14 @@
-"""Score the weights of any stage: loss, perplexity and bits per byte of a file, exact answers to questions.
+"""Score the weights of any stage: loss, perplexity and bits per byte on a file, exact-match accuracy on questions.
 
 a file       python evaluate.py --model_mode 0 --data_path data/pretrain_val.jsonl
 questions    python evaluate.py --model_mode 2 --data_path data/math.jsonl --max_questions 500
 any weights  python evaluate.py --checkpoint out/SFT_best.pth --data_path data/sft_val.jsonl --max_tokens 512
 
-The records' keys decide: {"text"} and {"conversations"} have a loss, {"question", "answer"} are answered greedily and
-compared exactly (common/answers.py says how); where a question has "choices", the answer is right if it names the right
-one of them and no other. "source" groups questions in the result. --data_path takes what the training stages
-take, and may be given more than once; shares make no difference to scores. The last line on stdout is one JSON object
-with everything.
+The keys of a record decide how it is scored. {"text"} and {"conversations"} get a loss. {"question", "answer"} are
+answered greedily and compared exactly (see common/answers.py); if a question has "choices", a correct answer names the
+correct choice and no other. "source" groups the questions in the result. --data_path takes the same values as in the
+training stages and may be repeated; shares do not change the scores. The last line on stdout is one JSON object with
+all results.
 """
 
 import json
@@ -30,7 +30,7 @@ from dataset import evaluated, load_documents
 from text.chat import encode_chat
 from text.records import MalformedRecord, Source, find_sources, kind_of, parse_object, read_lines
 
-SCORE_TOKENS = 16_384  # tokens in a buffer when a loss is computed
+SCORE_TOKENS = 16_384  # tokens per buffer when a loss is computed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ SCORE_TOKENS = 16_384  # tokens in a buffer when a loss is computed
 
 
 def parse_question(line: bytes) -> dict:
-    """A line as {"question", "answer", maybe "source" and "choices"}. Raises MalformedRecord with the reason."""
+    """Parse a line as {"question", "answer"} with optional "source" and "choices". Raises MalformedRecord."""
     record = parse_object(line)
     for key in ("question", "answer"):
         value = record.get(key)
@@ -47,18 +47,18 @@ def parse_question(line: bytes) -> dict:
         if not isinstance(value, str) or not value.strip():
             raise MalformedRecord(f'no "{key}"')
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise MalformedRecord(f'"{key}" has a lone surrogate, which is no text')
+            raise MalformedRecord(f'"{key}" has a lone surrogate, which is not valid text')
     if read_answer(record["answer"]) == "":
-        raise MalformedRecord('"answer" is nothing but punctuation')
+        raise MalformedRecord('"answer" has only punctuation')
     if "choices" in record:
         check_choices(record["choices"], record["answer"])
     return record
 
 
 def check_choices(choices, answer: str) -> None:
-    """Raises MalformedRecord where a reply that names one of the choices would not say which."""
+    """Raises MalformedRecord if `choices` is invalid, or if a reply that names one choice could also name another."""
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise MalformedRecord('"choices" is no list of texts')
+        raise MalformedRecord('"choices" is not a list of texts')
     if answer not in choices:
         raise MalformedRecord('"answer" is not one of its "choices"')
     plain = [normalize(choice) for choice in choices]
@@ -69,7 +69,7 @@ def check_choices(choices, answer: str) -> None:
 def read_questions(files: list[Path], max_bad_ratio: float) -> tuple[list[dict], int]:
     """All questions in the files, each with its "file" and "line", and the number of malformed lines.
 
-    Raises UserError when those are too many.
+    Raises UserError when too many lines are malformed.
     """
     questions, malformed = [], []
     for file in files:
@@ -93,7 +93,7 @@ def read_questions(files: list[Path], max_bad_ratio: float) -> tuple[list[dict],
 
 
 def score_file(loaded: Loaded, file: Path, kind: str, args) -> dict:
-    """Loss, perplexity and bits per byte of one file, as `score` gives them, and what was left out."""
+    """The result of scoring.score for one file, with the counts of cut and skipped lines."""
     documents = load_documents(Source(str(file), None, [file]), loaded.tokenizer, kind,
                                str(Path(args.out_dir) / "cache"), args.max_seq_len, args.min_tokens, args.max_tokens,
                                args.max_bad_ratio)
@@ -103,7 +103,7 @@ def score_file(loaded: Loaded, file: Path, kind: str, args) -> dict:
                              args.eval_tokens, loaded.device, loaded.dtype)
     rate = int(documents.length[:chosen].sum()) / (time.perf_counter() - begin)
     if not math.isfinite(scores["ppl"]):
-        raise UserError(f"{loaded.path}: loss {scores['loss']} on {file}: the weights are broken, or fp16 overflows "
+        raise UserError(f"{loaded.path}: loss {scores['loss']} on {file}: the weights are damaged, or fp16 overflows "
                         "(--dtype fp32)")
     left_out = "".join(f", {n:,} {what}" for what, n in counts.items() if n and what != "lines")
     print(f"{file}: {kind}, {counts['lines']:,} lines{left_out}; {chosen:,} of {len(documents):,} documents "
@@ -113,7 +113,8 @@ def score_file(loaded: Loaded, file: Path, kind: str, args) -> dict:
 
 
 def answer_all(loaded: Loaded, questions: list[dict], args) -> list[Generation]:
-    """A greedy reply to each question, batched; one that leaves no room in the context gets none ("context")."""
+    """A greedy reply to each question, in batches. A question that fills the context gets an empty reply with the
+    reason "context"."""
     if loaded.continues_text and not args.as_chat:
         prompts = [[loaded.encoder.bos_id, *ids] for ids in loaded.encoder.encode([q["question"] for q in questions])]
     else:
@@ -121,7 +122,7 @@ def answer_all(loaded: Loaded, questions: list[dict], args) -> list[Generation]:
                    for q in questions]
     replies = [Generation([], "context") for _ in questions]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < loaded.model.config.max_seq_len]
-    fitting.sort(key=lambda i: -len(prompts[i]))  # alike lengths together, and the largest batch first
+    fitting.sort(key=lambda i: -len(prompts[i]))  # similar lengths together, the largest batch first
     decoder, n_tokens = loaded.decoder, 0
     begin = time.perf_counter()
     for start in range(0, len(fitting), args.batch_size):
@@ -137,10 +138,10 @@ def answer_all(loaded: Loaded, questions: list[dict], args) -> list[Generation]:
 
 
 def compare(loaded: Loaded, questions: list[dict], replies: list[Generation]) -> list[dict]:
-    """One record for each question: the reply as it is, what was read from it, and whether that is right."""
+    """One record per question: the unchanged reply, the answer read from it, and whether that is correct."""
     records = []
     for question, reply in zip(questions, replies, strict=True):
-        text = loaded.tokenizer.decode(reply.ids)  # special tokens too: a reply that holds one is not well-formed
+        text = loaded.tokenizer.decode(reply.ids)  # with special tokens: a reply that contains one is not well-formed
         if "choices" in question:
             expected, read = question["answer"], read_choice(text, question["choices"])
         else:
@@ -155,7 +156,7 @@ def compare(loaded: Loaded, questions: list[dict], replies: list[Generation]) ->
 
 
 def summary(records: list[dict]) -> dict:
-    """Accuracy with its 95 % interval, shares and means over the records of `compare`."""
+    """Accuracy with its 95 % interval, shares and means over the records that `compare` returns."""
     n, correct = len(records), sum(r["correct"] for r in records)
     result = {"questions": n, "correct": correct, "accuracy": correct / n, "interval95": wilson(correct, n),
               "well_formed": sum(r["well_formed"] for r in records) / n,
@@ -170,7 +171,7 @@ def summary(records: list[dict]) -> dict:
 
 
 def exact_answers(loaded: Loaded, files: list[Path], questions: list[dict], args) -> dict:
-    """Ask, compare, write the generations, print and return the summary."""
+    """Answer the questions, write the generations, print and return the summary."""
     path = generations_path(loaded, files, args)
     begin = time.perf_counter()
     records = compare(loaded, questions, answer_all(loaded, questions, args))
@@ -190,18 +191,19 @@ def exact_answers(loaded: Loaded, files: list[Path], questions: list[dict], args
 
 
 def generations_path(loaded: Loaded, files: list[Path], args) -> Path:
-    """Where the generations go. The default names the weights and the data, so that scoring the same again replaces it.
+    """The path of the generations. The default contains the names of weights and data, so a repeated evaluation
+    replaces its own file.
 
-    Raises UserError where --generations names a file that is there, or the folder cannot be made.
+    Raises UserError if --generations names an existing file or the folder cannot be created.
     """
     if args.generations is not None and Path(args.generations).exists():
-        raise UserError(f"--generations {args.generations} is there already: remove it or choose another name")
+        raise UserError(f"--generations {args.generations} already exists: remove it or choose another name")
     data = files[0].name.split(".jsonl")[0] + (f"_and_{len(files) - 1}_more" if len(files) > 1 else "")
     path = Path(args.generations or Path(args.out_dir) / "eval" / f"{loaded.path.stem}_{data}.jsonl")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path.parent}: cannot be made: {error}") from None
+        raise UserError(f"{path.parent}: cannot be created: {error}") from None
     return path
 
 
@@ -212,13 +214,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_seq_len", type=number(int, 2), help="window of the loss (default: the model's context)")
     parser.add_argument("--min_tokens", type=number(int, 0), default=0, help="skip shorter conversations")
     parser.add_argument("--max_tokens", type=number(int, 1), help="skip longer conversations")
-    parser.add_argument("--eval_tokens", type=number(int, 0), default=0, help="loss of the first tokens (default: all)")
-    parser.add_argument("--max_questions", type=number(int, 0), default=0, help="draw so many by --seed (default: all)")
+    parser.add_argument("--eval_tokens", type=number(int, 0), default=0,
+                        help="compute the loss on this many tokens (default: 0, all)")
+    parser.add_argument("--max_questions", type=number(int, 0), default=0,
+                        help="answer a sample of this size, drawn by --seed (default: 0, all)")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=512, help="longest reply (default: 512)")
     parser.add_argument("--as_chat", action="store_true",
-                        help="ask pretrained weights in chat form too (default: they continue the question as text)")
-    parser.add_argument("--batch_size", type=number(int, 1), default=64, help="questions at a time (default: 64)")
-    parser.add_argument("--generations", metavar="PATH", help="the replies as JSONL (default: in out_dir/eval)")
+                        help="use the chat format for pretrained weights too (default: they continue the question)")
+    parser.add_argument("--batch_size", type=number(int, 1), default=64, help="questions per batch (default: 64)")
+    parser.add_argument("--generations", metavar="PATH", help="file for the replies, JSONL (default: in out_dir/eval)")
     parser.add_argument("--max_bad_ratio", type=number(float, 0, 1), default=FLAGS["max_bad_ratio"].default,
                         help=FLAGS["max_bad_ratio"].help)
     args = parser.parse_args(argv)
@@ -230,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     context = loaded.model.config.max_seq_len
     args.max_seq_len = args.max_seq_len or context
     if args.max_seq_len > context:
-        raise UserError(f"--max_seq_len {args.max_seq_len} is more than the model's context of {context}")
+        raise UserError(f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context}")
     if asking:
         generations_path(loaded, asking, args)  # fail before the evaluation starts
     print("\n".join(loaded.described))

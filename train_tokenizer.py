@@ -1,13 +1,13 @@
 """Stage 0: a byte-level BPE tokenizer, in bounded memory.
 
-the usual       python train_tokenizer.py
-more files      python train_tokenizer.py --data_path 'data/*.jsonl.xz' --vocab_size 8000 --tokenizer_path my_tokenizer
+default         python train_tokenizer.py
+several files   python train_tokenizer.py --data_path 'data/*.jsonl.xz' --vocab_size 8000 --tokenizer_path my_tokenizer
 tags as text    python train_tokenizer.py --no_think_tokens
 
 Reads {"text": ...} and {"conversations": [...]} lines and writes the folder weakwater_tokenizer, which AutoTokenizer
-loads and every later stage reads. The method is BPE (Sennrich et al. 2016, arXiv 1508.07909) over bytes, as in GPT-2:
-no text is unknown. Training takes about 100 bytes of memory per byte of text and learns little from more than a few
-million, so it gets a sample, in short pieces from all over the corpus, however large that is.
+loads and every later stage reads. The method is BPE (Sennrich et al. 2016, arXiv 1508.07909) over bytes, as in GPT-2,
+so every text can be encoded. Training takes about 100 bytes of memory per byte of text, and more than a few million
+bytes of text improve the result little. It therefore uses a random sample of short segments from the whole corpus.
 """
 
 import argparse
@@ -45,45 +45,51 @@ from text.tokenizer import DEFAULT_FOLDER, TAGS, OurTokenizer
 CONTROL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-PIECE_CHARS = 100  # short, to hear many documents: 6 MB of such pieces teach as much as 20 MB of whole documents
-MAX_WORD_CHARS = 20  # in training only: the split leaves whole Chinese clauses, which are long and hardly ever recur
-HELD_OUT_BYTES, HELD_OUT_PIECE_CHARS = 4_000_000, 10_000
+SEGMENT_CHARS = 100  # short, to cover many documents: 6 MB of such segments do as well as 20 MB of whole documents
+MAX_WORD_CHARS = 20  # in training only: the split leaves whole Chinese clauses, which are long and rarely recur
+HELD_OUT_BYTES, HELD_OUT_SEGMENT_CHARS = 4_000_000, 10_000
 
 
 class Sample:
-    """A uniform random sample, of at most `budget` bytes, of the pieces of a stream of documents: each piece draws a
-    key and the smallest keys stay (bottom-k sampling, Cohen and Kaplan 2007), whatever the piece's place or size."""
+    """A uniform random sample of text segments from a stream of documents, at most `budget` bytes in all.
 
-    def __init__(self, budget: int, piece_chars: int, seed: int):
-        self.budget, self.piece_chars, self.bytes = budget, piece_chars, 0
+    Each segment draws a random key, and those with the smallest keys are kept (bottom-k sampling, Cohen and Kaplan
+    2007). The chance of a segment depends neither on its position nor on its size.
+    """
+
+    def __init__(self, budget: int, segment_chars: int, seed: int):
+        self.budget, self.segment_chars, self.bytes = budget, segment_chars, 0
         self.random = random.Random(seed).random
-        self.limit = 1.0  # keys from here on are out, so that no small piece slips in where a large one fell out
+        # keys from here on are rejected: else a small segment could fill the room that a large one left
+        self.limit = 1.0
         self.heap: list[tuple[float, bytes, int]] = []  # (-key, UTF-8, hash of the document), largest key first
 
     def add(self, document_hash: int, texts: list[str]) -> None:
-        """Offer a document: its texts are cut into pieces, each of which may stay."""
+        """Cut the texts of a document into segments and sample them."""
         for text in texts:
-            for start in range(0, len(text), self.piece_chars):
+            for start in range(0, len(text), self.segment_chars):
                 key = self.random()
                 if key >= self.limit:
                     continue
-                piece = text[start:start + self.piece_chars].encode("utf-8")
-                heapq.heappush(self.heap, (-key, piece, document_hash))
-                self.bytes += len(piece)
+                segment = text[start:start + self.segment_chars].encode("utf-8")
+                heapq.heappush(self.heap, (-key, segment, document_hash))
+                self.bytes += len(segment)
                 while self.bytes > self.budget:
-                    largest, piece, _ = heapq.heappop(self.heap)
+                    largest, segment, _ = heapq.heappop(self.heap)
                     self.limit = -largest
-                    self.bytes -= len(piece)
+                    self.bytes -= len(segment)
 
     def pop_texts(self) -> Iterator[str]:
-        """The pieces, given away one by one: memory is freed here while it fills where they go."""
+        """Yield and free the segments one by one, so that they are never in memory twice."""
         while self.heap:
             yield heapq.heappop(self.heap)[1].decode("utf-8")
 
 
 def read_texts(paths: list[str], max_bad_ratio: float) -> Iterator[tuple[int, list[str]]]:
-    """(text hash, texts) of each record behind `paths` that is not empty; prints progress and an account of all lines.
-    Raises UserError when more than `max_bad_ratio` of them are malformed or a file cannot be read."""
+    """Yield (text hash, texts) of each non-empty record in the files of `paths`. Prints progress and line counts.
+
+    Raises UserError when more than `max_bad_ratio` of the lines are malformed or a file cannot be read.
+    """
     lines = malformed = empty = n_chars = 0
     name = " ".join(paths)
     progress = Progress(f"sampling {name}")
@@ -104,13 +110,13 @@ def read_texts(paths: list[str], max_bad_ratio: float) -> Iterator[tuple[int, li
             progress.show(f"{lines:,} lines, {n_chars:,} characters")
     progress.show(f"{lines:,} lines, {n_chars:,} characters, {malformed:,} malformed, {empty:,} empty", last=True)
     if malformed > max_bad_ratio * lines:
-        raise UserError(f"{name}: {malformed:,} of {lines:,} lines are malformed: over --max_bad_ratio {max_bad_ratio}")
+        raise UserError(f"{name}: {malformed:,} of {lines:,} lines are malformed, more than --max_bad_ratio "
+                        f"{max_bad_ratio}")
 
 
 def parse_texts(line: bytes) -> tuple[int, list[str]]:
-    """(text hash, texts) of a line: its text, else the contents of its conversation, else its question and answer.
-
-    Raises MalformedRecord.
+    """(text hash, texts) of a line. The texts are its text, else the contents of its conversation, else its question
+    and answer. Raises MalformedRecord.
     """
     record = parse_object(line)
     if record.get("text") is None and "conversations" in record:
@@ -127,13 +133,13 @@ def parse_texts(line: bytes) -> tuple[int, list[str]]:
 
 def collect(data_path: list[str], val_path: list[str] | None, sample_bytes: int, seed: int,
             max_bad_ratio: float) -> tuple[Sample, Sample]:
-    """(sample to train on, held-out sample), with no document in both, in one pass over the data.
+    """(training sample, held-out sample) from one pass over the data. No document is in both.
 
-    Held out are the documents of `val_path` or, without it, those of `data_path` that validate in the later stages
-    too: 0.5 % by hash, at least one. Raises UserError when either is empty or the data cannot be read.
+    The documents of `val_path` are held out. Without it, 0.5 % of `data_path` by hash are, at least one: the same that
+    the later stages use for validation. Raises UserError when a sample is empty or the data cannot be read.
     """
-    train = Sample(sample_bytes, PIECE_CHARS, seed)
-    held_out = Sample(HELD_OUT_BYTES, HELD_OUT_PIECE_CHARS, seed)
+    train = Sample(sample_bytes, SEGMENT_CHARS, seed)
+    held_out = Sample(HELD_OUT_BYTES, HELD_OUT_SEGMENT_CHARS, seed)
     for document in read_texts(val_path, max_bad_ratio) if val_path else ():
         held_out.add(*document)
     known = {document_hash for _, _, document_hash in held_out.heap}
@@ -148,15 +154,17 @@ def collect(data_path: list[str], val_path: list[str] | None, sample_bytes: int,
         held_out.add(*lowest)
         train.heap = sorted(entry for entry in train.heap if entry[2] != lowest[0])
     if not train.heap or not held_out.heap:
-        raise UserError(f"{' '.join(data_path)}: not enough text to train on some and to hold some out")
+        raise UserError(f"{' '.join(data_path)}: not enough text for a training and a held-out sample")
     return train, held_out
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, tags: tuple[str, ...] = TAGS) -> Tokenizer:
-    """A byte-level BPE tokenizer: CONTROL, `tags`, the 256 bytes, and merges until there are `vocab_size` entries or no
-    pair occurs twice. No merge can spell a control string or a tag: the split cuts each of them before its `>`.
+    """Train a byte-level BPE tokenizer.
 
-    The role that begins every message of a chat becomes one entry, however rare it is in the texts."""
+    Its entries are CONTROL, `tags`, the 256 bytes, and merges until there are `vocab_size` entries or no pair occurs
+    twice. No merge can spell a control string or a tag: the split cuts each of them before its `>`. Each role name
+    becomes one entry, even if it is rare in the texts, because every chat message begins with one.
+    """
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
     bound = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_WORD_CHARS}}}"), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
@@ -171,33 +179,33 @@ def train_bpe(texts: Iterator[str], vocab_size: int, tags: tuple[str, ...] = TAG
     train = tokenizer.train_from_iterator
     thread = threading.Thread(target=lambda: done.append(train(chain(texts, roles), trainer)), daemon=True)
     thread.start()
-    thread.join()  # heeds Ctrl-C, which the Rust code does not
-    assert done, "training failed: its traceback stands above"
+    thread.join()  # reacts to Ctrl-C; the Rust code does not
+    assert done, "training failed: see the traceback above"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     state = json.loads(tokenizer.to_str())
-    for token in state["added_tokens"]:  # the trainer made the tags special: decoding would hide them
+    for token in state["added_tokens"]:  # the trainer marks the tags as special, so decoding would hide them
         token["special"] = token["content"] in CONTROL
     return Tokenizer.from_str(json.dumps(state))
 
 
 def token_byte_lengths(tokenizer) -> list[int]:
-    """Bytes of text that each id of a byte-level BPE stands for: 0 for a control token, its own text's for a tag.
+    """The number of text bytes of each id of a byte-level BPE: 0 for a control token, the length of its text for a tag.
 
-    Takes a tokenizer of `tokenizers`, of transformers, or what dataset.load_tokenizer gives. Over a text's ids they
-    sum to its UTF-8 bytes.
+    The lengths of a text's ids sum to the text's UTF-8 bytes. `tokenizer` is one of `tokenizers`, one of transformers,
+    or a result of text.tokenizer.load_tokenizer.
     """
     tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
     vocabulary = tokenizer.get_vocab()
     lengths = [0] * (max(vocabulary.values()) + 1)
     for token, index in vocabulary.items():
-        lengths[index] = len(token)  # byte-level BPE writes each byte as one character
+        lengths[index] = len(token)  # byte-level BPE spells each byte as one character
     for index, token in tokenizer.get_added_tokens_decoder().items():
         lengths[index] = 0 if token.special else len(token.content.encode("utf-8"))
     return lengths
 
 
 def save(tokenizer: Tokenizer, report: dict, path: Path) -> None:
-    """Write the folder that AutoTokenizer reads, atomically. Raises UserError when it cannot be written."""
+    """Write the folder that AutoTokenizer reads, atomically. Raises UserError when that fails."""
     config = OurTokenizer.SETTINGS | {"chat_template": CHAT_TEMPLATE}
     files = {"tokenizer.json": tokenizer.to_str(pretty=True),
              "tokenizer_config.json": json.dumps(config, indent=2), "report.json": json.dumps(report, indent=2)}
@@ -207,10 +215,10 @@ def save(tokenizer: Tokenizer, report: dict, path: Path) -> None:
             (folder / name).write_text(content + "\n", encoding="utf-8", newline="\n")
 
     if not write_folder(path, fill):
-        raise UserError(f"--tokenizer_path {path}: another process has made it; choose another name")
+        raise UserError(f"--tokenizer_path {path}: another process has created it; choose another name")
 
 
-SCRIPTS = {  # characters, and the share of a line (white space apart) that makes it one of these; the first that fits
+SCRIPTS = {  # (characters, their least share of a line without white space); the first match decides
     "digits": ("[0-9]", 0.5),
     "Chinese": ("[\u2014-\u2026\u3001-\u303f\u3400-\u9fff\uff00-\uffef\U00020000-\U0003ffff]", 0.8),
     "code": (r"[][(){}<>=;_/\\#$&*+|~^%@`]", 0.12),
@@ -220,23 +228,26 @@ HOSTILE = ("", " ", "   a   ", "\n", "\r\n\r\n \t\n", "a\0b\x7f\x1b[0m", "\ufeff
            "👨\u200d👩\u200d👧🇨🇳👍🏽", "𠮷野家㐀龘々〆", "مرحبا שלום ไม่มี 한국어", "\U0010ffff\uffff\ufffd\ue000\u202e",
            "１２３，。！", "我" * 500, "0123456789" * 20, "=" * 300, " " * 300)
 LEVEL_1_HANZI = bytes(byte for high in range(0xB0, 0xD8) for low in range(0xA1, 0xFF) if (high, low) < (0xD7, 0xFA)
-                      for byte in (high, low)).decode("gb2312")  # the 3,755 everyday hanzi of GB2312 (1980)
+                      for byte in (high, low)).decode("gb2312")  # the 3,755 common hanzi, level 1 of GB2312 (1980)
 assert len(LEVEL_1_HANZI) == 3755
 
 
 def script_of(line: str) -> str:
-    """Which of SCRIPTS a line is: the first of digits (half of its characters are 0-9), Chinese (80 % are hanzi or
-    Chinese punctuation), code (12 % are brackets, operators and the like), English (80 % are A-Z, a-z), mixed."""
+    """The script of a line: the first of digits (half of its characters are 0-9), Chinese (80 % are hanzi or Chinese
+    punctuation), code (12 % are brackets, operators and similar signs), English (80 % are A-Z, a-z), else mixed."""
     visible = "".join(line.split())
     return next((script for script, (characters, share) in SCRIPTS.items()
                  if len(re.findall(characters, visible)) >= share * len(visible)), "mixed")
 
 
 def make_report(tokenizer: Tokenizer, texts: list[str]) -> dict:
-    """What the tokenizer does to held-out `texts`, ready for JSON: characters per token, of whole texts and, by script,
-    of single lines; how many level-1 hanzi are one, two, three tokens; the share of tokens that are <unk>; and whether
-    each text, and each of HOSTILE, comes back exactly from its ids, whose byte lengths sum to its own."""
-    tokenizer.encode_special_tokens = True  # a "<s>" in a text is text, as in every stage
+    """Measure a tokenizer on held-out `texts`. Returns a dict of JSON types.
+
+    It holds characters per token (of whole texts; by script, of single lines), how many level-1 hanzi take one, two or
+    three tokens, and the share of <unk> among the tokens. "round_trip" is true if each text, and each of HOSTILE, is
+    decoded exactly from its ids and the byte lengths of these ids sum to the text's bytes.
+    """
+    tokenizer.encode_special_tokens = True  # "<s>" in a text is ordinary text, as in every stage
     byte_lengths = token_byte_lengths(tokenizer)
     n_tokens, unknown, round_trip = 0, 0, True
     for text in (*texts, *HOSTILE):
@@ -259,7 +270,7 @@ def make_report(tokenizer: Tokenizer, texts: list[str]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, report and save; 0, or 1 when the tokenizer does not give every text back. Raises UserError."""
+    """Train, report and save. Returns 0, or 1 if the round trip is not exact. Raises UserError."""
     parser = OneLineParser(prog="train_tokenizer.py", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -268,11 +279,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--val_path", nargs="+", metavar="PATH",
         help="held-out text for the report (default: 0.5 %% of data_path, by hash)")
     add("--tokenizer_path", default=DEFAULT_FOLDER, help="folder to write (default: %(default)s)")
-    add("--vocab_size", type=int, default=6400, help="entries, all included (default: %(default)s)")
+    add("--vocab_size", type=int, default=6400, help="entries, control tokens included (default: %(default)s)")
     add("--sample_bytes", type=int, default=6_000_000, help="bytes of text to train on (default: %(default)s)")
     add("--seed", type=int, default=42, help="seed of the sample (default: %(default)s)")
-    add("--no_think_tokens", action="store_true", help="leave <think> </think> <answer> </answer> as ordinary text")
-    add("--max_bad_ratio", type=float, default=0.01, help="stop when more of the lines are malformed (%(default)s)")
+    add("--no_think_tokens", action="store_true", help="treat <think> </think> <answer> </answer> as ordinary text")
+    add("--max_bad_ratio", type=float, default=0.01,
+        help="stop when more than this share of lines is malformed (default: %(default)s)")
     args = parser.parse_args(argv)
     tags = () if args.no_think_tokens else TAGS
     if not 256 + len(CONTROL + tags) <= args.vocab_size <= 1_000_000:
@@ -281,26 +293,27 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--sample_bytes must be at least 1, and --max_bad_ratio between 0 and 1")
     path = Path(args.tokenizer_path).absolute()
     if path.is_file() or path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--tokenizer_path {args.tokenizer_path}: there already; remove it or choose another name")
+        raise UserError(f"--tokenizer_path {args.tokenizer_path}: already exists; remove it or choose another name")
 
     train, held_out = collect(args.data_path, args.val_path, args.sample_bytes, args.seed, args.max_bad_ratio)
-    begin, sampled_bytes = time.monotonic(), sum(len(piece) for _, piece, _ in train.heap)
-    print(f"training on {len(train.heap):,} pieces, {sampled_bytes:,} bytes", flush=True)
+    begin, sampled_bytes = time.monotonic(), sum(len(segment) for _, segment, _ in train.heap)
+    print(f"training on {len(train.heap):,} segments, {sampled_bytes:,} bytes", flush=True)
     tokenizer = train_bpe(train.pop_texts(), args.vocab_size, tags)
     print(f"trained: {tokenizer.get_vocab_size():,} entries, {time.monotonic() - begin:.1f} s", flush=True)
     if tokenizer.get_vocab_size() < args.vocab_size:
-        print(f"warning: too little text for --vocab_size {args.vocab_size}: the tokenizer is smaller", flush=True)
+        print(f"warning: too little text for --vocab_size {args.vocab_size}: the tokenizer has fewer entries",
+              flush=True)
     report = make_report(tokenizer, list(held_out.pop_texts()))
     report |= {"seed": args.seed, "sampled_bytes": sampled_bytes, "seconds": round(time.monotonic() - begin, 1)}
     print(f"{'held-out lines':16}{'characters':>12}{'tokens':>12}{'characters/token':>20}")
     for name, row in {**report["by_script"], "all": report}.items():
         print(f"{name:16}{row['chars']:12,}{row['tokens']:12,}{row['chars_per_token'] or '-':>20}")
-    print("of GB2312's 3,755 level-1 hanzi {:,} are one token, {:,} two, {:,} three".format(*report["hanzi_by_tokens"]))
+    print("GB2312's 3,755 level-1 hanzi: {:,} take one token, {:,} two, {:,} three".format(*report["hanzi_by_tokens"]))
     print(f"unknown rate {report['unknown_rate']}, round trip {'exact' if report['round_trip'] else 'FAILED'}")
     passed = report["round_trip"] and report["unknown_rate"] == 0
     if passed:
         save(tokenizer, report, path)
-    print(f"saved {path}" if passed else "not saved: the tokenizer loses text")
+    print(f"saved {path}" if passed else "not saved: the tokenizer does not reproduce every text")
     print(json.dumps(report))
     return 0 if passed else 1
 

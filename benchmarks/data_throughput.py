@@ -1,19 +1,19 @@
-"""Text into training steps: the token cache beside tokenising in a data set's `__getitem__`.
+"""Data loading, from text to training steps: the token cache compared with tokenizing in a Dataset's `__getitem__`.
 
     python benchmarks/data_throughput.py --megabytes 8 --repeats 5
     python benchmarks/data_throughput.py --data_path data/pretrain.jsonl --tokenizer_path weakwater_tokenizer
 
-The first --megabytes of the texts (of conversations: of their messages) are turned into steps in two ways.
+The first --megabytes of text (for conversations, of their messages) become training steps with two methods:
 
-ours            dataset.open_cache writes the tokens of all documents once; dataset.StepLoader lays them end to end
-__getitem__     a torch Dataset with all lines in memory; each text is tokenised, cut and padded to --max_seq_len when
-                it is asked for, by a DataLoader in the training process or in two workers (MiniMind's way)
+ours            dataset.open_cache writes the tokens of all documents once; dataset.StepLoader packs them
+__getitem__     a torch Dataset with all lines in memory; __getitem__ tokenizes a text and cuts or pads it to
+                --max_seq_len, called by a DataLoader in the training process or in two workers (as in MiniMind)
 
-Everything runs in a process of its own, which sees one core or two. "first batch" counts from the start of that
-process, its imports included. Memory is the most that the operating system saw resident, workers not counted: of ours
-in one pass over the text, and over eight times as much. Before anything is timed the ids of both ways are compared, but
-for texts in which control tokens are written out: __getitem__ takes those for the tokens. Without --data_path the text
-is generated, and without --tokenizer_path the tokenizer trained on it.
+Each measurement runs in a separate process that uses one or two cores. "first batch" is the time since the start of the
+process, including imports. Memory is the peak resident size without the workers, on the text and on eight times the
+text. First the benchmark checks that both methods give the same ids. Texts that contain the strings of control tokens
+are skipped in this check, because __getitem__ encodes such strings as control tokens. Without --data_path the text is
+generated; without --tokenizer_path a tokenizer is trained on it.
 """
 
 import argparse
@@ -43,25 +43,22 @@ from benchmarks.measure import (
     train_a_tokenizer,
     warn_of_load,
 )
-from common import (
-    exits,  # noqa: E402
-    runtime,
-)
+from common import exits, runtime
 from Config import UserError, number
 from dataset import StepLoader, load_documents, open_cache
 from text.records import find_files
 from text.tokenizer import TextEncoder, load_tokenizer
 
-GROWTH = 8  # the larger corpus is so many times the smaller one
-SAME = 1000  # documents whose ids are compared
+GROWTH = 8  # size of the larger corpus relative to the smaller one
+COMPARED = 1000  # documents whose ids are compared
 
 
 # ---------------------------------------------------------------------------------------------
-# the two ways, each in a process of its own
+# the two methods, each in a separate process
 
 
-class TokenisedWhenAsked:
-    """A torch Dataset as small-model repositories write it: rows of --max_seq_len ids, padded."""
+class TokenizedOnDemand:
+    """A torch Dataset as in typical small-model repositories: padded rows of --max_seq_len ids."""
 
     def __init__(self, path: str, tokenizer_path: str, max_seq_len: int):
         from transformers import AutoTokenizer
@@ -69,7 +66,7 @@ class TokenisedWhenAsked:
         with open(path, encoding="utf-8") as stream:
             self.texts = [json.loads(line)["text"] for line in stream]
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
-        encoder = TextEncoder.of(self.tokenizer)  # which knows what begins a text where the tokenizer names no token
+        encoder = TextEncoder.of(self.tokenizer)  # it finds the ids even if the tokenizer names no bos token
         self.begin, self.end = self.tokenizer.convert_ids_to_tokens([encoder.bos_id, encoder.eos_id])
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.end
         self.max_seq_len = max_seq_len
@@ -87,7 +84,7 @@ class TokenisedWhenAsked:
 
 
 def batches_of(args):
-    """Micro-batches of one epoch, in the way that args.alone names: (useful tokens) of each."""
+    """Yield the number of useful tokens of each micro-batch of one epoch, with the method named by args.alone."""
     if args.alone == "ours":
         documents = load_documents(args.data_path, load_tokenizer(args.tokenizer_path), "text", args.cache_dir,
                                    args.max_seq_len, say=lambda line: None)
@@ -99,13 +96,13 @@ def batches_of(args):
     else:
         from torch.utils.data import DataLoader
 
-        data = TokenisedWhenAsked(args.data_path, args.tokenizer_path, args.max_seq_len)
+        data = TokenizedOnDemand(args.data_path, args.tokenizer_path, args.max_seq_len)
         for _, mask in DataLoader(data, batch_size=args.rows, shuffle=True, num_workers=args.workers):
             yield int(mask.sum())
 
 
-def go_through(args) -> dict:
-    """Seconds to the first batch, useful tokens per second after it, peak memory: of this process."""
+def time_epoch(args) -> dict:
+    """Seconds to the first batch, useful tokens per second after it, and peak memory of this process."""
     batches = batches_of(args)
     next(batches)
     first, begin, tokens = seconds_since_start(), time.perf_counter(), 0
@@ -116,7 +113,7 @@ def go_through(args) -> dict:
 
 
 def build(args) -> dict:
-    """Megabytes of text per second into a new token cache, without the imports."""
+    """Write a new token cache. Returns its seconds, without imports, megabytes of text per second, and peak memory."""
     tokenizer = load_tokenizer(args.tokenizer_path)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
@@ -131,45 +128,45 @@ def build(args) -> dict:
 
 
 def check_enough(args, data_path: str) -> None:
-    """Raises UserError where there is too little text for both ways to be timed after their first batch."""
+    """Raises UserError if the text is too short to time both methods after their first batch."""
     size = Path(data_path).stat().st_size
     with open(data_path, encoding="utf-8") as stream:
         texts = sum(1 for _ in stream)
-    least_texts, least_size = 4 * args.rows, 8 * args.rows * args.max_seq_len  # a token has four bytes, about
+    least_texts, least_size = 4 * args.rows, 8 * args.rows * args.max_seq_len  # a token has about four bytes
     if texts < least_texts or size < least_size:
         raise UserError(f"{args.data_path or '--megabytes'}: {texts:,} texts, {size:,} bytes: at least "
                         f"{least_texts:,} and {least_size:,} are needed")
 
 
 def check_equal(args, data_path: str, folder: Path) -> None:
-    """Raises RuntimeError where both ways do not give the same ids, UserError where no text can be compared."""
+    """Raises RuntimeError if the two methods give different ids, UserError if no text can be compared."""
     tokenizer = load_tokenizer(args.tokenizer_path)
     cache = open_cache(find_files(data_path), tokenizer, "text", str(folder))
-    theirs = TokenisedWhenAsked(data_path, args.tokenizer_path, args.max_seq_len)
+    theirs = TokenizedOnDemand(data_path, args.tokenizer_path, args.max_seq_len)
     control = [token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
     bounds, compared = cache.documents["start"], 0
-    for index in range(min(SAME, len(theirs))):
+    for index in range(min(COMPARED, len(theirs))):
         if any(token in theirs.texts[index] for token in control):
             continue
         ours = cache.tokens[bounds[index]:bounds[index + 1]][:args.max_seq_len].tolist()
         if theirs[index][0].tolist()[:len(ours)] != ours:
-            raise RuntimeError(f"{data_path}:{index + 1}: the two ways do not give the same ids")
+            raise RuntimeError(f"{data_path}:{index + 1}: the two methods give different ids")
         compared += 1
     if not compared:
-        raise UserError(f"{args.data_path}: control tokens are written out in all of its texts; take plain text")
-    print(f"ids of {compared:,} documents: equal both ways; {min(SAME, len(theirs)) - compared:,} with control tokens "
-          "written out in them are not compared")
+        raise UserError(f"{args.data_path}: all texts contain strings of control tokens; use plain text")
+    print(f"ids of {compared:,} documents are equal with both methods; {min(COMPARED, len(theirs)) - compared:,} documents "
+          "that contain strings of control tokens were not compared")
 
 
 def compare(args, data_path: str, folder: Path) -> dict:
-    """Run everything in turns, print the table, return the result."""
+    """Run all measurements in turns, print the table, and return the result."""
     larger, cache_dir = folder / "larger.jsonl", str(folder / "cache")
     with open(larger, "wb") as stream:
         for _ in range(GROWTH):
             stream.write(Path(data_path).read_bytes())
     for path in (data_path, str(larger)):
         open_cache(find_files(path), load_tokenizer(args.tokenizer_path), "text", cache_dir)
-    fresh = (str(folder / f"fresh{i}") for i in count())  # for a cache that is not there yet
+    fresh = (str(folder / f"fresh{i}") for i in count())  # folders for new caches
     run = partial(alone, __file__, tokenizer_path=args.tokenizer_path, rows=args.rows, max_seq_len=args.max_seq_len)
     ours, getitem = partial(run, "ours", batches=0), partial(run, "getitem", batches=args.batches)
     work = {
@@ -183,7 +180,7 @@ def compare(args, data_path: str, folder: Path) -> dict:
         f"__getitem__, {GROWTH} x the text": lambda: getitem(data_path=larger),
     }
     if not hasattr(os, "sched_setaffinity"):
-        print("one core and two cannot be told apart on this system: the first row is left out")
+        print("this system cannot restrict a process to one core: the first row is skipped")
         del work["cache, one core"]
     runs = results_in_turns(work, args.repeats)
     print_table(["", "text to tokens, MB/s", "first batch, s", "tokens/s", "peak MiB"], [
@@ -210,14 +207,14 @@ def compare(args, data_path: str, folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "its vocabulary size (default: %(default)s)")
-    parser.add_argument("--data_path", help="JSONL of texts or conversations (default: generated)")
-    parser.add_argument("--tokenizer_path", help="(default: trained on the text)")
-    parser.add_argument("--megabytes", type=number(float, 0.1), default=8, help="of text, about (default: %(default)s)")
-    parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
+    parser = make_parser(__doc__, "preset whose vocabulary size is used (default: %(default)s)")
+    parser.add_argument("--data_path", help="JSONL of texts or conversations (default: generated text)")
+    parser.add_argument("--tokenizer_path", help="tokenizer folder (default: trained on the text)")
+    parser.add_argument("--megabytes", type=number(float, 0.1), default=8, help="size of the text (default: %(default)s)")
+    parser.add_argument("--rows", type=number(int, 1), default=8, help="rows per batch (default: %(default)s)")
+    parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="tokens per row (default: %(default)s)")
     parser.add_argument("--batches", type=number(int, 0), default=200,
-                        help="that __getitem__ is timed for; 0: all (default: %(default)s)")
+                        help="batches timed with __getitem__; 0: all (default: %(default)s)")
     for hidden in ("alone", "cache_dir"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
     for hidden, default in (("workers", 0), ("cores", 2)):
@@ -227,7 +224,7 @@ def main() -> None:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.cores])
         os.environ["TOKENIZERS_PARALLELISM"] = "false" if args.alone == "getitem" else "true"
-        print(json.dumps((build if args.alone == "build" else go_through)(args)))
+        print(json.dumps((build if args.alone == "build" else time_epoch)(args)))
         return
     warn_of_load()
     with tempfile.TemporaryDirectory() as name:

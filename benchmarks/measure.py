@@ -1,7 +1,7 @@
-"""What the benchmarks share: programs in processes of their own, turns (A B, B A, …), medians with their spread, the
-machine's own limits, tables.
+"""Shared by the benchmarks: programs in separate processes, measurement in turns (A B, B A, …), ratios with median and
+range, the peak rate of the machine, input data, tables.
 
-torch is imported where it is needed: to measure the memory of a tokenizer's training, it must not be there.
+torch is imported inside functions, because a process that measures the memory of tokenizer training must not load it.
 """
 
 import argparse
@@ -22,34 +22,34 @@ from pathlib import Path
 from Config import PRESETS, LLMConfig, OneLineParser, UserError, number
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKER_TIMEOUT = 600  # seconds for one call: longer than any step or compilation, so only a hang reaches it
+WORKER_TIMEOUT = 600  # seconds per call: longer than any step or compilation, so only a hang reaches it
 
 
 def make_parser(description: str, preset_help: str = "(default: %(default)s)") -> OneLineParser:
-    """A parser with the flags of every benchmark."""
+    """A parser with the flags that all benchmarks have."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="weakwater-30m", choices=tuple(PRESETS), help=preset_help)
-    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--repeats", type=number(int, 1), default=5, help="measured turns (default: %(default)s)")
     return parser
 
 
 def warn_of_load() -> None:
-    """Say so where other work ran on this machine a moment ago."""
+    """Print a warning if other work has run on this machine in the last minute."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if load > 0.5:
-        print(f"the load of this machine was {load:.1f} in the last minute: what else runs on it slows each loop by "
-              "another factor", file=sys.stderr)
+        print(f"warning: the load of this machine was {load:.1f} in the last minute; other work slows the loops by "
+              "different factors", file=sys.stderr)
 
 
 class WorkerFailed(RuntimeError):
-    """A worker's program raised, died or did not answer. The message is short: it becomes a cell of the table."""
+    """A worker's program raised, crashed or did not answer. The message is short, since it becomes a table cell."""
 
 
 class Worker:
-    """A program in a process of its own, e.g. one decoder. If it crashes, the benchmark goes on without it.
+    """A program in a separate process, e.g. one decoder. If it crashes, the benchmark continues without it.
 
-    `make(*args)` builds the program in the new process. Calls are sent over a pipe, one at a time; `seconds` is how
-    long the last one took there, without the pipe. After a failure every call raises WorkerFailed again.
+    `make(*args)` builds the program in the new process. Calls are sent over a pipe, one at a time. `seconds` is the
+    duration of the last call, measured in that process. After a failure every call raises WorkerFailed.
     """
 
     def __init__(self, make: Callable, *args):
@@ -57,7 +57,7 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, time.time(), make, args), daemon=True)
         self.process.start()
-        theirs.close()  # else a crash would not close the pipe
+        theirs.close()  # with a copy open here, a crash would not close the pipe
         self.failure: str | None = None
         self.seconds = 0.0
         self.ready = False
@@ -66,19 +66,19 @@ class Worker:
         return self.call("__call__", *args)
 
     def call(self, method: str, *args, timeout: float = WORKER_TIMEOUT):
-        """The result of a method of the program. Raises WorkerFailed."""
-        if not self.ready:  # only now: several workers build their programs at the same time
+        """Call a method of the program and return its result. Raises WorkerFailed."""
+        if not self.ready:  # not awaited in __init__, so that several workers build their programs in parallel
             self._receive(timeout)
             self.ready = True
         try:
             self.pipe.send((method, args))
-        except OSError:  # it died between two calls: _receive reads why
+        except OSError:  # the process crashed between two calls; _receive finds the reason
             pass
         result, self.seconds = self._receive(timeout)
         return result
 
     def time(self, method: str, *args) -> float:
-        """Seconds that a method of the program takes. Raises WorkerFailed."""
+        """Call a method of the program and return its duration in seconds. Raises WorkerFailed."""
         self.call(method, *args)
         return self.seconds
 
@@ -99,16 +99,16 @@ class Worker:
         return result, seconds
 
     def close(self) -> None:
-        """End the process and free its memory."""
+        """End the process, which frees its memory."""
         self.pipe.close()
         self.process.kill()
         self.process.join()
 
 
 def _serve(pipe, started: float, make: Callable, args: tuple) -> None:
-    """The worker's process: build the program, then answer calls until one fails or the benchmark closes the pipe."""
+    """Main function of the worker process: build the program, then answer calls until one fails or the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the benchmark ends its workers
-    os.dup2(2, 1)  # the benchmark's stdout ends with its JSON object: no program may write there
+    os.dup2(2, 1)  # stdout to stderr: the last line on the benchmark's stdout must be its JSON object
     os.environ["BENCHMARK_START"] = str(started)
     method, program = None, None
     while True:
@@ -118,7 +118,7 @@ def _serve(pipe, started: float, make: Callable, args: tuple) -> None:
                 result, program = None, make(*args)
             else:
                 result = getattr(program, method)(*args)
-            wait_for_device()  # an idle worker must leave the GPU to the others
+            wait_for_device()  # no work may remain on the GPU while another worker is measured
             answer = result, time.perf_counter() - begin, None
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0][:100]
@@ -126,7 +126,7 @@ def _serve(pipe, started: float, make: Callable, args: tuple) -> None:
             traceback.print_exc()
         try:
             pipe.send(answer)
-            if answer[2]:  # the state of the program is unknown now
+            if answer[2]:  # after an exception the state of the program is unknown
                 return
             method, args = pipe.recv()
         except (EOFError, OSError):
@@ -134,24 +134,24 @@ def _serve(pipe, started: float, make: Callable, args: tuple) -> None:
 
 
 def close_all(workers: dict[str, Worker]) -> None:
-    """End the processes of all these workers."""
+    """End the processes of the workers."""
     for worker in workers.values():
         worker.close()
 
 
 def failures(workers: dict[str, Worker]) -> dict[str, str]:
-    """Why each failed worker failed, by name."""
+    """The failure message of each failed worker, by name."""
     return {name: worker.failure for name, worker in workers.items() if worker.failure}
 
 
 def take_turns(work: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
-    """Seconds of each piece of work, `repeats` times in turns, after one turn to warm up that does not count.
+    """Seconds of each function in `work`, run `repeats` times in turns after one warm-up turn that is not counted.
 
-    Work that measures itself returns its seconds as a float. Work that raises WorkerFailed is left out of the rest,
-    and of the result.
+    A function that measures itself returns its seconds as a float. A function that raises WorkerFailed is not called
+    again and is absent from the result.
 
-    On a shared machine the speed drifts; in turns all drift together, and their ratios stay. The first one in a turn
-    rotates: it may pay what the others then find ready, e.g. memory for a new shape.
+    The speed of a shared machine drifts. In turns all functions see the same drift, so their ratios stay stable. The
+    order rotates from turn to turn, because the first function may pay for what the others reuse, e.g. memory.
     """
     seconds, names = {name: [] for name in work}, list(work)
     for turn in range(repeats + warm_up):
@@ -173,21 +173,21 @@ def take_turns(work: dict[str, Callable[[], object]], repeats: int, warm_up: boo
 
 
 def results_in_turns(work: dict[str, Callable[[], dict]], repeats: int) -> dict[str, list[dict]]:
-    """The same for work that measures itself: what each returned, without the round that does not count."""
+    """The results of each function in `work`, run `repeats` times in turns after a warm-up turn."""
     results = {name: [] for name in work}
     take_turns({name: lambda name=name, do=do: results[name].append(do()) for name, do in work.items()}, repeats)
     return {name: done[1:] for name, done in results.items()}
 
 
 def run_script(script: str, *flags: str) -> None:
-    """Run one of the project's scripts. Raises UserError with what it complained about."""
+    """Run one of the project's scripts. Raises UserError with its stderr when it fails."""
     done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{script}: {done.stderr.strip()}")
 
 
 def alone(benchmark: str, name: str, **flags) -> dict:
-    """`benchmark --alone name`, with these flags, in a process of its own; the JSON object that it prints last."""
+    """Run `benchmark --alone name` with these flags in a separate process. Returns the JSON object on its last line."""
     command = [sys.executable, benchmark, "--alone", name]
     for flag, value in flags.items():
         if value is not False:
@@ -195,17 +195,17 @@ def alone(benchmark: str, name: str, **flags) -> dict:
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"BENCHMARK_START": str(time.time())})
     if done.returncode:
-        raise RuntimeError(f"{name} alone: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{name} failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def seconds_since_start() -> float:
-    """In a process that `alone` or Worker started: since then."""
+    """Seconds since this process was started by `alone` or Worker."""
     return time.time() - float(os.environ["BENCHMARK_START"])
 
 
 def wait_for_device() -> None:
-    """Until the GPU, if there is one, has done what it was told."""
+    """Wait until the GPU, if there is one, has finished its work."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -214,48 +214,50 @@ def wait_for_device() -> None:
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """How often `fast` fits into `slow`: median, smallest and largest over the turns."""
+    """The ratio of `slow` to `fast` within each turn: {"median", "min", "max"}."""
     turns = [a / b for a, b in zip(slow, fast, strict=True)]
     return {"median": statistics.median(turns), "min": min(turns), "max": max(turns)}
 
 
-def large_product(device, dtype) -> tuple[Callable[[], None], int]:
-    """A large square matrix product, the limit of arithmetic on this machine, to be timed in turns with what is to be
-    compared with it; and how many FLOPs it is."""
+def large_matmul(device, dtype) -> tuple[Callable[[], None], int]:
+    """(a function that runs large square matmuls, its FLOPs). Timed in turns with a training step, it gives the peak
+    rate of the machine at that moment."""
     import torch
 
     n, times = (8192, 4) if device.type == "cuda" else (2048, 8)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
-    def product() -> None:
+    def matmul() -> None:
         for _ in range(times):
             a @ b
 
-    return product, 2 * n**3 * times
+    return matmul, 2 * n**3 * times
 
 
 def peak_mebibytes(device=None) -> float:
-    """The most memory this process has held: on a GPU that of its tensors, else resident memory."""
+    """Peak memory of this process in MiB: of its tensors on a GPU, else resident memory."""
     if device is not None and device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the process that started this one
+    if status.exists():  # getrusage would include the parent process
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
-    import resource  # not on Windows
+    import resource  # does not exist on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def middle(runs: list[dict], key: str) -> float:
-    """The median of one measurement over the turns."""
+    """The median of `key` over the turns."""
     return statistics.median(run[key] for run in runs)
 
 
 def sample_records(source: str, target: Path, kind: str, count: int, seed: int) -> None:
-    """`count` lines of a JSONL file, drawn from all of it (Vitter 1985, algorithm R), as a plain file; those that are
-    no records of the kind are left out, and counted. Raises UserError where none is left."""
+    """Write a plain JSONL file of `count` lines, sampled uniformly from `source` (Vitter 1985, algorithm R).
+
+    Lines that are not records of `kind` ("text" or "chat") are skipped and counted. Raises UserError if none is left.
+    """
     import random
 
     from text.records import MalformedRecord, find_files, parse_record, read_lines
@@ -277,13 +279,13 @@ def sample_records(source: str, target: Path, kind: str, count: int, seed: int) 
                 continue
             stream.write(line.rstrip(b"\n") + b"\n")
             written += 1
-    print(f"{source}: {len(kept):,} of {seen:,} lines drawn; {len(kept) - written:,} malformed ones left out")
+    print(f"{source}: {len(kept):,} of {seen:,} lines sampled; {len(kept) - written:,} malformed ones skipped")
     if not written:
-        raise UserError(f"--data_path {source}: no {kind} record in it")
+        raise UserError(f"--data_path {source}: has no {kind} record")
 
 
 def make_corpus(path: Path, megabytes: float) -> None:
-    """Generated text of about so many megabytes: the quickstart's world, of one seed after another, in random order."""
+    """Write about `megabytes` of generated text: the quickstart's world with seeds 0, 1, …, each in random order."""
     import random
 
     from make_demo_data import World
@@ -292,16 +294,16 @@ def make_corpus(path: Path, megabytes: float) -> None:
     with open(path, "w", encoding="utf-8") as stream:
         for seed in count():
             for text in random.Random(seed).sample(texts := list(World(seed).texts()), len(texts)):
-                size += stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n") * 3  # bytes, about
+                size += stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n") * 3  # about 3 bytes each
                 if size >= 1e6 * megabytes:
                     return
 
 
 def copy_texts(source: str, target: Path, megabytes: float) -> None:
-    """The texts of a JSONL file, its first `megabytes` of them, as plain {"text": ...} lines, for loops that know
-    nothing else; of a conversation its messages, of a question its answer, one below the other.
+    """Copy the first `megabytes` of text in a JSONL file as {"text": ...} lines, the only format that all loops read.
 
-    Lines that are malformed or empty are left out, and counted. Raises UserError where no text is found.
+    The messages of a conversation, or a question and its answer, become one text with line breaks between them.
+    Malformed and empty lines are skipped and counted. Raises UserError if there is no text.
     """
     from text.records import MalformedRecord, find_files, read_lines
     from train_tokenizer import parse_texts
@@ -320,24 +322,24 @@ def copy_texts(source: str, target: Path, megabytes: float) -> None:
             written, size = written + 1, size + len(text.encode("utf-8"))
             if size >= 1e6 * megabytes:
                 break
-    print(f"{source}: {written:,} texts, {size / 1e6:.1f} MB; {left_out:,} malformed or empty lines left out")
+    print(f"{source}: {written:,} texts, {size / 1e6:.1f} MB; {left_out:,} malformed or empty lines skipped")
     if not written:
-        raise UserError(f"--data_path {source}: no text in it")
+        raise UserError(f"--data_path {source}: has no text")
 
 
 def train_a_tokenizer(data_path: str, folder: Path, preset: str) -> str:
-    """A tokenizer trained on the data, with the vocabulary of a preset; its path. Raises UserError."""
+    """Train a tokenizer on the data with the vocabulary size of a preset. Returns its path. Raises UserError."""
     path = str(folder / "tokenizer")
     try:
         run_script("train_tokenizer.py", "--data_path", data_path, "--tokenizer_path", path,
                    "--vocab_size", str(LLMConfig.preset(preset).vocab_size))
     except UserError as error:
-        raise UserError(f"no tokenizer can be trained on this, --tokenizer_path has to name one ({error})") from None
+        raise UserError(f"no tokenizer can be trained on this data; name one with --tokenizer_path ({error})") from None
     return path
 
 
 def to_transformers(model):
-    """transformers' model with the same weights, which have the same names: a Llama or, with qk_norm, a Qwen3."""
+    """The transformers model with the same weights, whose names are equal: Llama, or Qwen3 with qk_norm."""
     import transformers
 
     config = model.config
@@ -353,18 +355,18 @@ def to_transformers(model):
 
 
 def print_row(cells: list[str], widths: list[int]) -> None:
-    """One row of a Markdown table, shown at once: an interrupted benchmark loses no finished row."""
+    """Print one row of a Markdown table and flush it, so that an interrupted benchmark loses no finished row."""
     print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |", flush=True)
 
 
 def print_head(head: list[str], widths: list[int]) -> None:
-    """The first two rows of a Markdown table."""
+    """Print the first two rows of a Markdown table."""
     print_row(head, widths)
     print_row(["-" * width for width in widths], widths)
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table, its columns aligned."""
+    """Print a Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     print_head(head, widths)
     for row in rows:
@@ -372,21 +374,24 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def print_result(result: dict) -> None:
-    """The end of a benchmark: its ratios, and one JSON object on the last line."""
+    """Print the ratios, then the whole result as one JSON object on the last line."""
     for name, value in result["ratios"].items():
         print(f"{name}: {value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})")
     print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
 def end(result: dict, work: Callable[[dict], None]) -> int:
-    """Run `work`, which fills `result`, and print what is there, even if interrupted. Returns the exit code: of the
-    programs that failed, only ours makes it 1."""
+    """Run `work`, which fills `result`, and print the result, even after an interrupt.
+
+    Returns the exit code: 130 after an interrupt, 1 if one of our programs failed. Failures of other programs do not
+    count.
+    """
     code = 0
     try:
         work(result)
     except KeyboardInterrupt:
         result["interrupted"], code = True, 130
-    except RuntimeError as error:  # e.g. the programs do not do the same work
+    except RuntimeError as error:  # e.g. the programs do different work
         result["failed"] = str(error)
         print_result(result)
         raise

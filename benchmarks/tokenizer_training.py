@@ -1,16 +1,16 @@
-"""Training the tokenizer: train_tokenizer.py beside plain byte-level BPE training with `tokenizers`.
+"""Tokenizer training: train_tokenizer.py compared with plain byte-level BPE training by `tokenizers`.
 
     python benchmarks/tokenizer_training.py --megabytes 8 --repeats 5
     python benchmarks/tokenizer_training.py --data_path data/pretrain.jsonl
 
-ours     python train_tokenizer.py: a sample of the text in bounded memory, a split that keeps digits apart and bounds
-         the length of a word, a held-out report
-plain    BpeTrainer behind ByteLevel pre-tokenisation with its usual regex, over all of the text, as in the
-         documentation of `tokenizers`
+ours     python train_tokenizer.py: a sample of the text in bounded memory, single digits, a limit on word length in
+         training, a report on held-out text
+plain    BpeTrainer with ByteLevel pre-tokenization and its default regex on the whole text, as in the documentation of
+         `tokenizers`
 
-Each runs in a process of its own, on one, two and four times the text, from start to saved file. Memory is the most
-that the operating system saw resident. "bytes a token" is measured on the same held-out texts: the more, the shorter
-the text. Without --data_path the text is generated; of conversations it is the messages.
+Each runs in a separate process, on one, two and four times the text, from process start to saved file. Memory is the
+peak resident size. "bytes a token" is measured on the same held-out texts; more is better. Without --data_path the text
+is generated. The text of a conversation is that of its messages.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from benchmarks.measure import (
     seconds_since_start,
     warn_of_load,
 )
-from common import exits  # noqa: E402
+from common import exits
 from Config import LLMConfig, UserError, number
 
 TIMES = (1, 2, 4)
@@ -44,7 +44,7 @@ LEAST_TEXTS, MOST_HELD_OUT = 40, 500  # a tenth of the texts is held out
 
 
 def plain(data_path: str, target: Path, vocab_size: int) -> None:
-    """The usual byte-level BPE tokenizer."""
+    """Train and save the plain byte-level BPE tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     def texts():
@@ -62,7 +62,7 @@ def plain(data_path: str, target: Path, vocab_size: int) -> None:
 
 
 def train(args) -> dict:
-    """Train args.alone's tokenizer in this process: seconds from its start, and peak memory."""
+    """Train the tokenizer named by args.alone in this process. Returns seconds since process start and peak memory."""
     if args.alone == "ours":
         import train_tokenizer
 
@@ -75,20 +75,20 @@ def train(args) -> dict:
 
 
 def bytes_per_token(path: Path, texts: list[str]) -> float:
-    """Raises RuntimeError when a text does not come back whole from its ids."""
+    """Bytes per token of `texts`. Raises RuntimeError when a text is not decoded exactly from its ids."""
     from tokenizers import Tokenizer
 
     tokenizer, tokens = Tokenizer.from_file(str(path / "tokenizer.json")), 0
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         if tokenizer.decode(ids, skip_special_tokens=False) != text:
-            raise RuntimeError(f"{path}: a text does not come back whole")
+            raise RuntimeError(f"{path}: a text is not decoded exactly")
         tokens += len(ids)
     return sum(len(text.encode("utf-8")) for text in texts) / tokens
 
 
 def compare(args, lines: list[str], folder: Path) -> dict:
-    """Both tokenizers on one, two and four times the text; prints the table, returns the result."""
+    """Train both tokenizers on one, two and four times the text. Prints the table and returns the result."""
     vocab_size, n_held_out = LLMConfig.preset(args.preset).vocab_size, min(len(lines) // 10, MOST_HELD_OUT)
     lines, texts = lines[:-n_held_out], [json.loads(line)["text"] for line in lines[-n_held_out:]]
     result, rows, ratios = {}, [], {}
@@ -116,10 +116,10 @@ def compare(args, lines: list[str], folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "its vocabulary size (default: %(default)s)")
-    parser.add_argument("--data_path", help="JSONL of texts or conversations (default: generated)")
+    parser = make_parser(__doc__, "preset whose vocabulary size is used (default: %(default)s)")
+    parser.add_argument("--data_path", help="JSONL of texts or conversations (default: generated text)")
     parser.add_argument("--megabytes", type=number(float, 0.1), default=8,
-                        help="of the largest text, about (default: %(default)s)")
+                        help="approximate size of the largest text (default: %(default)s)")
     for hidden in ("alone", "out", "vocab_size"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -128,7 +128,6 @@ def main() -> None:
         return
     warn_of_load()
     import torch
-
 
     machine = runtime.describe_machine(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
@@ -141,14 +140,14 @@ def main() -> None:
             lines = list(stream)
         if len(lines) < LEAST_TEXTS:
             raise UserError(f"{args.data_path or '--megabytes'}: {len(lines)} texts are too few: at least "
-                            f"{LEAST_TEXTS} are needed; more --megabytes?")
+                            f"{LEAST_TEXTS} are needed; raise --megabytes")
         print(f"{machine}; {source.stat().st_size / 1e6:.1f} MB of text, {args.repeats} turns")
         result = compare(args, lines, Path(name))
     print_result(result | {"machine": machine, "preset": args.preset})
 
 
 if __name__ == "__main__":
-    if "--alone" in sys.argv:  # a measurement, in whose memory torch has no place
+    if "--alone" in sys.argv:  # importing runtime would add torch to the measured memory
         sys.exit(main())
     from common import runtime
 

@@ -1,4 +1,4 @@
-"""Exact answers, questions from files, and one run of each kind of scoring."""
+"""evaluate.py: reading answers, reading question files, and one run of each type of score."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from text.chat import ChatEncoder, encode_chat
 from text.records import MalformedRecord, kind_of
 from text.tokenizer import TextEncoder
 
-# ---- exact answers --------------------------------------------------------------------------
+# ---- reading answers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("written, value", [
@@ -33,7 +33,7 @@ from text.tokenizer import TextEncoder
     ("1,000", 1000), ("12,345,678.5", Fraction(123456785, 10)), ("20。", 20),
     ("B", "B"), (" 小 明。", "小明"), ("2:3", "2:3"), ("9/0", "9/0"), ("20个", "20个"), ("1" * 5000, "1" * 5000),
 ])
-def test_right_answers_are_read(written, value):
+def test_reference_answers_are_read(written, value):
     assert read_answer(written) == value
 
 
@@ -41,7 +41,7 @@ def test_right_answers_are_read(written, value):
     ("<think>\n3+4=7\n</think>\n<answer>\n3 + 4 = 7\n答案：7\n</answer>", 7),
     ("<think>\n99\n</think>\n<answer>\n7\n</answer>", 7),
     ("<think>99</think>一共7个", 7),
-    ("<think>一直想，7", None),  # never came to an answer
+    ("<think>一直想，7", None),  # the reply ends before the answer
     ("<answer>8</answer> 不对 <answer>7", 7),
     ("答案：8，不对。答案是7个，因为3+4", 7),
     ("答案是：7\n检查：8", 7),
@@ -105,7 +105,7 @@ def test_malformed_questions(line, reason):
         evaluate.parse_question(line)
 
 
-def test_malformed_lines_are_counted_and_named(tmp_path, capsys):
+def test_malformed_lines_are_counted_and_printed(tmp_path, capsys):
     file = write_jsonl(tmp_path / "q.jsonl", [{"question": f"{n}+1", "answer": n + 1} for n in range(99)])
     with file.open("a") as stream:
         stream.write("{broken\n")
@@ -120,10 +120,10 @@ def test_malformed_lines_are_counted_and_named(tmp_path, capsys):
 
 
 def save_nano(path, tokenizer, stage, reply=()):
-    """Weights for tests; with `reply` they answer any prompt with these ids.
+    """Save weights for tests. With `reply` the model answers any prompt with these ids.
 
-    Such weights pass no information between positions: every block's output is 0 and the embedding of each id
-    points to the one that should follow it.
+    Then no information passes between positions: the output of every block is 0, and the embedding of each id
+    matches the output row of the id that follows it.
     """
     torch.manual_seed(0)
     encoder = TextEncoder.of(tokenizer)
@@ -170,8 +170,8 @@ def test_loss_of_text_and_chats(tmp_path, tokenizer, tokenizer_dir, capsys):
     assert first["files"][0]["documents"] == 1 and "exact" not in first
 
 
-def test_the_loss_is_that_of_the_words_alone(tmp_path, tokenizer, tokenizer_dir, capsys):
-    """Against the cross-entropy written out, over the assistant's tokens and `</s>`, per byte of its words."""
+def test_the_loss_covers_only_the_reply(tmp_path, tokenizer, tokenizer_dir, capsys):
+    """Equals an explicit cross-entropy over the assistant's tokens and `</s>`, divided by the bytes of its text."""
     path = save_nano(tmp_path / "SFT.pth", tokenizer, "SFT")
     messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "<think>嗯</think>好的"}]
     data = write_jsonl(tmp_path / "one.jsonl", [{"conversations": messages, "weight": 0.25}])
@@ -212,24 +212,24 @@ def test_exact_answers_end_to_end(tmp_path, tokenizer, tokenizer_dir, capsys):
     assert generations[0]["reply"] == "<think></think><answer>7</answer>"
     assert [g["correct"] for g in generations] == [True, False, True, False]
     assert [g["ended"] for g in generations] == ["eos", "eos", "eos", "context"]
-    # the same again replaces its own file; another file is not overwritten; questions are drawn by seed
+    # a repeated run replaces its own file, no other file is overwritten, and --max_questions draws a sample
     drawn, _ = scored(capsys, *options, "--max_questions", 2, "--generations", tmp_path / "g" / "two.jsonl")
     assert drawn["exact"]["questions"] == 2
     again, _ = scored(capsys, *options)
     assert again["exact"]["correct"] == 2
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         evaluate.main([*map(str, options), "--generations", str(tmp_path / "sums.jsonl")])
 
 
 def test_pretraining_weights_continue_the_question(tmp_path, tokenizer, tokenizer_dir, capsys, monkeypatch):
-    """Unless they are asked as the later stages are (--as_chat)."""
+    """With --as_chat they get the chat format of the later stages."""
     prompts = []
 
-    def stand_in(model, batch, *args, **kwargs):
+    def recording(model, batch, *args, **kwargs):
         prompts.extend(batch)
         return generate(model, batch, *args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "generate", stand_in)
+    monkeypatch.setattr(evaluate, "generate", recording)
     path, encoder = save_nano(tmp_path / "any.pth", tokenizer, "pretrain"), TextEncoder.of(tokenizer)
     data = write_jsonl(tmp_path / "q.jsonl", [{"question": "1+1=", "answer": 2}])
     for flags in ([], ["--as_chat"]):
@@ -243,10 +243,10 @@ def test_pretraining_weights_continue_the_question(tmp_path, tokenizer, tokenize
 
 @pytest.mark.parametrize("change, reason", [
     (["--data_path", "nowhere.jsonl"], "no such file"),
-    (["--max_seq_len", "4096"], "more than the model's context"),
+    (["--max_seq_len", "4096"], "exceeds the model's context"),
     (["--model_mode", "3"], "SFT_long.pth: no such file .python SFT_long.py makes it"),
 ])
-def test_mistakes_are_explained(tmp_path, tokenizer, tokenizer_dir, change, reason):
+def test_user_errors_name_their_reason(tmp_path, tokenizer, tokenizer_dir, change, reason):
     save_nano(tmp_path / "SFT.pth", tokenizer, "SFT")
     data = write_jsonl(tmp_path / "t.jsonl", [{"text": "你好"}])
     options = {"--model_mode": "1", "--out_dir": str(tmp_path), "--tokenizer_path": str(tokenizer_dir),
@@ -255,13 +255,13 @@ def test_mistakes_are_explained(tmp_path, tokenizer, tokenizer_dir, change, reas
         evaluate.main([word for pair in options.items() for word in pair])
 
 
-def test_a_file_of_something_else(tmp_path):
+def test_a_file_without_known_keys(tmp_path):
     with pytest.raises(UserError, match="no record with"):
         kind_of([write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a"}])])
 
 
 def test_choices(tmp_path, tokenizer, tokenizer_dir, capsys):
-    """Right is the reply that names the right choice and no other; choices that cannot be told apart are malformed."""
+    """A correct reply names the correct choice and no other; ambiguous choices are malformed."""
     reply = TextEncoder.of(tokenizer).encode(["黑猫。"])[0]
     save_nano(tmp_path / "SFT.pth", tokenizer, "SFT", reply)
     pets = {"question": "小明养了什么？", "choices": ["黑猫", "白猫"]}
@@ -273,4 +273,4 @@ def test_choices(tmp_path, tokenizer, tokenizer_dir, capsys):
                            "--data_path", tmp_path / "pets.jsonl", "--max_bad_ratio", 0.5, "--dtype", "fp32")
     assert result["exact"]["questions"] == 3 and result["exact"]["correct"] == 1 and result["exact"]["malformed"] == 3
     assert [any(reason in line for line in lines) for reason in
-            ('not one of its "choices"', 'part of another', 'no list of texts')] == [True] * 3
+            ('not one of its "choices"', 'part of another', 'not a list of texts')] == [True] * 3

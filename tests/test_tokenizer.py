@@ -1,4 +1,4 @@
-"""train_tokenizer.py: the folder it writes, law 9, the sample, the report, and how it refuses."""
+"""train_tokenizer.py: the output folder, invariant 9 (exact round trip), the sample, the report, and user errors."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def corpus(tmp_path_factory):
 
 
 def train(data_path, folder, *flags):
-    """Run the script in this process, with success, and return the folder."""
+    """Run the script in this process, check that it succeeds, and return the folder."""
     argv = ["--data_path", str(data_path), "--tokenizer_path", str(folder), "--vocab_size", str(VOCAB_SIZE), *flags]
     assert main(argv) == 0
     return folder
@@ -89,9 +89,9 @@ def test_auto_tokenizer_loads_it(folder):
     assert token_byte_lengths(tokenizer) == token_byte_lengths(tokenizer.backend_tokenizer)
 
 
-def test_it_is_the_same_without_transformers(folder, tmp_path):
-    """OurTokenizer gives what transformers' class gives. A folder with another setting, or with a file that only
-    transformers reads, is left to transformers."""
+def test_our_tokenizer_equals_that_of_transformers(folder, tmp_path):
+    """OurTokenizer gives the same results as transformers' class. A folder with another setting, or with a file that
+    only transformers reads, is loaded by transformers."""
     from transformers import AutoTokenizer
 
     ours, theirs = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -144,7 +144,7 @@ def test_no_merge_spells_a_control_token():
 
 
 # ---------------------------------------------------------------------------------------------
-# law 9
+# invariant 9: exact round trip
 
 FRAGMENTS = ["<s>", "</s>", "<unk>", *TAGS, " ", "\n", "\r\n", "\t", "我", "，", "'s", "👍🏽", "\u0301", "\0", "\ufeff"]
 ANY_TEXT = st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(FRAGMENTS)).map("".join)
@@ -152,10 +152,10 @@ ANY_TEXT = st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampl
 
 @settings(max_examples=500, deadline=None, database=None)
 @given(text=ANY_TEXT)
-def test_law9_every_text_comes_back(trained, text):
+def test_every_text_is_decoded_exactly(trained, text):
     trained.encode_special_tokens = False
     assert trained.decode(trained.encode(text).ids, skip_special_tokens=False) == text
-    trained.encode_special_tokens = True  # control strings in a text are text
+    trained.encode_special_tokens = True  # control strings in a text are ordinary text
     ids = trained.encode(text).ids
     assert not {0, 1, 2} & set(ids)
     assert trained.decode(ids) == text
@@ -172,16 +172,16 @@ def test_sample_stays_within_budget_and_follows_its_seed():
         sample = Sample(10_000, 50, seed)
         for record in make_texts(seed=3, n=100):
             sample.add(text_hash(record), [record["text"]])
-            assert sample.bytes == sum(len(piece) for _, piece, _ in sample.heap) <= 10_000
+            assert sample.bytes == sum(len(segment) for _, segment, _ in sample.heap) <= 10_000
         return list(sample.pop_texts())
 
     assert draw(1) == draw(1) != draw(2)
-    assert 9_000 < sum(len(piece.encode()) for piece in draw(1))
+    assert 9_000 < sum(len(segment.encode()) for segment in draw(1))
     assert max(map(len, draw(1))) == 50
 
 
 def test_sample_is_uniform():
-    """Early and late, small and large pieces have the same chance: 2,000 draws of 4 in 100, expected share 1/25."""
+    """Early and late, small and large segments have the same chance: 500 draws of about 4 of 100."""
     early = large = total = 0
     for seed in range(500):
         sample = Sample(60, 100, seed)
@@ -192,7 +192,7 @@ def test_sample_is_uniform():
         total += len(sample.heap)
     assert total > 1500
     assert abs(early / total - 0.5) < 0.06
-    assert 0.4 < large / total < 0.55  # a large one that does not fit any more ends the sample
+    assert 0.4 < large / total < 0.55  # a large segment that does not fit ends the sample
 
 
 def test_same_seed_same_file(corpus, folder, tmp_path):
@@ -206,7 +206,7 @@ def test_same_seed_same_file(corpus, folder, tmp_path):
 def test_held_out_documents_are_not_trained_on(corpus):
     records = [json.loads(line) for line in (corpus / "text.jsonl").read_text(encoding="utf-8").splitlines()]
     expected = {text_hash(record) for record in records if is_held_out(text_hash(record))}
-    assert expected, "the corpus should have such documents"
+    assert expected, "the corpus has no such documents"
     train_sample, held_out = collect([str(corpus / "text.jsonl")], None, 10**6, 42, 0.01)
     assert {document for _, _, document in held_out.heap} == expected
     assert {document for _, _, document in train_sample.heap} == {text_hash(r) for r in records} - expected
@@ -231,7 +231,7 @@ def test_val_path_is_not_trained_on(corpus, tmp_path):
     assert not {document for _, _, document in train_sample.heap} & set(map(text_hash, records[:7]))
 
 
-def test_both_kinds_of_record_and_the_malformed(tmp_path, capsys):
+def test_text_chat_and_malformed_records(tmp_path, capsys):
     chat = {"conversations": [{"role": "user", "content": "甲问"}, {"role": "assistant", "content": "乙答"}]}
     lines = [json.dumps({"text": f"文{n}"}) for n in range(95)]
     lines += [json.dumps(chat), json.dumps({"text": None, **chat}), json.dumps({"text": ""}), "", "{oops", '{"a": 1}']
@@ -283,7 +283,7 @@ def test_a_lossy_tokenizer_is_reported_and_not_saved(corpus, tmp_path, monkeypat
     assert make_report(lossy(iter(["abc"]), 263), ["ab"])["round_trip"] is False
 
 
-def test_too_little_text_is_said(corpus, tmp_path, capsys):
+def test_too_little_text_gives_a_warning(corpus, tmp_path, capsys):
     argv = ["--data_path", str(corpus), "--tokenizer_path", str(tmp_path / "t"), "--vocab_size", "50000"]
     assert main(argv) == 0
     printed = capsys.readouterr().out
@@ -293,7 +293,7 @@ def test_too_little_text_is_said(corpus, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------
-# refusals
+# user errors
 
 
 @pytest.mark.parametrize("flags", [
@@ -306,9 +306,9 @@ def test_bad_flags(corpus, flags, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_what_is_there_stays(corpus, folder):
+def test_an_existing_folder_is_not_overwritten(corpus, folder):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         train(corpus, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -332,7 +332,7 @@ def test_full_disk_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_is_heeded_while_training():
+def test_ctrl_c_stops_training():
     waiting, over = threading.Event(), threading.Event()
 
     def endless():
