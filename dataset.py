@@ -314,6 +314,8 @@ class Documents:
         digest = hashlib.sha256()
         for array, dtype in ((self.hash, np.uint64), (self.length, np.int64), (self.weight, np.float32)):
             digest.update(array.astype(dtype).tobytes())
+        if self.shares is not None:  # which source a document is in decides the order
+            digest.update(self.source.tobytes())
         return digest.hexdigest()
 
 

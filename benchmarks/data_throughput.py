@@ -154,8 +154,8 @@ def check_equal(args, data_path: str, folder: Path) -> None:
         compared += 1
     if not compared:
         raise UserError(f"{args.data_path}: all texts contain strings of control tokens; use plain text")
-    print(f"ids of {compared:,} documents are equal with both methods; {min(COMPARED, len(theirs)) - compared:,} documents "
-          "that contain strings of control tokens were not compared")
+    print(f"ids of {compared:,} documents are equal with both methods; {min(COMPARED, len(theirs)) - compared:,} with "
+          "strings of control tokens were not compared")
 
 
 def compare(args, data_path: str, folder: Path) -> dict:
@@ -210,7 +210,7 @@ def main() -> None:
     parser = make_parser(__doc__, "preset whose vocabulary size is used (default: %(default)s)")
     parser.add_argument("--data_path", help="JSONL of texts or conversations (default: generated text)")
     parser.add_argument("--tokenizer_path", help="tokenizer folder (default: trained on the text)")
-    parser.add_argument("--megabytes", type=number(float, 0.1), default=8, help="size of the text (default: %(default)s)")
+    parser.add_argument("--megabytes", type=number(float, 0.1), default=8, help="of text (default: %(default)s)")
     parser.add_argument("--rows", type=number(int, 1), default=8, help="rows per batch (default: %(default)s)")
     parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="tokens per row (default: %(default)s)")
     parser.add_argument("--batches", type=number(int, 0), default=200,

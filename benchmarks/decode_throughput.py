@@ -1,21 +1,23 @@
-"""Decoding speed beside transformers and llama.cpp: the same weights, the same prompts, in turns.
+"""Decoding speed compared with transformers and llama.cpp: same weights, same prompts, measured in turns.
 
     python benchmarks/decode_throughput.py --preset weakwater-30m --repeats 5
 
-ours            common/generation.py with its static key/value cache, as eval_model.py and evaluate.py call it
-transformers    LlamaForCausalLM.generate (Qwen3 with qk_norm) on the same weights, as its documentation says
-llama.cpp       on a GGUF of the same weights, F32, BF16 and Q8_0 (pip install -r requirements-extra.txt); left out with
-                a message where the packages are missing and on a GPU; one prompt only
+ours            common/generation.py with its static key/value cache, as in eval_model.py and evaluate.py
+transformers    LlamaForCausalLM.generate (Qwen3 with qk_norm) on the same weights, used as in its documentation
+llama.cpp       a GGUF file of the same weights in F32, BF16 and Q8_0 (pip install -r requirements-extra.txt); only one
+                prompt; skipped with a message on a GPU or if the packages are missing
 
-Each decoder runs in a process of its own. A decoder that crashes becomes a cell of the table.
+Each decoder runs in a separate process. If a decoder crashes, its table cell says so.
 
-A prompt of --prompt_tokens is continued by exactly --new_tokens, greedily and sampled (temperature 0.7, top_p 0.9), one
-prompt and --batch of them. "first token" is the same call for a single token. Weights are random, but large enough
-that replies do not repeat themselves. Before anything is timed the same calls are compared: in float32 the greedy
-tokens of one prompt and of all of them with transformers', and of one with llama.cpp's (its cache, float16 by default,
-in float32 for this); in bf16, where each rounds in its own way, how many of float32's tokens each finds when it
-continues what float32 said before. "limit" is what memory bandwidth, measured in the same turns, allows: each token
-reads all bytes of weights and cache. --quick times the machine's best precision and greedy decoding only.
+Each prompt of --prompt_tokens is continued by exactly --new_tokens, greedily and sampled (temperature 0.7, top_p 0.9),
+for one prompt and for a batch of --batch. "first token" is the time of the same call for one new token. The weights are
+random, but large enough that replies do not repeat themselves. "of the limit" is relative to the rate that memory
+bandwidth allows if each token reads all weights and the cache; the bandwidth is measured in the same turns.
+
+First the decoders are compared. In float32 the greedy tokens must equal those of transformers, for one prompt and for
+the batch, and those of llama.cpp for one prompt (with a float32 cache here; the default is float16). In bf16 the
+decoders round differently, so each continues prefixes of the float32 reply, and the share of equal tokens counts.
+--quick times only greedy decoding in the best precision of the machine.
 """
 
 import importlib.util
@@ -46,27 +48,24 @@ from benchmarks.measure import (
     to_transformers,
     warn_of_load,
 )
-from common import (
-    exits,  # noqa: E402
-    runtime,
-)
+from common import exits, runtime
 from common.generation import Decoder, Sampling, generate
 from Config import LLMConfig, number
 from model import WeakWater
 
 SAMPLED = Sampling(temperature=0.7, top_p=0.9)
-ALIKE = 32  # so many first tokens of each reply in float32 must be the same: later a near tie may be decided otherwise
-PREFIXES = 16  # of a greedy reply, from each of which every bf16 decoder goes on
-END_ID = 2  # of `</s>`
-SPREAD = 1.6  # of the layers' weights, over the root of their width; less, and a model repeats its last token
+MIN_EQUAL = 32  # first tokens of a float32 reply that must be equal; later, rounding may decide a near tie differently
+PREFIXES = 16  # number of prefixes of a float32 reply that each bf16 decoder continues
+END_ID = 2  # id of `</s>`
+INIT_SCALE = 1.6  # std of the layers' weights times the root of their width; below it a model repeats its last token
 
 
 # ---------------------------------------------------------------------------------------------
-# the three decoders: new tokens for a batch of prompts
+# the three decoders: a batch of prompts → new tokens
 
 
 class Ours:
-    """`generate` with a Decoder made once; no token stops it."""
+    """common.generation.generate with one Decoder and no stop tokens."""
 
     def __init__(self, model: WeakWater, device: torch.device, dtype: str, plain: bool = False):
         self.decoder = Decoder(model, dtype, plain)
@@ -77,7 +76,7 @@ class Ours:
 
 
 class Transformers:
-    """`generate` of a model whose weights have the dtype."""
+    """transformers' `generate` with weights in `dtype`."""
 
     def __init__(self, model: WeakWater, device: torch.device, dtype: str):
         self.model = to_transformers(model).to(device, runtime.DTYPES[dtype]).eval()
@@ -93,7 +92,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp's server, called in this process; its cache in float16, as it is by default, or `exact`, in float32."""
+    """llama.cpp's server in this process. Its cache is float16, the default, or float32 if `exact`."""
 
     def __init__(self, path: Path, context: int, exact: bool):
         import xllamacpp
@@ -118,10 +117,10 @@ class LlamaCpp:
 
 
 def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
-    """The weights as a GGUF file for llama.cpp, kind "F32", "BF16" or "Q8_0"; token i reads "<i>".
+    """Write the weights as a GGUF file for llama.cpp, of kind "F32", "BF16" or "Q8_0". The text of token i is "<i>".
 
-    Its Llama turns neighbouring dimensions (2i, 2i+1) by RoPE, we and transformers turn i and i + D/2: rows of q and k
-    are put in its order. Its Qwen3 turns ours.
+    RoPE in llama.cpp's Llama rotates adjacent dimensions (2i, 2i+1); here and in transformers it rotates i and i + D/2.
+    The rows of q and k are therefore permuted. RoPE in llama.cpp's Qwen3 needs no permutation.
     """
     import gguf
 
@@ -179,19 +178,19 @@ def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
 
 
 def make_model(config: LLMConfig, device: torch.device) -> WeakWater:
-    """A model whose greedy reply goes on and on without repeating itself, and never says `</s>`."""
+    """A model whose greedy replies do not repeat themselves and never contain `</s>`."""
     model = WeakWater(config)
     for parameter in model.model.layers.parameters():
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=SPREAD / math.sqrt(parameter.shape[1]))
+            torch.nn.init.normal_(parameter, std=INIT_SCALE / math.sqrt(parameter.shape[1]))
     with torch.no_grad():
-        model.lm_head.weight[END_ID] = 0  # llama.cpp must go on after `</s>`, for which it bans the token
+        model.lm_head.weight[END_ID] = 0  # llama.cpp bans `</s>` with ignore_eos, so no decoder may choose it
     return model.to(device).eval()
 
 
 def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str, context: int, exact: bool = False,
                  plain: bool = False):
-    """A decoder, in its own process: the seed gives all of them the same weights."""
+    """Build a decoder in its worker process. The fixed seed gives all decoders the same weights."""
     if name == "ours":
         runtime.prepare(device, 0, False)
     torch.manual_seed(0)
@@ -206,16 +205,16 @@ def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str,
 
 
 def bytes_per_token(model: WeakWater, n_bytes: float, positions: float) -> float:
-    """What one decoded token has to read: every matrix once, the output matrix too, and the keys and values of the
-    positions before it (two bytes each where weights have at most two, else four)."""
+    """Bytes that one decoded token reads: every weight matrix once, with the output matrix, and the keys and values of
+    the earlier positions (two bytes each if a weight has at most two bytes, else four)."""
     config, parts = model.config, model.num_parameters()
     weights = parts["attention"] + parts["mlp"] + config.vocab_size * config.dim
     cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions
     return weights * n_bytes + cached * max(2, n_bytes)
 
 
-def llama_cpp_trouble(device: torch.device) -> str | None:
-    """Why llama.cpp cannot be measured here; None if it can."""
+def why_no_llama_cpp(device: torch.device) -> str | None:
+    """The reason why llama.cpp cannot be measured here, or None."""
     if device.type != "cpu":
         return "its prebuilt wheels are for the CPU"
     missing = [name for name in ("gguf", "xllamacpp") if importlib.util.find_spec(name) is None]
@@ -223,12 +222,12 @@ def llama_cpp_trouble(device: torch.device) -> str | None:
 
 
 def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """The greedy reply to each prompt in float32. Raises RuntimeError where the decoders' replies differ early, or say
-    so little that equality would prove nothing."""
+    """The greedy float32 reply to each prompt. Raises RuntimeError if the decoders' replies differ early, or if they
+    have so few different tokens that equality proves nothing."""
     calls = [prompts[:1], prompts]
     replies = [decoders["ours"](call, new_tokens, False) for call in calls]
     if len(set(replies[0][0])) < new_tokens / 2:
-        raise RuntimeError(f"the reply has only {len(set(replies[0][0]))} different tokens: nothing to compare")
+        raise RuntimeError(f"the reply has only {len(set(replies[0][0]))} different tokens: too few to compare")
     for name, decoder in decoders.items():
         if name == "ours":
             continue
@@ -240,20 +239,23 @@ def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> li
                 print(f"{name} in float32 {failure}", flush=True)
                 break
             for mine, other in zip(ours, theirs, strict=True):
-                alike = next((i for i, pair in enumerate(zip(mine, other, strict=True)) if len(set(pair)) > 1),
-                             new_tokens)
-                if alike < min(ALIKE, new_tokens):
-                    raise RuntimeError(f"{name}, {len(call)} prompts in float32: the {alike + 1}th token is not ours")
-                compared, equal = compared + new_tokens, equal + alike
+                n_equal = next((i for i, pair in enumerate(zip(mine, other, strict=True)) if len(set(pair)) > 1),
+                               new_tokens)
+                if n_equal < min(MIN_EQUAL, new_tokens):
+                    raise RuntimeError(f"{name}, {len(call)} prompts in float32: token {n_equal + 1} is not ours")
+                compared, equal = compared + new_tokens, equal + n_equal
         if compared:
-            print(f"greedy tokens in float32, ours and those of {name}: {equal:,} of {compared:,} the same", flush=True)
+            print(f"greedy tokens in float32, ours and {name}: {equal:,} of {compared:,} are equal", flush=True)
     return replies[1]
 
 
 def check_found(decoders: dict, prompts: list[list[int]], replies: list[list[int]]) -> dict[str, float]:
-    """Of each decoder in half precision: the share of float32's replies that it finds, two tokens at a time, from
-    prefixes of the first one alone, and from the same place in all of them at once. Raises RuntimeError where ours
-    finds clearly fewer than another one of the same precision."""
+    """The share of float32 tokens that each half-precision decoder reproduces.
+
+    Each decoder generates two tokens after prefixes of the float32 replies: of the first reply alone, and of all
+    replies in one batch, cut at the same position. Raises RuntimeError if our share is more than 0.2 below that of
+    another decoder in the same precision.
+    """
     places = sorted({len(replies[0]) * i // PREFIXES // 2 * 2 for i in range(PREFIXES)})
     shares = {}
     for name, decoder in decoders.items():
@@ -283,8 +285,11 @@ def check_found(decoders: dict, prompts: list[list[int]], replies: list[list[int
 
 def time_case(case: str, decoders: dict[str, Worker], prompts: list[list[int]], new_tokens: int, sampled: bool,
               repeats: int, block: torch.Tensor) -> tuple[dict, dict, float]:
-    """Seconds to the first token and of whole replies by decoder, without those that failed; and the bandwidth of
-    memory, in bytes per second, from reading `block` in the same turns."""
+    """(seconds to the first token, seconds of whole replies, memory bandwidth), the first two by decoder.
+
+    Decoders that failed are absent. The bandwidth, in bytes per second, is measured by reading `block` in the same
+    turns.
+    """
     first = take_turns({n: partial(d.time, "__call__", prompts, 1, sampled) for n, d in decoders.items()}, repeats)
     whole = take_turns({n: partial(decoders[n].time, "__call__", prompts, new_tokens, sampled) for n in first}
                        | {"memory": block.sum}, repeats)
@@ -292,14 +297,14 @@ def time_case(case: str, decoders: dict[str, Worker], prompts: list[list[int]], 
 
 
 def compare(args, config: LLMConfig, device: torch.device, own: str, result: dict) -> None:
-    """Check and time all decoders in float32 and in the machine's best precision; fill `result`, print the tables."""
+    """Check and time all decoders in float32 and in the best precision. Fills `result` and prints the tables."""
     rng, context = np.random.default_rng(0), args.prompt_tokens + args.new_tokens + 8
     prompts = rng.integers(0, config.vocab_size, (args.batch, args.prompt_tokens)).tolist()
-    block = torch.ones(2**27, device=device)  # 512 MiB, which no cache holds
+    block = torch.ones(2**27, device=device)  # 512 MiB, larger than any cache
     with torch.device("meta"):
-        model = WeakWater(config)  # for its sizes
-    if trouble := llama_cpp_trouble(device):
-        print(f"llama.cpp is left out: {trouble}", flush=True)
+        model = WeakWater(config)  # only its sizes are needed
+    if trouble := why_no_llama_cpp(device):
+        print(f"llama.cpp is skipped: {trouble}", flush=True)
     head = ["", "", "first token, ms", "tokens/s", "range", "of the limit"]
     widths = [len(f"fp32, {args.batch} rows, sampled"), len("llama.cpp BF16"), 16, 8, 16, 12]
     for dtype in dict.fromkeys(("fp32", own)):
@@ -345,11 +350,12 @@ def compare(args, config: LLMConfig, device: torch.device, own: str, result: dic
             result["failures"] |= {f"{name}, {dtype}": why for name, why in failures(decoders | exact).items()}
             close_all(decoders | exact)
         if timed:
-            print(f"memory is read at {bandwidth / 1e9:.1f} GB/s", flush=True)
+            print(f"memory bandwidth, reading: {bandwidth / 1e9:.1f} GB/s", flush=True)
 
 
 def add_ratios(ratios: dict, whole: dict[str, list[float]], dtype: str, own: str) -> None:
-    """Ours to each other decoder, one prompt, greedy. The names without a precision are those of the machine's best."""
+    """Add the ratio of ours to each other decoder, for one prompt and greedy decoding. Keys without a precision are for
+    the best precision of the machine."""
     if "ours" not in whole:
         return
     for name in whole:
@@ -366,12 +372,12 @@ def add_ratios(ratios: dict, whole: dict[str, list[float]], dtype: str, own: str
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--prompt_tokens", type=number(int, 1), default=128, help="(default: %(default)s)")
-    parser.add_argument("--new_tokens", type=number(int, 2), default=256, help="(default: %(default)s)")
-    parser.add_argument("--batch", type=number(int, 2), default=16, help="prompts of the large batch (default: 16)")
+    parser.add_argument("--prompt_tokens", type=number(int, 1), default=128, help="length (default: %(default)s)")
+    parser.add_argument("--new_tokens", type=number(int, 2), default=256, help="length (default: %(default)s)")
+    parser.add_argument("--batch", type=number(int, 2), default=16, help="prompts per batch (default: 16)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
-    parser.add_argument("--plain", action="store_true", help="ours as model.py says, without fastpath/")
-    parser.add_argument("--quick", action="store_true", help="time the best precision and greedy decoding only")
+    parser.add_argument("--plain", action="store_true", help="ours computes as in model.py, without fastpath/")
+    parser.add_argument("--quick", action="store_true", help="time only greedy decoding in the best precision")
     args = parser.parse_args()
     warn_of_load()
     device, _ = runtime.pick_device(args.device)

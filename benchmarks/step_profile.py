@@ -4,10 +4,10 @@
     python benchmarks/step_profile.py --rows 32 --compile --device cuda
 
 The step is that of "ours, Muon" in `train_throughput.py`: full rows, forward, backward, clip, Muon and AdamW. "host ms"
-is the time of an operation on the CPU, without the operations that it calls; with a GPU this is the launch time. "device
-ms" is the time of its kernels on the GPU. Times are per step, averaged over --repeats steps under torch's profiler. The
-profiler adds time, so the step time without it is printed too. If the sum of device times is well below the step time,
-the GPU waits for the CPU, and more rows per step help.
+is the time of an operation on the CPU, without the operations that it calls; with a GPU this is the launch time.
+"device ms" is the time of its kernels on the GPU. Times are per step, averaged over --repeats steps under torch's
+profiler. The profiler adds time, so the step time without it is printed too. If the sum of device times is well below
+the step time, the GPU waits for the CPU, and more rows per step help.
 """
 
 import statistics
@@ -28,7 +28,7 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 
 def profile(step, repeats: int, on_gpu: bool) -> tuple[list[list], float, float]:
-    """(rows of [operation, calls, host ms, device ms], the slowest first; device ms in all; kernel launches), per step."""
+    """(rows of [operation, calls, host ms, device ms], slowest first; total device ms; kernel launches), per step."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(repeats):

@@ -1,25 +1,27 @@
-"""Training speed beside transformers: one optimizer step on the same documents from the same weights, taken in turns.
+"""Training speed compared with transformers: optimizer steps on the same documents and weights, measured in turns.
 
     python benchmarks/train_throughput.py --preset weakwater-30m --repeats 5
     python benchmarks/train_throughput.py --data_path data/sft_512.jsonl --tokenizer_path weakwater_tokenizer
 
-ours                 documents packed, bf16 where the machine has it: the step of the stage scripts, but with AdamW as
-                     in the other loops; "ours, Muon" with their own default
-transformers fp32    LlamaForCausalLM (Qwen3 with qk_norm; sdpa, no cache), one document a row padded to --max_seq_len,
-                     fused AdamW: the loop of small-model repositories on a CPU; micro-batches of the fastest size
+ours                 the step of the stage scripts: packed documents, bf16 if the machine has it, but with AdamW as in
+                     the other loops; "ours, Muon" uses the default optimizer
+transformers fp32    LlamaForCausalLM (Qwen3 with qk_norm; sdpa, no cache), one document per row padded to
+                     --max_seq_len, fused AdamW: the loop of small-model repositories on a CPU; micro-batches of the
+                     fastest size
 transformers bf16    the same under bf16 autocast (fp16 with a gradient scaler on a GPU without bf16)
 
-Each loop runs in a process of its own, transformers' without our settings (e.g. of memory allocation). A loop that
-crashes becomes a cell of the table.
+Each loop runs in a separate process; those of transformers do not use our settings, e.g. of memory allocation. If a
+loop crashes, its table cell says so.
 
-"chats": conversations with the lengths of real SFT data, or the documents of --data_path, where padding hurts; each
-turn takes another step's documents. "full rows": rows without padding, where only the arithmetic counts. First all
-take a step in fp32 and in their own precision: losses and gradient norms must agree, else nothing is timed. "MFU" is
-relative to the rate of large matrix products, measured in the same turns; that of pretrain.py is relative to the data
-sheet. "s to first step" and "peak MiB" are those of the first two steps of each process, started one after another.
-"pretrain.py" is the stage script from its start to the line of its first step, with a warm token cache. With CUDA
-transformers, and with --compile ours, are also timed compiled. --sweep shows how all of this grows with model, row
-length and rows. --quick leaves out fp32 where the machine has bf16 or fp16, first steps, peaks and "pretrain.py".
+"chats" are conversations with the lengths of real SFT data, or the documents of --data_path; padding costs time here,
+and each turn uses new documents. "full rows" have no padding, so only arithmetic counts. Before timing, each loop takes
+a step in fp32 and in its own precision: losses and gradient norms must agree, else nothing is timed.
+
+"MFU" is relative to the rate of large matmuls, measured in the same turns; in pretrain.py it is relative to the data
+sheet. "s to first step" and "peak MiB" come from the first two steps of each process, with one process started at a
+time. "pretrain.py" is the time from the start of the script to the log line of its first step, with a warm token cache.
+On CUDA the loops of transformers are also timed compiled, and ours with --compile. --sweep varies preset, row length
+and rows. --quick skips fp32 if the machine has bf16 or fp16, and skips first steps, peaks and "pretrain.py".
 """
 
 import argparse
@@ -46,7 +48,7 @@ from benchmarks.measure import (
     close_all,
     end,
     failures,
-    large_product,
+    large_matmul,
     make_parser,
     peak_mebibytes,
     print_head,
@@ -61,10 +63,7 @@ from benchmarks.measure import (
     train_a_tokenizer,
     warn_of_load,
 )
-from common import (
-    exits,  # noqa: E402
-    runtime,
-)
+from common import exits, runtime
 from common.optim import make_optimizers
 from Config import PRESETS, LLMConfig, UserError, number
 from dataset import MicroBatch, load_documents
@@ -74,12 +73,12 @@ from text.chat import CONTEXT
 from text.records import find_files
 from text.tokenizer import load_tokenizer
 
-# of 5,265 real SFT conversations of up to 512 tokens, drawn from those of docs/REPORT.md: their median is 100 tokens,
-# their mean 134, so that rows padded to 512 are 26 % full. Log-normal, cut to what a row holds
+# a log-normal fit, clipped to the row length, of 5,265 SFT conversations of up to 512 tokens, sampled from the data of
+# docs/REPORT.md: their median is 100 tokens and their mean 134, so rows padded to 512 are 26 % full
 MEDIAN_TOKENS, LOG_DEVIATION, LEAST_TOKENS, TARGET_SHARE = 103, 0.71, 16, 0.54
-LINES = 6000  # of --data_path, drawn from all of it
-ROWS_TO_TRY = {"cpu": (2, 4, 8, 16), "mps": (8, 16, 32), "cuda": (16, 32, 64, 128)}  # at once, by transformers' loops
-# how far losses and gradient norms may differ, as a share
+LINES = 6000  # lines sampled from --data_path
+ROWS_TO_TRY = {"cpu": (2, 4, 8, 16), "mps": (8, 16, 32), "cuda": (16, 32, 64, 128)}  # transformers' micro-batch sizes
+# relative tolerances of (loss, gradient norm)
 AGREEMENT = {"fp32": (1e-5, 1e-3), "bf16": (1e-3, 2e-2), "fp16": (1e-3, 2e-2)}
 
 
@@ -88,7 +87,7 @@ AGREEMENT = {"fp32": (1e-5, 1e-3), "bf16": (1e-3, 2e-2), "fp16": (1e-3, 2e-2)}
 
 
 def make_chats(rng: np.random.Generator, vocab_size: int, tokens: int, longest: int) -> list[tuple]:
-    """Conversations of about `tokens` tokens in all: (ids, is_target) of each. The reply stands at the end."""
+    """(ids, is_target) of conversations with about `tokens` tokens in all. The targets are the last tokens of each."""
     chats, total = [], 0
     while total < tokens:
         length = int(np.clip(MEDIAN_TOKENS * math.exp(LOG_DEVIATION * rng.standard_normal()), LEAST_TOKENS, longest))
@@ -99,29 +98,31 @@ def make_chats(rng: np.random.Generator, vocab_size: int, tokens: int, longest: 
 
 
 def read_documents(rng: np.random.Generator, args, vocab_size: int, tokens: int, steps: int) -> list[list[tuple]]:
-    """The same of --data_path for each of `steps` steps: conversations, cut to --max_seq_len as the stage scripts cut
-    them, or texts, cut off there. What is too little for so many steps comes again."""
-    from text.records import kind_of
+    """(ids, is_target) of the documents of each of `steps` steps, read from --data_path.
 
+    Conversations are cut to --max_seq_len as in the stage scripts, texts are truncated there. The documents repeat if
+    there are too few for all steps.
+    """
+    from text.records import kind_of
 
     with tempfile.TemporaryDirectory() as name:
         kind, path = kind_of(find_files(args.data_path)[:1]), str(Path(name) / "sample.jsonl")
         sample_records(args.data_path, Path(path), kind, LINES, args.seed)
         tokenizer = load_tokenizer(args.tokenizer_path or train_a_tokenizer(path, Path(name), args.preset))
         if len(tokenizer) > vocab_size:
-            raise UserError(f"--tokenizer_path {args.tokenizer_path}: {len(tokenizer):,} entries are more than the "
+            raise UserError(f"--tokenizer_path {args.tokenizer_path}: {len(tokenizer):,} entries exceed the "
                             f"{vocab_size:,} of --preset {args.preset}")
         documents = load_documents(path, tokenizer, kind, name, args.max_seq_len)
-        # a step's documents need one target at least
+        # a step without targets has no loss
         usable = [d for d in range(len(documents)) if documents.targets[d] and documents.length[d] > 1]
         if sum(min(int(documents.length[d]), args.max_seq_len) for d in usable) < tokens:
-            raise UserError(f"--data_path {args.data_path}: holds less than a step of {tokens:,} tokens")
+            raise UserError(f"--data_path {args.data_path}: has fewer than the {tokens:,} tokens of a step")
         drawn = cycle(rng.permutation(usable).tolist())
         return [next_documents(documents, drawn, kind, args.max_seq_len, tokens) for _ in range(steps)]
 
 
 def next_documents(documents, drawn: Iterator[int], kind: str, longest: int, tokens: int) -> list[tuple]:
-    """(ids, is_target) of the documents that come next, about `tokens` tokens in all."""
+    """(ids, is_target) of the next documents, about `tokens` tokens in all."""
     chosen, total = [], 0
     while total < tokens:
         document = next(drawn)
@@ -133,24 +134,24 @@ def next_documents(documents, drawn: Iterator[int], kind: str, longest: int, tok
 
 
 def make_rows(rng: np.random.Generator, vocab_size: int, rows: int, length: int) -> list[tuple]:
-    """Full rows of text: every token but the first is a target."""
+    """(ids, is_target) of full rows of text: every token but the first is a target."""
     return [(rng.integers(0, vocab_size, length), np.arange(length) > 0) for _ in range(rows)]
 
 
 class Loop:
-    """What both loops have: a model whose first weights are the same, a precision, a step."""
+    """Base class of the training loops: initial weights, precision, clipping and update. Subclasses define `step`."""
 
     def __init__(self, config: LLMConfig, device: torch.device, dtype: str):
         self.config, self.device, self.dtype = config, device, dtype
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
     def first_weights(self) -> WeakWater:
-        """Ours with the weights that every loop starts from."""
+        """Our model with the initial weights, which are the same in every loop."""
         torch.manual_seed(0)
         return WeakWater(self.config)
 
     def check(self, documents: list[tuple]) -> dict[str, tuple[float, float]]:
-        """Loss and gradient norm of a step from the first weights, in fp32 and in the loop's own precision."""
+        """Loss and gradient norm of a step from the initial weights, in fp32 and in the loop's own precision."""
         own, found = self.dtype, {}
         for self.dtype in dict.fromkeys(("fp32", own)):
             self.model.load_state_dict(self.first_weights().state_dict())
@@ -158,14 +159,14 @@ class Loop:
         return found
 
     def first_steps(self, documents: list[tuple]) -> dict[str, float]:
-        """Seconds from the start of this process to the end of its first step, and memory after two."""
+        """Seconds from the start of this process to the end of its first step, and peak memory after two steps."""
         self.step(documents)
         seconds = seconds_since_start()
         self.step(documents)
         return {"seconds_to_first_step": seconds, "peak_mebibytes": peak_mebibytes(self.device)}
 
     def update(self, optimizers: list) -> float:
-        """Clip and update the weights; the gradient's norm."""
+        """Clip the gradients and update the weights. Returns the gradient norm before clipping."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -177,7 +178,7 @@ class Loop:
 
 
 class Ours(Loop):
-    """The step of the stage scripts: one packed buffer a micro-batch."""
+    """The step of the stage scripts: each micro-batch is one packed buffer."""
 
     def __init__(self, config: LLMConfig, device: torch.device, dtype: str, buffer_tokens: int, optimizer: str,
                  compiled: bool, plain: bool = False):
@@ -191,7 +192,7 @@ class Ours(Loop):
             print(f"ours, compile: {runtime.compile_blocks(self.model, device)}")
 
     def micro_batches(self, documents: list[tuple]) -> list[MicroBatch]:
-        """Buffers of `buffer_tokens` tokens, or more by less than one document."""
+        """Pack documents in order. A buffer is full once it has `buffer_tokens` tokens or more."""
         buffers, room = [[]], self.buffer_tokens
         for document in documents:
             if room <= 0:
@@ -203,12 +204,13 @@ class Ours(Loop):
         for buffer in buffers:
             lengths = [len(ids) for ids, _ in buffer]
             tokens = np.concatenate([ids for ids, _ in buffer])
-            index = np.flatnonzero(np.concatenate([is_target for _, is_target in buffer])) - 1  # the first is no target
+            # never -1: the first token of a document is no target
+            index = np.flatnonzero(np.concatenate([is_target for _, is_target in buffer])) - 1
             batches.append(MicroBatch(tokens, lengths, index, tokens[index + 1], np.ones(len(index), np.float32)))
         return batches
 
     def step(self, documents: list[tuple]) -> tuple[float, float]:
-        """One optimizer step; its loss and its gradient's norm."""
+        """Take one optimizer step. Returns (loss, gradient norm)."""
         batches = self.micro_batches(documents)
         total, step_loss = sum(len(batch.targets) for batch in batches), 0.0
         for batch in batches:
@@ -220,7 +222,7 @@ class Ours(Loop):
 
 
 class Transformers(Loop):
-    """The step with transformers' model, as its documentation says, one document a row."""
+    """The step with a transformers model, as in its documentation: one document per padded row."""
 
     def __init__(self, config: LLMConfig, device: torch.device, dtype: str, padded_to: int, compiled: bool):
         super().__init__(config, device, dtype)
@@ -233,7 +235,7 @@ class Transformers(Loop):
         self.rows = 8
 
     def choose_rows(self, documents: list[tuple], choices: tuple[int, ...]) -> int:
-        """Keep the micro-batch with which a step is fastest, each twice in turns after a step that does not count."""
+        """Set and return the fastest micro-batch size. Each size is timed twice in turns, after a warm-up step."""
         if len(choices) == 1:
             self.rows = choices[0]
             return self.rows
@@ -255,7 +257,7 @@ class Transformers(Loop):
         return self.rows
 
     def step(self, documents: list[tuple], rows: int | None = None) -> tuple[float, float]:
-        """One optimizer step; its loss and its gradient's norm."""
+        """Take one optimizer step. Returns (loss, gradient norm)."""
         rows = rows or self.rows
         total, step_loss = sum(int(is_target.sum()) for _, is_target in documents), 0.0
         for begin in range(0, len(documents), rows):
@@ -278,7 +280,7 @@ class Transformers(Loop):
 
 
 def make_loop(name: str, args, config: LLMConfig, device: torch.device) -> Loop:
-    """A loop, in its own process."""
+    """Build a loop in its worker process."""
     own, compiled = runtime.pick_dtype("auto", device)[0], name.endswith(" compiled")
     if name.startswith("ours"):
         runtime.prepare(device, args.seed, False)
@@ -288,17 +290,20 @@ def make_loop(name: str, args, config: LLMConfig, device: torch.device) -> Loop:
 
 
 def start_loops(args, config: LLMConfig, device: torch.device, names: list[str], documents: list[tuple]) -> tuple:
-    """The named loops, in processes of their own, by name; what `first_steps` found in them (nothing with --quick);
-    the rows of transformers' micro-batches."""
+    """Start the named loops in separate processes.
+
+    Returns (workers by name, results of `first_steps` by name, micro-batch sizes of transformers by name). With --quick
+    there are no first steps.
+    """
     loops = {name: Worker(make_loop, name, args, config, device) for name in names if args.quick}
     own, rows = {}, {}
     for name in names:
         choices = ROWS_TO_TRY[device.type]
-        if name.endswith(" compiled"):  # each size would be compiled anew
+        if name.endswith(" compiled"):  # each other size would need another compilation
             choices = (rows.get(name.removesuffix(" compiled"), choices[0]),)
         try:
             if name.startswith("transformers") and not args.quick and len(choices) > 1:
-                # in another process, whose larger sizes do not count as this loop's memory
+                # in another process, so that larger sizes do not count toward the peak memory of this loop
                 loops[name] = Worker(make_loop, name, args, config, device)
                 choices = (loops[name].call("choose_rows", documents, choices),)
                 loops[name].close()
@@ -314,8 +319,8 @@ def start_loops(args, config: LLMConfig, device: torch.device, names: list[str],
 
 
 def work_of(args, config: LLMConfig) -> dict[str, list[list[tuple]]]:
-    """The documents of a step, for one turn after another: of chats (texts, where --data_path holds them) and of full
-    rows. The first turn warms up."""
+    """{"chats", "full rows"}: the documents of one step per turn. The first turn is the warm-up. "chats" are texts if
+    --data_path holds texts."""
     rng, tokens, steps = np.random.default_rng(args.seed), args.rows * args.max_seq_len, args.repeats + 1
     chats = (read_documents(rng, args, config.vocab_size, tokens, steps) if args.data_path
              else [make_chats(rng, config.vocab_size, tokens, args.max_seq_len) for _ in range(steps)])
@@ -324,13 +329,13 @@ def work_of(args, config: LLMConfig) -> dict[str, list[list[tuple]]]:
 
 
 def one_after_another(loop: Worker, draws: list[list[tuple]]) -> Callable[[], float]:
-    """A function that takes the step on the documents of the next turn and returns its seconds."""
+    """A function that takes a step on the documents of the next turn and returns its seconds."""
     documents = cycle(draws)
     return lambda: loop.time("step", next(documents))
 
 
 def script_to_first_step(args) -> list[float]:
-    """Seconds from the start of pretrain.py to the line of its first optimizer step, its token cache being there."""
+    """Seconds from the start of pretrain.py to the log line of its first optimizer step, with a warm token cache."""
     seconds = []
     with tempfile.TemporaryDirectory() as name:
         data, tokenizer = f"{name}/data", f"{name}/tokenizer"
@@ -349,13 +354,15 @@ def script_to_first_step(args) -> list[float]:
                         seconds.append(time.perf_counter() - begin)
             if run.returncode or len(seconds) == turn:
                 raise RuntimeError(f"{' '.join(command)} failed")
-    return seconds[1:]  # the first made the cache
+    return seconds[1:]  # the first run creates the cache
 
 
 def check_agreement(loops: dict, documents: list[tuple]) -> dict[str, tuple[float, float]]:
-    """Loss and gradient norm of a step of each loop in fp32 from the first weights. Raises RuntimeError where they
-    are not those of the first loop of transformers that did not fail, or where those in the loop's own precision are
-    far from them; WorkerFailed if ours fails."""
+    """(loss, gradient norm) by loop of an fp32 step from the initial weights.
+
+    The reference is the first loop of transformers that has not failed. Raises RuntimeError if a loop differs from it
+    by more than AGREEMENT, in fp32 or in its own precision, and WorkerFailed if ours fails.
+    """
     checked = {}
     for name, loop in loops.items():
         try:
@@ -366,7 +373,7 @@ def check_agreement(loops: dict, documents: list[tuple]) -> dict[str, tuple[floa
             print(f"{name} {failure}", file=sys.stderr, flush=True)
     first = next((name for name in checked if name.startswith("transformers")), "ours")
     if first == "ours":
-        print("no loop of transformers is left: the loss of ours is not compared", flush=True)
+        print("all loops of transformers failed: our loss is not compared", flush=True)
     loss, norm = checked[first]["fp32"]
     for name, found in checked.items():
         for dtype, (step_loss, step_norm) in found.items():
@@ -379,14 +386,13 @@ def check_agreement(loops: dict, documents: list[tuple]) -> dict[str, tuple[floa
 
 def measure(loops: dict[str, Worker], draws: list[list[tuple]], args, config: LLMConfig, device: torch.device,
             dtype: str) -> tuple[dict, dict]:
-    """Steps on `draws` in turns, with a large product among them: the seconds of each, and the rates of each loop;
-    both without the loops that failed."""
-    product, product_flops = large_product(device, runtime.DTYPES[dtype])
-    seconds = take_turns({n: one_after_another(loop, draws) for n, loop in loops.items()} | {"product": product},
+    """Time steps on `draws` in turns with large matmuls. Returns (seconds, rates) by loop, without failed loops."""
+    matmul, matmul_flops = large_matmul(device, runtime.DTYPES[dtype])
+    seconds = take_turns({n: one_after_another(loop, draws) for n, loop in loops.items()} | {"matmul": matmul},
                          args.repeats)
-    peak = product_flops / statistics.median(seconds.pop("product"))
+    peak = matmul_flops / statistics.median(seconds.pop("matmul"))
     with torch.device("meta"):
-        model = WeakWater(config)  # for its sizes
+        model = WeakWater(config)  # only its sizes are needed
     useful = [sum(len(ids) for ids, _ in documents) for documents in draws[1:]]
     flops = [tokens * model.flops_per_token(sum(len(ids)**2 for ids, _ in documents) / tokens)
              for tokens, documents in zip(useful, draws[1:], strict=True)]
@@ -403,7 +409,7 @@ def measure(loops: dict[str, Worker], draws: list[list[tuple]], args, config: LL
 
 
 def compare(args, config: LLMConfig, device: torch.device, dtype: str, result: dict) -> None:
-    """Time all loops on both kinds of work; fill `result`, print the tables."""
+    """Time all loops on chats and on full rows. Fills `result` and prints the tables."""
     theirs = [f"transformers {kind}" for kind in dict.fromkeys(("fp32", dtype)) if kind == dtype or not args.quick]
     compiling = args.compile or (device.type == "cuda" and not args.quick)
     trouble = runtime.compile_trouble(device) if compiling else None
@@ -411,7 +417,7 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str, result: d
         print(f"nothing is compiled: {trouble}", flush=True)
     elif device.type == "cuda" and compiling:
         theirs += [f"{name} compiled" for name in theirs]
-    best = "ours compiled" if args.compile and not trouble else "ours"  # of ours, to which the ratios are
+    best = "ours compiled" if args.compile and not trouble else "ours"  # our loop that the ratios compare
     names = list(dict.fromkeys(["ours", best, "ours, Muon", *theirs]))
     work = work_of(args, config)
     loops, own, rows_at_once = start_loops(args, config, device, names, work["chats"][0])
@@ -420,10 +426,9 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str, result: d
             found = check_agreement(loops, draws[0])
             loss, norm = found["ours"]
             print(f"\n{kind}: {len(draws[0])} documents, {sum(len(ids) for ids, _ in draws[0]):,} tokens in the first "
-                  f"step, whose loss in fp32, {loss:.5f}, and gradient norm, {norm:.4f}, are those of all loops",
-                  flush=True)
+                  f"step; all loops agree on its fp32 loss {loss:.5f} and gradient norm {norm:.4f}", flush=True)
             seconds, measured = measure(loops, draws, args, config, device, dtype)
-            shown = own if kind == "chats" else {}  # padded, chats are rows of the same length as the full ones
+            shown = own if kind == "chats" else {}  # measured once: padded chats have the shape of full rows
             head = ["", "useful tokens/s", "range", "positions/s", "useful", "MFU",
                     *(["s to first step", "peak MiB"] if shown else [])]
             rows = []
@@ -442,8 +447,8 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str, result: d
                                  ("seconds_to_first_step", 1), ("peak_mebibytes", 0)) if shown)])
             print_table(head, rows)
             for m in list(measured.values())[:1]:
-                print(f"MFU is relative to large products in the same turns, {m['peak_flops'] / 1e12:.2f} TFLOP/s in "
-                      f"{dtype} (pretrain.py's to the data sheet); rows at once: "
+                print(f"MFU is relative to large matmuls in the same turns, {m['peak_flops'] / 1e12:.2f} TFLOP/s in "
+                      f"{dtype} (in pretrain.py to the data sheet); rows per micro-batch: "
                       + ", ".join(f"{name} {rows}" for name, rows in rows_at_once.items()), flush=True)
             result["ratios"] |= ratios_of(kind, seconds, best)
     finally:
@@ -452,7 +457,7 @@ def compare(args, config: LLMConfig, device: torch.device, dtype: str, result: d
 
 
 def ratios_of(kind: str, seconds: dict[str, list[float]], best: str) -> dict[str, dict]:
-    """The ratios of one kind of work: `best` of ours to the other loops that did not fail."""
+    """The ratios of our loop `best` to the other loops that have not failed, on "chats" or "full rows"."""
     pairs = {}
     for dtype in runtime.DTYPES:
         other = f"transformers {dtype}"
@@ -470,13 +475,13 @@ def ratios_of(kind: str, seconds: dict[str, list[float]], best: str) -> dict[str
 
 
 def config_of(args) -> LLMConfig:
-    """The preset, with room for the rows."""
+    """The config of the preset for rows of --max_seq_len, without dropout."""
     return LLMConfig.preset(args.preset).for_run(args.max_seq_len, dropout=0.0)
 
 
 def sweep(args, device: torch.device, dtype: str, result: dict) -> None:
-    """Ours beside transformers on full rows, with one of preset (up to --preset), row length and rows changed at a
-    time."""
+    """Time ours and transformers on full rows, with one setting changed at a time: preset (up to --preset), row
+    length, or rows."""
     theirs = f"transformers {dtype}"
     cases = [dict(preset=preset) for preset in list(PRESETS)[:list(PRESETS).index(args.preset) + 1]]
     cases += [dict(max_seq_len=max(2, args.max_seq_len * n // 4)) for n in (1, 2, 8)]
@@ -515,7 +520,7 @@ def sweep(args, device: torch.device, dtype: str, result: dict) -> None:
 
 
 def everything(args, config: LLMConfig, device: torch.device, dtype: str, result: dict) -> None:
-    """All that the flags ask for, into `result`."""
+    """Run all measurements that the flags select. Fills `result`."""
     compare(args, config, device, dtype, result)
     if not args.quick:
         result["script_to_first_step"] = starts = script_to_first_step(args)
@@ -527,19 +532,19 @@ def everything(args, config: LLMConfig, device: torch.device, dtype: str, result
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--data_path", help="JSONL of conversations or texts (default: made up)")
-    parser.add_argument("--tokenizer_path", help="its tokenizer (default: trained on the data)")
-    parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a step (default: %(default)s)")
-    parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="of a row (default: %(default)s)")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the documents (default: %(default)s)")
+    parser.add_argument("--data_path", help="JSONL of conversations or texts (default: random ids)")
+    parser.add_argument("--tokenizer_path", help="tokenizer folder (default: trained on the data)")
+    parser.add_argument("--rows", type=number(int, 1), default=8, help="rows per step (default: %(default)s)")
+    parser.add_argument("--max_seq_len", type=number(int, 2), default=512, help="tokens per row (default: %(default)s)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the documents (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="time ours compiled as well; ratios are then to that")
-    parser.add_argument("--sweep", action="store_true", help="also: other models, row lengths and rows")
-    parser.add_argument("--plain", action="store_true", help="ours as model.py says, without fastpath/")
-    parser.add_argument("--quick", action="store_true", help="no fp32 beside bf16 or fp16, no first steps, no peaks")
+    parser.add_argument("--compile", action="store_true", help="also time ours compiled, and use it in the ratios")
+    parser.add_argument("--sweep", action="store_true", help="also vary preset, row length and rows")
+    parser.add_argument("--plain", action="store_true", help="ours computes as in model.py, without fastpath/")
+    parser.add_argument("--quick", action="store_true", help="skip fp32 beside bf16 or fp16, first steps and peaks")
     args = parser.parse_args()
     if args.quick and args.sweep:
-        parser.error("--sweep measures first steps and peaks, which --quick leaves out")
+        parser.error("--sweep measures first steps and peaks, which --quick skips")
     device, _ = runtime.pick_device(args.device)
     dtype, _ = runtime.pick_dtype("auto", device)
     config = config_of(args)

@@ -1,11 +1,11 @@
-"""Run the commands of a document and put their real output into it.
+"""Run the commands of a Markdown document and replace its output blocks.
 
     python docs/refresh.py docs/TUTORIAL_zh.md            rewrite the outputs
     python docs/refresh.py docs/TUTORIAL_zh.md --check    only run the commands
 
-A ```bash block that is directly followed by a ```text block is run in the repository's root, and what it prints
-replaces the content of that block; a ```bash block without one is for the reader and is not run. A command that fails
-ends this with exit code 1 and leaves the document as it was.
+A ```bash block that is directly followed by a ```text block runs in the repository's root, and its output replaces the
+content of the ```text block. Other ```bash blocks are not run. If a command fails, the exit code is 1 and the document
+is unchanged.
 """
 
 import os
@@ -25,7 +25,7 @@ BLOCKS = re.compile(r"^```bash\n(?P<command>(?:(?!```).*\n)*)```\n\n?"
 
 
 def output_of(command: str) -> str:
-    """What a bash command prints to stdout. Raises TrainingStopped, with exit code 1, when it fails."""
+    """The stdout of a bash command. Raises TrainingStopped, with exit code 1, when it fails."""
     folder = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the same python
     result = subprocess.run(["bash", "-e", "-c", command], cwd=ROOT, env=os.environ | {"PATH": folder},
                             capture_output=True, encoding="utf-8", errors="replace")
@@ -35,7 +35,7 @@ def output_of(command: str) -> str:
 
 
 def refreshed(document: str) -> str:
-    """The document with the output of each command as it is now."""
+    """The document with the current output of each command."""
     def run_block(match: re.Match) -> str:
         print(f"$ {match['command']}", end="", flush=True)
         before, after = match.start("output") - match.start(), match.end("output") - match.start()
@@ -47,7 +47,7 @@ def refreshed(document: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="docs/refresh.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("document", help="a Markdown file")
-    parser.add_argument("--check", action="store_true", help="run every command, change nothing")
+    parser.add_argument("--check", action="store_true", help="run every command, but do not change the document")
     args = parser.parse_args(argv)
     path = Path(args.document)
     try:
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{path}: {error.strerror}") from None
     after = refreshed(before)
     if args.check:
-        print("every command ran")
+        print("all commands succeeded")
     elif after == before:
         print(f"{path}: up to date")
     else:

@@ -1,12 +1,12 @@
-"""The evidence behind docs/TUTORIAL_zh.md: a sample from JSONL to loss, an answer from prompt to text, in numbers.
+"""The programs of docs/TUTORIAL_zh.md: one sample from JSONL to loss, one answer from prompt to text, in numbers.
 
     python docs/tutorial.py sample --line 1
     python docs/tutorial.py answer --prompt "23加5等于多少？"
 
-reads what `bash quickstart.sh` leaves in out/quickstart (data, tokenizer, weights; --out_dir names another folder), on
-the CPU and in float32. All of it goes through the project's own functions, the network as model.py says it; only
-`resume`, which trains, and `answer` also use the faster forwards of fastpath/. What is computed here a second time, by
-hand, shows that the result is the same, and that is asserted.
+The commands read the output of `bash quickstart.sh` in out/quickstart (data, tokenizer, weights; --out_dir names
+another folder) and run on the CPU in float32. They use the project's own functions and the network of model.py; only
+`resume` and `answer` also use the faster forwards of fastpath/. Where a command computes a result step by step, it
+asserts that the result equals that of the project's function.
 """
 
 import contextlib
@@ -42,20 +42,20 @@ from text.records import parse_record, read_lines
 from text.tokenizer import TextEncoder, load_tokenizer
 from train_tokenizer import CONTROL, MAX_WORD_CHARS, token_byte_lengths
 
-KINDS = {CONTEXT: "CONTEXT", REPLY: "REPLY", TAG: "TAG", THINK: "THINK"}
-ALL_ONE = np.array([0, 1, 1, 1], np.float32)  # loss weight by kind: what SFT.py and SFT_long.py train with
+TOKEN_TYPES = {CONTEXT: "CONTEXT", REPLY: "REPLY", TAG: "TAG", THINK: "THINK"}
+ALL_ONE = np.array([0, 1, 1, 1], np.float32)  # loss weight by token type, as in SFT.py and SFT_long.py
 CPU = torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------
-# what quickstart.sh left, and how it is shown
+# the output of quickstart.sh, and helpers to print it
 
 
 def existing(args, name: str) -> Path:
-    """A file or folder in --out_dir. Raises UserError where it is not there."""
+    """The path of a file or folder in --out_dir. Raises UserError if it does not exist."""
     path = Path(args.out_dir) / name
     if not path.exists():
-        raise UserError(f"{path} is not there: run `bash quickstart.sh` first, or name its folder with --out_dir")
+        raise UserError(f"{path} does not exist: run `bash quickstart.sh` first, or name its folder with --out_dir")
     return path
 
 
@@ -65,34 +65,34 @@ def open_tokenizer(args):
 
 
 def open_model(args, stage: str):
-    """The weights of a stage, without dropout."""
+    """The model of a stage, in eval mode."""
     return load_model(existing(args, f"{stage}.pth"))[0]
 
 
 def open_documents(args, name: str, kind: str, tokenizer, max_seq_len: int):
-    """The documents of a data file, in its order."""
+    """The documents of a data file, in the order of its lines."""
     path, cache_dir = str(existing(args, f"data/{name}")), str(Path(args.out_dir) / "cache")
-    with contextlib.redirect_stdout(io.StringIO()):  # the time that tokenising took is no evidence
+    with contextlib.redirect_stdout(io.StringIO()):  # hides the log: it contains times, which vary
         return load_documents(path, tokenizer, kind, cache_dir, max_seq_len)
 
 
 def line_of(documents, document: int) -> int:
-    """The line of the data file in which a document stands, from 1."""
+    """The line number of a document in the data file, from 1."""
     return int(documents.caches[0].documents["line"][documents.index[document]])
 
 
 def find_document(documents, line: int | None) -> int:
-    """The document in a line of the data file; without a line, the shortest."""
+    """The document in a line of the data file, or the shortest document if `line` is None."""
     if line is None:
         return int(documents.length.argmin())
     for document in range(len(documents)):
         if line_of(documents, document) == line:
             return document
-    raise UserError(f"--line {line}: no document of {documents.caches[0].meta['files'][0]}")
+    raise UserError(f"--line {line}: no document in that line of {documents.caches[0].meta['files'][0]}")
 
 
 def texts(tokenizer, ids) -> list[str]:
-    """The text of each id by itself; one that is only a part of a character shows as its number of bytes."""
+    """The text of each id alone, or its number of bytes if it is only part of a character."""
     sizes = token_byte_lengths(tokenizer)
     alone = [tokenizer.decode([int(i)]) for i in ids]
     return [f"({sizes[i]} byte{'s' * (sizes[i] > 1)})" if "\ufffd" in text else repr(text)[1:-1]
@@ -100,17 +100,17 @@ def texts(tokenizer, ids) -> list[str]:
 
 
 def same(a, b) -> None:
-    """Assert that two tensors are equal, but for rounding."""
+    """Assert that two tensors are equal up to rounding."""
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def shape(tensor) -> str:
-    """As the text writes it: (1, 68, 192)."""
+    """The shape of a tensor as text, e.g. "(1, 68, 192)"."""
     return str(tuple(tensor.shape))
 
 
 def title(text: str) -> None:
-    """A heading in the output."""
+    """Print a heading."""
     print(f"--- {text}")
 
 
@@ -119,7 +119,7 @@ def title(text: str) -> None:
 
 
 def show_tokenizer(args) -> None:
-    """the vocabulary; what becomes one token, and what never does"""
+    """the vocabulary; which strings become one token, and which never do"""
     tokenizer = open_tokenizer(args)
     encoder, sizes = TextEncoder.of(tokenizer), token_byte_lengths(tokenizer)
     n_special = len(CONTROL) + len(encoder.tag_ids)
@@ -159,7 +159,7 @@ def show_sample(args) -> None:
     tokenizer, model = open_tokenizer(args), open_model(args, "SFT")
     documents = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
     document = find_document(documents, args.line)
-    # a small optimizer step: this conversation and the three after it, in two micro-batches
+    # a small optimizer step: this conversation and the next three, in two micro-batches
     few = documents.take(np.arange(document, document + 4) % len(documents))
     loader = StepLoader(few, max_seq_len=512, batch_size=1, accumulation_steps=2, seed=1, order="file")
     step = loader.step(epoch=0, step_in_epoch=0)
@@ -175,42 +175,42 @@ def show_sample(args) -> None:
 
 
 def sample_record(args, tokenizer, documents, document: int) -> None:
-    """JSONL line → messages → ids, mask and kinds."""
+    """JSONL line → messages → ids, mask and token types."""
     file, number = existing(args, "data/val/sft_512.jsonl"), line_of(documents, document)
     title(f"line {number} of val/sft_512.jsonl")
     line = next(line for n, line in read_lines(file) if n == number)
     print(line.decode("utf-8"))
     conversation = parse_record(line, "chat")["conversations"]
     ids, mask = encode_chat(tokenizer, conversation)
-    kinds = documents.types(document)
-    assert ids == documents.tokens(document).tolist()  # the cache holds the same
-    assert mask == (kinds != CONTEXT).astype(int).tolist()
+    types = documents.types(document)
+    assert ids == documents.tokens(document).tolist()  # the token cache holds the same ids
+    assert mask == (types != CONTEXT).astype(int).tolist()
     title(f"{len(conversation)} messages, {len(ids)} ids, {sum(mask)} with a loss")
     print(f"{'t':>3} {'id':>5}  {'kind':8}{'mask':>5}  token")
     for t, text in enumerate(texts(tokenizer, ids)):
-        print(f"{t:3} {ids[t]:5}  {KINDS[int(kinds[t])]:8}{mask[t]:5}  {text}")
+        print(f"{t:3} {ids[t]:5}  {TOKEN_TYPES[int(types[t])]:8}{mask[t]:5}  {text}")
 
 
-def cut_of(step) -> list[list[int]]:
-    """The documents of each micro-batch of a step."""
-    pieces = iter(step.segments)
-    return [[next(pieces)[0] for _ in micro_batch.lengths] for micro_batch in step.micro_batches]
+def documents_of(step) -> list[list[int]]:
+    """The documents in each micro-batch of a step."""
+    segments = iter(step.segments)
+    return [[next(segments)[0] for _ in micro_batch.lengths] for micro_batch in step.micro_batches]
 
 
 def with_first(step) -> tuple:
-    """The micro-batch in which document 0 of a step stands, and where in it that begins and ends."""
-    for micro_batch, inside in zip(step.micro_batches, cut_of(step), strict=True):
+    """(micro-batch, begin, end): the micro-batch with document 0 of a step, and the document's range in its buffer."""
+    for micro_batch, inside in zip(step.micro_batches, documents_of(step), strict=True):
         if 0 in inside:
-            place = inside.index(0)
-            begin = sum(micro_batch.lengths[:place])
-            return micro_batch, begin, begin + micro_batch.lengths[place]
-    raise AssertionError("every document of four stands in the one step")
+            position = inside.index(0)
+            begin = sum(micro_batch.lengths[:position])
+            return micro_batch, begin, begin + micro_batch.lengths[position]
+    raise AssertionError("the step does not contain document 0")
 
 
 def sample_batch(tokenizer, few, step) -> None:
-    """The step's micro-batches, and the arrays of the one with our conversation."""
+    """The micro-batches of a step, and the arrays of the one with our conversation."""
     title(f"a step: {len(step.segments)} conversations, {step.tokens} tokens, {len(step.micro_batches)} micro-batches")
-    for number, (micro_batch, inside) in enumerate(zip(step.micro_batches, cut_of(step), strict=True), start=1):
+    for number, (micro_batch, inside) in enumerate(zip(step.micro_batches, documents_of(step), strict=True), 1):
         print(f"micro-batch {number}: lines {[line_of(few, d) for d in inside]}, lengths {micro_batch.lengths}, "
               f"{len(micro_batch.tokens)} tokens, {len(micro_batch.targets)} targets, "
               f"weights sum to {micro_batch.weights.sum():g}")
@@ -235,19 +235,19 @@ def sample_batch(tokenizer, few, step) -> None:
 
 
 def query_key_value(block, x_BTC, cos, sin):
-    """What a block's attention compares and mixes: q and k (rotated by RoPE) and v, each (B, T, heads, D)."""
+    """Inputs of a block's attention: q and k (rotated by RoPE) and v, each (B, T, heads, D)."""
     layer, h_BTC = block.self_attn, block.input_layernorm(x_BTC)
-    q, k, v = (project(h_BTC).unflatten(-1, (-1, layer.head_dim))
-               for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k, v = (linear(h_BTC).unflatten(-1, (-1, layer.head_dim))
+               for linear in (layer.q_proj, layer.k_proj, layer.v_proj))
     if layer.qk_norm:
         q, k = layer.q_norm(q), layer.k_norm(k)
     rotated_q, rotated_k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-    same(rotated_q.norm(dim=-1), q.norm(dim=-1))  # a rotation keeps every length
+    same(rotated_q.norm(dim=-1), q.norm(dim=-1))  # a rotation does not change the norm
     return rotated_q, rotated_k, v
 
 
 def sample_forward(model, step) -> None:
-    """One micro-batch through embedding, the first block by hand, the others, norm and head."""
+    """One micro-batch through the network: embedding, the first block step by step, the other blocks, norm and head."""
     micro_batch, begin, _ = with_first(step)
     batch = micro_batch.to(CPU)
     packing = Packing(batch["lengths"], batch["boundaries"])
@@ -308,7 +308,7 @@ def losses_of(model, micro_batch) -> torch.Tensor:
 
 
 def sample_loss(tokenizer, model, step) -> None:
-    """The losses of our conversation, target by target, and from them the loss of the step."""
+    """The loss of each target of our conversation, and the loss of the step."""
     micro_batch, begin, end = with_first(step)
     losses = losses_of(model, micro_batch)
     title("the loss of each target: -ln p")
@@ -330,18 +330,18 @@ def sample_loss(tokenizer, model, step) -> None:
 
 
 def show_step(args) -> None:
-    """text in rows; the same optimizer step, cut in three ways"""
+    """text in rows; the same optimizer step, divided into micro-batches in three ways"""
     tokenizer = open_tokenizer(args)
     text = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=64)
     loader = StepLoader(text, max_seq_len=64, batch_size=3, accumulation_steps=1, seed=1)
     title("pretraining: the first three rows of 64 tokens, (document, first token, tokens)")
-    row, filled, pieces = [], 0, loader.step(0, 0).segments
-    for piece in pieces:
-        row, filled = [*row, piece], filled + piece[2]
+    row, filled, segments = [], 0, loader.step(0, 0).segments
+    for segment in segments:
+        row, filled = [*row, segment], filled + segment[2]
         if filled == 64:
             print("  ".join(map(str, row)))
             row, filled = [], 0
-    for document in dict.fromkeys(document for document, first, _ in pieces if first):
+    for document in dict.fromkeys(document for document, first, _ in segments if first):
         print(f"document {document} has {text.length[document]} tokens and goes on in the next row")
 
     model = open_model(args, "SFT")
@@ -361,8 +361,8 @@ def show_step(args) -> None:
               f"{[len(m.tokens) for m in step.micro_batches]} tokens, total_weight {step.total_weight:g}")
         print(f"       loss {loss.item():.4f}, gradient norm {norm:.3f}; mean of means {sum(means) / len(means):.4f}")
         seen.append((sorted(step.segments), loss.detach(), norm))
-    for pieces, loss, norm in seen[1:]:
-        assert pieces == seen[0][0]
+    for segments, loss, norm in seen[1:]:
+        assert segments == seen[0][0]
         same((loss, norm), seen[0][1:])
 
 
@@ -379,9 +379,9 @@ def show_attention(args) -> None:
         block, x = model.model.layers[0], model.model.embed_tokens(tokens)
         cos, sin = model.model.rotary(packing.positions())
         q, k, v = query_key_value(block, x, cos, sin)
-        place, document = torch.arange(8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-        visible = (place[:, None] >= place) & (document[:, None] == document)
-        group = q.shape[2] // k.shape[2]  # query heads for each key/value head
+        position, document = torch.arange(8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+        visible = (position[:, None] >= position) & (document[:, None] == document)
+        group = q.shape[2] // k.shape[2]  # query heads per key/value head
         k, v = (heads.repeat_interleave(group, dim=2) for heads in (k, v))
         scores = torch.einsum("thd,shd->hts", q[0], k[0]) / math.sqrt(model.config.head_dim)
         weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
@@ -394,7 +394,7 @@ def show_attention(args) -> None:
         both, lengths = torch.cat([first, second])[None], [len(first), len(second)]
         packed, alone = model(both, lengths=lengths)[0, len(first):], model(second[None])[0]
         changed = both.clone()
-        changed[0, 2:len(first) - 2] = both[0, 2:len(first) - 2].flip(0)  # another text in the first document
+        changed[0, 2:len(first) - 2] = both[0, 2:len(first) - 2].flip(0)  # changes the first document
         moved = {
             "packed, against alone": (packed, alone),
             "packed, the first document changed": (packed, model(changed, lengths=lengths)[0, len(first):]),
@@ -410,46 +410,47 @@ def show_attention(args) -> None:
 
 
 def show_distill(args) -> None:
-    """one R1 record: kinds, what --tag_weight and --think_weight make of them, the loss before and after"""
+    """one R1 record: token types, their loss weights by --tag_weight and --think_weight, the loss before and after"""
     tokenizer = open_tokenizer(args)
     documents = open_documents(args, "val/r1_1024.jsonl", "chat", tokenizer, max_seq_len=1024)
     document = find_document(documents, args.line)
     few = documents.take(np.arange(document, document + 1))
     loader = StepLoader(few, 1024, batch_size=1, accumulation_steps=1, seed=1, tag_weight=args.tag_weight,
                         think_weight=args.think_weight)
-    ids, kinds = few.tokens(0), few.types(0)
-    weights = loader.type_weights[kinds] * few.weight[0]
+    ids, types = few.tokens(0), few.types(0)
+    weights = loader.type_weights[types] * few.weight[0]
     step = loader.step(0, 0)
     assert math.isclose(step.total_weight, weights[1:].sum(), rel_tol=1e-5)
     title(f"line {line_of(few, 0)} of val/r1_1024.jsonl with --tag_weight {args.tag_weight:g} "
           f"--think_weight {args.think_weight:g}")
-    cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
+    cuts = [0, *(np.flatnonzero(np.diff(types)) + 1).tolist(), len(ids)]
     print(f"{'t':>9}  {'kind':8}{'weight':>7}  tokens")
-    for begin, end in zip(cuts, cuts[1:], strict=False):  # a stretch of one kind a line
-        print(f"{begin:4}..{end - 1:<3}  {KINDS[int(kinds[begin])]:8}{weights[begin]:7g}  "
+    for begin, end in zip(cuts, cuts[1:], strict=False):  # one line per run of tokens of the same type
+        print(f"{begin:4}..{end - 1:<3}  {TOKEN_TYPES[int(types[begin])]:8}{weights[begin]:7g}  "
               f"{' | '.join(texts(tokenizer, ids[begin:end]))}")
-    print("total_weight: " + " + ".join(f"{(kinds == kind).sum()} {KINDS[kind]} x {loader.type_weights[kind]:g}"
-                                        for kind in (REPLY, TAG, THINK)) + f" = {step.total_weight:g}")
+    parts = [f"{(types == type_).sum()} {TOKEN_TYPES[type_]} x {loader.type_weights[type_]:g}"
+             for type_ in (REPLY, TAG, THINK)]
+    print(f"total_weight: {' + '.join(parts)} = {step.total_weight:g}")
 
     title("mean loss by kind, over the first 64 records")
     first = documents.take(np.arange(min(64, len(documents))))
-    pieces = [(d, 0, int(first.length[d])) for d in range(len(first))]
-    micro_batch = make_micro_batch(first, pieces, ALL_ONE)
-    kinds = np.concatenate([first.types(d) for d in range(len(first))])[micro_batch.target_index + 1]
-    print(f"{'':24}" + "".join(f"{KINDS[kind]:>8}" for kind in (REPLY, TAG, THINK)) + f"{'all':>8}")
+    segments = [(d, 0, int(first.length[d])) for d in range(len(first))]
+    micro_batch = make_micro_batch(first, segments, ALL_ONE)
+    types = np.concatenate([first.types(d) for d in range(len(first))])[micro_batch.target_index + 1]
+    print(f"{'':24}" + "".join(f"{TOKEN_TYPES[type_]:>8}" for type_ in (REPLY, TAG, THINK)) + f"{'all':>8}")
     for stage, name in (("SFT_long", "before, SFT_long.pth"), ("distill", "after, distill.pth")):
         with torch.no_grad():
             losses = losses_of(open_model(args, stage), micro_batch)
-        means = [losses[kinds == kind].mean() for kind in (REPLY, TAG, THINK)]
+        means = [losses[types == type_].mean() for type_ in (REPLY, TAG, THINK)]
         print(f"{name:24}" + "".join(f"{mean:8.3f}" for mean in means) + f"{losses.mean():8.3f}")
 
 
 def show_control(args) -> None:
-    """the same R1 record for the control experiment: the thought is taken out, the tags stay"""
+    """the same R1 record in the control experiment: without its thought, but with the tags"""
     tokenizer = open_tokenizer(args)
     documents = open_documents(args, "val/r1_1024.jsonl", "chat", tokenizer, max_seq_len=1024)
-    wanted = line_of(documents, find_document(documents, args.line))
-    line = next(line for n, line in read_lines(existing(args, "data/val/r1_1024.jsonl")) if n == wanted)
+    number = line_of(documents, find_document(documents, args.line))
+    line = next(line for n, line in read_lines(existing(args, "data/val/r1_1024.jsonl")) if n == number)
     record = parse_record(line, "chat")
     for name, shown in (("distill", record), ("control", without_thoughts(record))):
         _, mask = encode_chat(tokenizer, shown["conversations"])
@@ -457,7 +458,7 @@ def show_control(args) -> None:
 
 
 def show_optimizer(args) -> None:
-    """which weights go to Muon, which to AdamW, with or without decay; what Muon makes of a gradient"""
+    """which weights Muon and AdamW update, with or without weight decay; how Muon changes a gradient"""
     tokenizer, model = open_tokenizer(args), open_model(args, "pretrain")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for choice in ("muon", "adamw"):
@@ -468,8 +469,8 @@ def show_optimizer(args) -> None:
                 print(f"{type(optimizer).__name__}, decay {group['weight_decay']}: {len(parameters)} weights of "
                       f"{sum(p.numel() for p in parameters):,} parameters")
                 if choice == "muon":
-                    kinds = dict.fromkeys(re.sub(r"layers\.\d+", "layers.*", names[id(p)]) for p in parameters)
-                    print("    " + "\n    ".join(kinds))
+                    patterns = dict.fromkeys(re.sub(r"layers\.\d+", "layers.*", names[id(p)]) for p in parameters)
+                    print("    " + "\n    ".join(patterns))
 
     title("one Muon step on layers.0.mlp.up_proj: singular values, largest / median / smallest")
     documents = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=256)
@@ -489,7 +490,7 @@ def show_optimizer(args) -> None:
 
 
 def show_schedule(args) -> None:
-    """learning rate / peak over 1,000 steps, for each --lr_schedule, and that of runs/original.sh"""
+    """learning rate relative to its peak over 1,000 steps, for each --lr_schedule and for runs/original.sh"""
     ratios = ("warmup_ratio", "decay_ratio", "min_lr_ratio")
     ours = {name: FLAGS[name].default for name in ratios}
     original = ours | dict(warmup_ratio=0.0, min_lr_ratio=0.1)
@@ -501,21 +502,21 @@ def show_schedule(args) -> None:
 
 
 def show_precision(args) -> None:
-    """fp32, bf16 and fp16: range, precision, and the same loss in each"""
+    """fp32, bf16 and fp16: range, precision, and one loss computed in each"""
     tokenizer, model = open_tokenizer(args), open_model(args, "SFT")
     documents = open_documents(args, "val/sft_512.jsonl", "chat", tokenizer, max_seq_len=512)
     micro_batch = StepLoader(documents, 512, batch_size=2, accumulation_steps=1, seed=1).step(0, 0).micro_batches[0]
     print(f"{'':6}{'largest':>9}{'smallest normal':>17}{'eps':>10}{'1e-8':>10}{'loss':>9}")
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         with torch.no_grad(), autocast(CPU, name):
             loss = model(**micro_batch.to(CPU)) / float(micro_batch.weights.sum())
-        info = torch.finfo(kind)
-        tiny = torch.tensor(1e-8).to(kind).item()
+        info = torch.finfo(dtype)
+        tiny = torch.tensor(1e-8).to(dtype).item()
         print(f"{name:6}{info.max:9.1e}{info.tiny:17.1e}{info.eps:10.1e}{tiny:10.1e}{loss:9.2f}")
 
 
 def show_resume(args) -> None:
-    """six steps at once, and three steps, then --resume: the same losses, the same weights"""
+    """six steps in one run, and three steps followed by --resume: the same losses, the same weights"""
     flags = ["--data_path", str(existing(args, "data/val/pretrain.jsonl")), "--tokenizer_path",
              str(existing(args, "tokenizer")), "--preset", "nano", "--max_seq_len", "64", "--batch_size", "4",
              "--accumulation_steps", "1", "--lr_schedule", "constant", "--dropout", "0.1", "--log_interval", "1",
@@ -542,11 +543,11 @@ def show_resume(args) -> None:
 
 
 def show_answer(args) -> None:
-    """from prompt to text: prefill, KV cache, each new token with the three likeliest"""
+    """from prompt to text: prefill, KV cache, and each new token with the three likeliest candidates"""
     tokenizer, model = open_tokenizer(args), open_model(args, args.stage)
     encoder, sampling = TextEncoder.of(tokenizer), generation.Sampling(args.temperature, args.top_p)
     prompt, _ = encode_chat(tokenizer, [{"role": "user", "content": args.prompt}], add_generation_prompt=True)
-    decoder = Decoder(open_model(args, args.stage))  # `model` stays as model.py says
+    decoder = Decoder(open_model(args, args.stage))  # `model` remains that of model.py
     whole = generation.generate(decoder, [prompt], args.max_new_tokens, sampling, {encoder.eos_id},
                                 generator=torch.Generator().manual_seed(args.seed))[0]
     title(f"the prompt: {len(prompt)} ids")
@@ -577,7 +578,7 @@ def show_answer(args) -> None:
         if ids[-1] == encoder.eos_id or position + 1 == longest:
             break
         logits = generation.decode_one_token(decoder, token, cache)
-    with torch.no_grad():  # plain, without a cache, all over again: the same logits
+    with torch.no_grad():  # a full forward without a cache gives the same logits
         same(logits[0], model(torch.tensor([prompt + ids[:-1]]))[0, -1])
     ended = ids[-1] == encoder.eos_id
     assert whole.ids == (ids[:-1] if ended else ids) and (whole.reason == "eos") == ended
@@ -586,7 +587,7 @@ def show_answer(args) -> None:
 
 
 def show_score(args) -> None:
-    """bits per byte of four documents by hand; how answers are read, and their interval"""
+    """bits per byte of four documents, step by step; how answers are read; the interval of an accuracy"""
     tokenizer, model = open_tokenizer(args), open_model(args, "pretrain")
     documents = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=model.config.max_seq_len)
     four = documents.take(np.arange(4))
@@ -628,7 +629,7 @@ def main(argv: list[str] | None = None) -> None:
         name = show.__name__.removeprefix("show_")
         command = commands.add_parser(name, help=show.__doc__, description=show.__doc__, allow_abbrev=False)
         command.set_defaults(show=show)
-        command.add_argument("--out_dir", default="out/quickstart", help="what quickstart.sh left (%(default)s)")
+        command.add_argument("--out_dir", default="out/quickstart", help="output of quickstart.sh (%(default)s)")
         if name in ("sample", "distill", "control"):
             command.add_argument("--line", type=int, help="line of the validation file (default: the shortest record)")
         if name == "sample":

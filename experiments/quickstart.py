@@ -238,9 +238,7 @@ def write_report(args) -> int:
     ]
     (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(line for line in lines if not line.startswith("![")))
-    print(f"report: {out / 'report.md'}, report.json, thinking.png, stages.png\n"
-          f"talk to it: python eval_model.py --model_mode 2 --out_dir {out} --tokenizer_path {out / 'tokenizer'} "
-          "--temperature 0 --history_turns 0   (source .venv/bin/activate first)")
+    print(f"report: {out / 'report.md'}, report.json, thinking.png, stages.png")
     missed = [v["what"] for v in verdicts if not v["met"]]
     if missed and not args.smoke:
         print("missed: " + "; ".join(missed), file=sys.stderr)

@@ -1,5 +1,5 @@
-"""Each benchmark runs at a tiny size and ends with one JSON object that holds its ratios, also when a program crashes
-or the user interrupts it. Runs are compared (experiments/), and the flags of the recipe scripts are known ones."""
+"""Benchmarks at tiny sizes: each ends with one JSON object that holds its ratios, also after a crash or an interrupt.
+Also compare_runs.py and the flags of the recipe scripts."""
 
 import argparse
 import json
@@ -61,8 +61,8 @@ def test_a_benchmark_ends_with_its_ratios(command, data_dir):
             assert len(result["sweep"]) == 7 and all(case["ours"]["peak_mebibytes"] > 100 for case in result["sweep"])
 
 
-class Here:
-    """A program as a Worker calls it, but in this process."""
+class InProcess:
+    """Calls a program as a Worker does, but in this process."""
 
     def __init__(self, program):
         self.program = program
@@ -71,25 +71,26 @@ class Here:
         return getattr(self.program, method)(*args)
 
 
-def test_where_a_step_goes(monkeypatch, capsys):
-    """Every part of a step is in the profile: matmuls, the C kernels' or torch's rest, the optimizers."""
+def test_a_step_profile(monkeypatch, capsys):
+    """The profile contains every part of a step: matmuls, the operations between them, the optimizers."""
     monkeypatch.setattr(sys, "argv", "step_profile.py --preset nano --rows 2 --max_seq_len 64 --repeats 2".split())
     step_profile.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     calls = {name: calls for name, calls, *_ in result["operations"]}
-    # two layers of four matmuls, each once forward and twice backward, and the output's three
+    # two layers of four matmuls, each with one forward and two backward, and three of the output
     assert calls["aten::mm"] == 2 * 4 * 3 + 3
     assert calls["aten::baddbmm"] and calls["aten::_fused_adamw_"] and len(result["step_ms"]) == 2
     assert all(host > 0 for _, _, host, _ in result["operations"])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_work_that_differs_is_not_timed(dtype):
-    """A loop that trains on other targets is found by its loss or its gradient."""
+def test_different_work_is_not_timed(dtype):
+    """The loss or the gradient reveals a loop that trains on other targets."""
     args = argparse.Namespace(rows=2, max_seq_len=64, data_path=None, seed=0, repeats=2)
     config = LLMConfig.preset("nano")
     ours = benchmark.Ours(config, CPU, dtype, 128, "adamw", compiled=False)
-    loops = {"ours": Here(ours), "transformers": Here(benchmark.Transformers(config, CPU, dtype, 64, compiled=False))}
+    theirs = benchmark.Transformers(config, CPU, dtype, 64, compiled=False)
+    loops = {"ours": InProcess(ours), "transformers": InProcess(theirs)}
     for draws in benchmark.work_of(args, config).values():
         documents = draws[0]
         benchmark.check_agreement(loops, documents)
@@ -102,7 +103,7 @@ def test_work_that_differs_is_not_timed(dtype):
 
 
 def test_a_step_of_chats_fills_one_buffer():
-    """As StepLoader does: a buffer is full with the document that reaches its size, not before it."""
+    """As in StepLoader: the document that reaches the size of a buffer is the last one in it."""
     ours = benchmark.Ours(LLMConfig.preset("nano"), CPU, "fp32", 100, "adamw", compiled=False)
     for lengths, sizes in (([60, 39, 30], [129]), ([60, 40, 30], [100, 30]), ([150, 50], [150, 50])):
         buffers = ours.micro_batches(benchmark.make_rows(np.random.default_rng(0), 6400, 1, n)[0] for n in lengths)
@@ -110,8 +111,8 @@ def test_a_step_of_chats_fills_one_buffer():
 
 
 @pytest.mark.parametrize("file", ["sft.jsonl", "pretrain.jsonl"])
-def test_each_turn_takes_other_documents_of_any_kind(data_dir, tokenizer_dir, file):
-    """Conversations or texts, whole or cut to the row; of a conversation only the reply has targets."""
+def test_each_turn_uses_new_documents(data_dir, tokenizer_dir, file):
+    """Conversations or texts, cut to the row length; in a conversation only the reply has targets."""
     args = argparse.Namespace(rows=2, max_seq_len=400, data_path=str(data_dir / file), preset="nano", seed=0, repeats=2,
                               tokenizer_path=str(tokenizer_dir))
     draws = benchmark.work_of(args, LLMConfig.preset("nano"))["chats"]
@@ -125,8 +126,8 @@ def test_each_turn_takes_other_documents_of_any_kind(data_dir, tokenizer_dir, fi
         assert share == 1 if file == "pretrain.jsonl" else 0.1 < share < 0.9
 
 
-def test_texts_of_any_file(data_dir, tmp_path):
-    """Texts and conversations become texts, as many as asked for; where there are none, that is said."""
+def test_copy_texts(data_dir, tmp_path):
+    """Texts and conversations become texts of the requested total size; a file without text is an error."""
     for file in ("pretrain.jsonl", "sft.jsonl"):
         copy_texts(str(data_dir / file), tmp_path / "texts.jsonl", 0.01)
         texts = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -138,7 +139,7 @@ def test_texts_of_any_file(data_dir, tmp_path):
         copy_texts(str(tmp_path / "none.jsonl"), tmp_path / "texts.jsonl", 1)
 
 
-def test_a_sample_is_drawn_from_the_whole_file(tmp_path):
+def test_lines_are_sampled_from_the_whole_file(tmp_path):
     path, target = tmp_path / "lines.jsonl", tmp_path / "sample.jsonl"
     path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(1000)), encoding="utf-8")
     sample_records(str(path), target, "text", 100, seed=1)
@@ -149,8 +150,8 @@ def test_a_sample_is_drawn_from_the_whole_file(tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["nano", "qwen3"])
-def test_decoders_that_differ_are_found(preset):
-    """Ours, by the code that one prompt takes and by that of several, says what transformers says; another does not."""
+def test_different_decoders_are_detected(preset):
+    """Ours equals transformers, for one prompt and for several; a decoder with a wrong token is an error."""
     config = LLMConfig.preset("nano", **({"qk_norm": True, "n_kv_heads": 1} if preset == "qwen3" else {}))
     model = decoding.make_model(config, CPU)
     decoders = {"ours": decoding.Ours(model, CPU, "fp32"), "transformers": decoding.Transformers(model, CPU, "fp32")}
@@ -160,22 +161,22 @@ def test_decoders_that_differ_are_found(preset):
     assert len(shares) == 4 and set(shares.values()) == {1}
     wrong = {"ours": lambda call, n, sampled: [ids[:-1] + [ids[-1] ^ 1] for ids in decoders["ours"](call, n, sampled)],
              "transformers": decoders["transformers"]}
-    with pytest.raises(RuntimeError, match="the 12th token is not ours"):
+    with pytest.raises(RuntimeError, match="token 12 is not ours"):
         decoding.check_equal(wrong, prompts, 12)
     with pytest.raises(RuntimeError, match="ours, 1 at once, finds"):
         decoding.check_found(wrong, prompts, replies)
 
 
 @pytest.mark.parametrize("warm_up", [True, False])
-def test_turns_are_taken(warm_up):
-    """A B C, B C A, ..., and what warms up is not counted."""
+def test_take_turns(warm_up):
+    """A B C, B C A, …; the warm-up turn is not counted."""
     done = []
     seconds = take_turns({name: partial(done.append, name) for name in "abc"}, 3, warm_up)
     assert "".join(done) == "abcbcacababc"[:3 * (3 + warm_up)] and [len(times) for times in seconds.values()] == [3] * 3
 
 
 class Program:
-    """For a Worker: one that adds, and ends in a given way at the third call."""
+    """A program for a Worker that adds two numbers, and fails in a given way at the third call."""
 
     def __init__(self, way: str):
         self.way, self.calls = way, 0
@@ -184,7 +185,7 @@ class Program:
         self.calls += 1
         if self.calls == 3:
             if self.way == "raises":
-                raise ValueError("no more")
+                raise ValueError("call 3")
             if self.way == "hangs":
                 time.sleep(1000)
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -193,9 +194,9 @@ class Program:
 
 
 @pytest.mark.parametrize("way, reason", [
-    ("crashes", "crashed: SIGSEGV"), ("raises", "failed: ValueError: no more"), ("hangs", "failed: no answer in 5 s")])
-def test_a_program_that_fails_is_left_out(way, reason, capfd):
-    """The others go on, each in all turns; the reason stays, for the table."""
+    ("crashes", "crashed: SIGSEGV"), ("raises", "failed: ValueError: call 3"), ("hangs", "failed: no answer in 5 s")])
+def test_a_failed_program_is_skipped(way, reason, capfd):
+    """The other programs run in all turns; the failure message is kept for the table."""
     worker = Worker(Program, way)
     assert worker.call("add", 1, 2) == 3
     work = {"fails": lambda: worker.call("add", 1, 2, timeout=5), "other": lambda: 0.25}
@@ -206,13 +207,13 @@ def test_a_program_that_fails_is_left_out(way, reason, capfd):
     assert "not JSON" not in capfd.readouterr().out
 
 
-def test_a_program_that_cannot_be_built_says_why():
+def test_a_program_that_cannot_be_built():
     worker = Worker(Program)
     with pytest.raises(WorkerFailed, match="failed: TypeError: .* 'way'"):
         worker.call("add", 1, 2)
 
 
-def test_an_interrupted_benchmark_prints_what_it_has(capsys):
+def test_an_interrupted_benchmark_prints_its_result(capsys):
     def work(result: dict, error: BaseException | None = None) -> None:
         result["ratios"]["a_vs_b"] = {"median": 2, "min": 1, "max": 3}
         if error:
@@ -232,8 +233,8 @@ def test_an_interrupted_benchmark_prints_what_it_has(capsys):
 
 
 @pytest.mark.extra
-def test_a_crash_is_a_cell_and_an_interrupt_keeps_finished_rows(tmp_path):
-    """transformers crashes; after the first finished row the benchmark is interrupted, as `timeout -s INT` does."""
+def test_a_crash_is_shown_and_an_interrupt_keeps_finished_rows(tmp_path):
+    """transformers crashes; after the first finished rows the benchmark gets SIGINT, as from `timeout -s INT`."""
     (tmp_path / "transformers.py").write_text("import os\nos.kill(os.getpid(), 11)\n", encoding="utf-8")
     command = [sys.executable, str(ROOT / "benchmarks" / "decode_throughput.py"), "--preset", "nano", "--device", "cpu",
                "--prompt_tokens", "8", "--new_tokens", "16", "--repeats", "2"]
@@ -254,11 +255,11 @@ def test_a_crash_is_a_cell_and_an_interrupt_keeps_finished_rows(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# runs compared
+# compare_runs.py
 
 
 def write_run(folder, bpb: list[float], tokens: int = 4096, speed: float = 4096, **changes) -> str:
-    """What a finished pretraining run leaves in its out_dir, with a validation after each step."""
+    """Write the output of a finished pretraining run that validates after each step."""
     rows = [{"step": step, "epoch": 1, "loss": 3.0, "lr": 1e-3, "tokens": step * tokens, "tokens_per_second": speed,
              "grad_norm": 1.0, "minutes_left": 0.0, "val_loss": value + 1, "val_ppl": 9.0, "val_bpb": value}
             for step, value in enumerate(bpb, start=1)]
@@ -271,8 +272,8 @@ def write_run(folder, bpb: list[float], tokens: int = 4096, speed: float = 4096,
     return str(folder)
 
 
-def test_runs_are_compared(tmp_path, capsys):
-    """Numbers, ratios to the run named by --beside, and what differs; the curves go to the JSONL."""
+def test_compare_runs(tmp_path, capsys):
+    """Figures, ratios to the run named by --beside, and differing settings; --jsonl gets the curves."""
     a = write_run(tmp_path / "a", [2.5, 2.0])
     b = write_run(tmp_path / "b", [2.4, 2.1, 1.9], speed=2048, settings={
         "seed": 1, "max_seq_len": 512, "learning_rate": 2e-3})
@@ -300,14 +301,14 @@ def test_runs_are_compared(tmp_path, capsys):
     (dict(settings={"seed": 1, "max_seq_len": 256}), "--max_seq_len differs"),
     (dict(step=3), "b: the pretrain run is not finished"), (dict(val={}), "lacks validation scores"),
 ])
-def test_runs_that_do_not_compare_are_refused(tmp_path, changes, reason):
-    """In one line, with exit code 2, before anything is printed."""
+def test_runs_that_cannot_be_compared(tmp_path, changes, reason):
+    """The error names what differs."""
     a, b = write_run(tmp_path / "a", [2.0]), write_run(tmp_path / "b", [1.9], **changes)
     with pytest.raises(UserError, match=reason):
         compare_runs.main(["--stage", "pretrain", a, b])
 
 
-def test_what_compare_runs_cannot_read(tmp_path):
+def test_invalid_arguments_of_compare_runs(tmp_path):
     a = write_run(tmp_path / "a", [2.0])
     for argv, reason in ((["--stage", "SFT", a], "no such file"), (["--stage", "pretrain", a, "--beside", "x"],
                                                                    "--beside x: not one of a")):
@@ -325,7 +326,7 @@ LEFT_OUT = {"pretrain": CHAT_ONLY + DISTILL_ONLY, "SFT": DISTILL_ONLY, "SFT_long
 
 
 def calls_of(script: str, tmp_path, *flags: str, **settings) -> list[tuple[str, argparse.Namespace]]:
-    """(stage, its parsed flags) of each stage that a shell script would run; a stub takes the place of Python."""
+    """(stage, parsed flags) of each stage that a shell script would run, with a stub in place of Python."""
     stub, calls = tmp_path / "stub", tmp_path / "calls"
     stub.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n', encoding="utf-8")
     stub.chmod(0o755)
@@ -339,7 +340,7 @@ def calls_of(script: str, tmp_path, *flags: str, **settings) -> list[tuple[str, 
 
 
 def test_the_original_recipe(tmp_path):
-    """The settings of the first runs in every stage; flags on the command line go to every stage."""
+    """Every stage gets the settings of the original runs; flags on the command line go to every stage."""
     calls = calls_of("runs/original.sh", tmp_path, "--dtype", "fp16", "--out_dir", "out/x")
     assert [stage for stage, _ in calls] == ["pretrain", "SFT", "SFT_long", "distill"]
     for stage, args in calls:
@@ -353,8 +354,8 @@ def test_the_original_recipe(tmp_path):
 
 @pytest.mark.parametrize("stage", LEFT_OUT)
 def test_the_flags_of_recipes(stage, tmp_path):
-    """Every recipe is a command that the stage accepts; the default one has the settings of pretrain.py, fewer rows
-    apart; a share of the tokens is a share of the steps."""
+    """The stage accepts the command of every recipe. The default recipe has the settings of pretrain.py except for
+    fewer rows. A share of the tokens is a share of the steps."""
     calls = calls_of("experiments/recipe.sh", tmp_path, "--device", "cpu", STAGE=stage, RECIPES="all", SEEDS="1 2",
                      TOKENS="8000000", DATA="x", INIT_FROM="y", TOKENIZER="z", VAL="v", DOC_TOKENS="409")
     by_name = {os.path.basename(args.out_dir): args for _, args in calls}
@@ -368,7 +369,7 @@ def test_the_flags_of_recipes(stage, tmp_path):
         assert changed == {"preset", "epochs", "batch_size", "max_steps", "seed"}
         steps = {name: args.max_steps for name, args in by_name.items()}
         assert (steps["default_third_1"], steps["default_35_2"], steps["muon_half_1"]) == (652, 684, 977)
-        assert 2430 <= steps["original_8_1"] <= 2700  # as many as its padded rows of 409 real tokens, or some more
+        assert 2430 <= steps["original_8_1"] <= 2700  # enough padded rows of 409 real tokens for TOKENS
         assert steps["original_8_1"] > 20 * steps["original_1"]
 
 
@@ -376,15 +377,15 @@ def test_the_flags_of_recipes(stage, tmp_path):
     (dict(RECIPES="default nothing"), "nothing is not one of all, original, original_8,"), (dict(STAGE="x"), "STAGE=x"),
     (dict(TOKENS="8M"), "whole numbers"), (dict(STAGE="SFT"), "needs DATA and INIT_FROM"),
     (dict(JOBS="0"), "at least 1")])
-def test_mistakes_in_the_settings_of_recipes(tmp_path, settings, reason):
+def test_invalid_settings_of_recipes(tmp_path, settings, reason):
     done = subprocess.run(["bash", str(ROOT / "experiments/recipe.sh")], capture_output=True, text=True,
                           env=os.environ | {"OUT": str(tmp_path / "out")} | settings)
     assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_recipe_that_fails_ends_the_script(tmp_path, jobs):
-    """With the exit code of the stage; the recipes after it are not started."""
+def test_a_failed_recipe_ends_the_script(tmp_path, jobs):
+    """The exit code is that of the stage, and later recipes are not started."""
     stub, calls = tmp_path / "stub", tmp_path / "calls"
     stub.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexit 3\n', encoding="utf-8")
     stub.chmod(0o755)
@@ -397,8 +398,8 @@ def test_a_recipe_that_fails_ends_the_script(tmp_path, jobs):
 
 
 @pytest.mark.extra
-def test_recipes_are_compared(tmp_path):
-    """Recipes learn side by side and stand in one table; a finished run is not trained again, a missing one is."""
+def test_recipes_end_with_a_comparison(tmp_path):
+    """Recipes run in parallel and share one table. A finished run is not trained again, a missing one is."""
     settings = {"PYTHON": sys.executable, "OUT": str(tmp_path), "PRESET": "nano", "TOKENS": "40000", "SEEDS": "1",
                 "JOBS": "2", "RECIPES": "original_8 default_half muon_4e-3", "OMP_NUM_THREADS": "1"}
 
