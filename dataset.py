@@ -29,7 +29,6 @@ from text.chat import CONTEXT, REPLY, TAG, ChatEncoder
 from text.records import (
     MalformedRecord,
     Source,
-    find_files,
     find_sources,
     is_held_out,
     kind_of,
@@ -120,6 +119,7 @@ def open_cache(files: list[Path], tokenizer, kind: str, cache_dir: str) -> Token
     settings. A damaged cache is named in a message and built again; a partial one never has the final name.
     Raises UserError when the data cannot be read, holds no record, or the disk is full.
     """
+    assert kind in ("text", "chat"), kind
     encoder = TextEncoder.of(tokenizer)
     described = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     key = json.dumps([CACHE_FORMAT, kind, encoder.fingerprint, encoder.bos_id, encoder.eos_id, described])
@@ -130,7 +130,7 @@ def open_cache(files: list[Path], tokenizer, kind: str, cache_dir: str) -> Token
         except UserError as error:
             print(f"token cache refused: {error}; building it again", flush=True)
             shutil.rmtree(folder)
-    remove_leftovers(folder.parent, "*")
+    remove_leftovers(folder.parent, "[0-9a-f]" * 16)
     write_folder(folder, lambda partial: _build_cache(files, tokenizer, kind, partial))
     return TokenCache(folder)
 
@@ -400,42 +400,60 @@ def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, ki
     `kind` is "text" or "chat"; of several sources of a chat stage some may be text. Without `val_path` the documents
     of each source whose text's hash falls in 0.5 % validate, at least one.
     """
-    def load(source: Source) -> Documents:
-        own_kind = kind_of(source.files) if kind == "chat" and len(sources) > 1 else kind
-        return load_documents(source, tokenizer, own_kind, cache_dir, max_seq_len, min_tokens, max_tokens,
-                              max_bad_ratio, say)
-
-    if kind == "chat" and len(sources) > 1 and all(kind_of(source.files) == "text" for source in sources):
+    mixed = kind == "chat" and len(sources) > 1
+    kinds = [kind_of(source.files, ("chat", "text")) if mixed else kind for source in sources]
+    if mixed and "chat" not in kinds:
         raise UserError("--data_path: none of the sources has conversations: pretrain.py reads text")
-    trains = [load(source) for source in sources]
+    options = cache_dir, max_seq_len, min_tokens, max_tokens, max_bad_ratio, say
+
+    def load(source: Source, kind: str) -> Documents:
+        return load_documents(source, tokenizer, kind, *options)
+
+    trains = list(map(load, sources, kinds))
     if val_path is None:
-        vals = [train.take(_held_out(train.hash)) for train in trains]
-        for train in trains:
-            train.keep(~_held_out(train.hash))
+        masks = [_held_out(train.hash) for train in trains]
+        vals = [train.take(mask) for train, mask in zip(trains, masks, strict=True)]
+        for train, mask in zip(trains, masks, strict=True):
+            train.keep(~mask)
     else:
-        vals = [load(Source(path, None, find_files(path))) for path in dict.fromkeys(val_path)]
+        vals = [load(source, own) for source, own in _validation_sources(val_path, kind, mixed)]
+    known = np.array([], np.uint64)
     for number, val in enumerate(vals):
         _, once = np.unique(val.hash, return_index=True)
+        once = once[~np.isin(val.hash[once], known)]
         counts = trains[number].counts if val_path is None else val.counts
         counts[0]["doubles in validation"] = len(val) - len(once)
         val.keep(once)  # in the order of the hashes: the first --eval_tokens are then a fair sample
+        known = np.append(known, val.hash)
     if val_path is not None or len(sources) > 1:
-        hashes = np.concatenate([val.hash for val in vals])
         for train in trains:
-            held_out = np.isin(train.hash, hashes)
+            held_out = np.isin(train.hash, known)
             train.counts[0]["also in the validation data"] = int(held_out.sum())
             train.keep(~held_out)
     train, val = Documents.join(trains, [s.share for s in sources] if len(sources) > 1 else None), Documents.join(vals)
     for part in trains:
         if not len(part):
-            raise UserError(f"{part.names[0]}: nothing is left to train on beside {len(val)} validation document(s): "
-                            "more data, or another --val_path, is needed")
+            raise UserError(f"{part.names[0]}: nothing is left to train on beside the validation documents: add data, "
+                            "or name other validation data with --val_path")
         say(f"data: {part.names[0]}: {_in_words(part.counts[0])}; {len(part):,} train "
             f"({int(part.length.sum()):,} tokens)")
     for part in vals:
         counted = "" if val_path is None else f"{_in_words(part.counts[0])}; "
         say(f"validation: {part.names[0]}: {counted}{len(part):,} documents ({int(part.length.sum()):,} tokens)")
     return train, val
+
+
+def _validation_sources(paths: list[str], kind: str, mixed: bool) -> list[tuple[Source, str]]:
+    """(source, kind) of the files in --val_path: one source, or with mixed sources one for chats and one for text."""
+    (source, *_) = found = find_sources(paths, "--val_path")
+    if found[0].share is not None:
+        raise UserError(f"--val_path {paths[0]}: validation data has no shares")
+    if not mixed:
+        return [(source, kind)]
+    kinds = {file: kind_of([file], ("chat", "text")) for file in source.files}
+    names = sorted(set(kinds.values()))
+    return [(Source(source.name if len(names) == 1 else f"{source.name} ({own})", None,
+                    [file for file in source.files if kinds[file] == own]), own) for own in names]
 
 
 def _held_out(hashes: np.ndarray) -> np.ndarray:
@@ -461,27 +479,33 @@ def epoch_order(documents: Documents, seed: int, epoch: int, order: str) -> tupl
 
     With shares: each source has its own order, and the next document comes from the source furthest behind its share,
     measured as (tokens of the source so far) / share. A document's sort key is this measure before it, so the order
-    is a merge of the sources. A source that is used up starts again in another order. The epoch ends when the source
-    that lasts longest at its share has been seen once.
+    is a merge of the sources. A source that is used up starts again (shuffled: in another order). The epoch ends
+    when the source that lasts longest at its share has been seen once.
     """
-    def one_pass(first: int, n: int, *stream: int) -> np.ndarray:
-        if order == "file":
-            return np.arange(first, first + n)
-        return first + np.random.default_rng([seed, epoch, *stream]).permutation(n)
+    def passes_over(n: int, n_passes: int, source: int) -> np.ndarray:
+        numbers = np.tile(np.arange(n, dtype=np.uint32), (n_passes, 1))
+        if order == "shuffled":
+            numbers = np.random.default_rng([seed, epoch, source]).permuted(numbers, axis=1)
+        return numbers.ravel()
 
     if documents.shares is None:
-        return one_pass(0, len(documents)).astype(np.uint32), None
+        n = len(documents)
+        if order == "file":
+            return np.arange(n, dtype=np.uint32), None
+        return np.random.default_rng([seed, epoch]).permutation(n).astype(np.uint32), None
     ends = np.cumsum(np.bincount(documents.source, minlength=len(documents.names)))
     begins = np.append(0, ends[:-1])
     ranges = list(zip(begins, ends, documents.shares, strict=True))
     lasts = [int(documents.length[begin:end].sum()) / share for begin, end, share in ranges]
+    epoch_end = max(lasts) * (1 - 1e-9)  # for rounding: sources that last equally long are each seen once
     numbers, passes, places = [], [], []
     for source, (begin, end, share) in enumerate(ranges):
-        n, n_passes = end - begin, math.ceil(max(lasts) / lasts[source]) + 1  # one to spare: it is cut off below
-        number = np.concatenate([one_pass(begin, n, source, i) for i in range(n_passes)])
+        n = end - begin
+        n_passes = 1 if lasts[source] >= epoch_end else math.ceil(epoch_end / lasts[source])
+        number = begin + passes_over(n, n_passes, source)
         length = documents.length[number]
         place = (np.cumsum(length) - length) / share
-        within = place < max(lasts) if lasts[source] < max(lasts) else np.arange(len(number)) < n
+        within = place < epoch_end
         numbers.append(number[within].astype(np.uint32))
         passes.append((np.arange(len(number)) // n)[within].astype(np.uint32))
         places.append(place[within])
@@ -570,7 +594,7 @@ def make_micro_batch(documents: Documents, segments: list[Segment], type_weights
 
 
 class StepLoader:
-    """Optimizer steps by (epoch, step in the epoch), so that resuming is asking for the next one.
+    """Optimizer steps by (epoch, step in the epoch), so resume needs only the step's number.
 
     A step is chosen as a whole, batch_size × accumulation_steps × ranks × max_seq_len tokens, and only then
     cut into micro-batches: the same documents and so the same gradient, however it is cut.
@@ -593,18 +617,19 @@ class StepLoader:
         self.step_tokens = self.micro_batch_tokens * self.n_micro_batches
         self.type_weights = np.array([0.0, 1.0, tag_weight, think_weight], np.float32)  # by token type
         self.is_chat = any(cache.is_chat for cache in documents.caches)
-        self._epoch = None
-        if documents.shares is None:
-            self.tokens_per_epoch = int(documents.length.sum())
-        else:  # with shares it differs a little between epochs
-            self.tokens_per_epoch = int(documents.length[epoch_order(documents, seed, 0, order)[0]].sum())
+        self._epoch, self._steps = None, {}
+        seen = slice(None) if documents.shares is None else epoch_order(documents, seed, 0, order)[0]
+        self.tokens_per_epoch = int(documents.length[seen].sum())  # with shares it differs a little between epochs
+        self.target_share = int(documents.targets[seen].sum()) / self.tokens_per_epoch
+        self.mean_length = float(documents.length[seen].mean())
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Number of optimizer steps in an epoch; for conversations it depends a little on their order."""
         if not self.is_chat and self.documents.shares is None:
             return math.ceil(self.tokens_per_epoch / self.step_tokens)
-        self._prepare(epoch)
-        return math.ceil(int(self._ends[-1]) / self.step_tokens) if self._plan is None else len(self._plan)
+        if epoch not in self._steps:
+            self._prepare(epoch)
+        return self._steps[epoch]
 
     def epoch_ends(self, epochs: int, max_steps: int = 0) -> list[int]:
         """Steps done at the end of each epoch, as far as the one in which `max_steps` (0: no limit) falls."""
@@ -654,6 +679,7 @@ class StepLoader:
         length = self.documents.length[self._order]
         if not self.is_chat:
             self._plan, self._ends = None, np.cumsum(length)
+            self._steps[epoch] = math.ceil(int(self._ends[-1]) / self.step_tokens)
             return
         # text longer than a row is cut into segments; `_of`: which entry of the order each segment is of
         is_text = np.array([not cache.is_chat for cache in self.documents.caches])[self.documents.source[self._order]]
@@ -664,6 +690,7 @@ class StepLoader:
         rest = length[self._of] - self._offset
         self._length = np.where(is_text[self._of], np.minimum(rest, self.max_seq_len), rest)
         self._plan = self._plan_epoch(None if passes is None else passes[self._of])
+        self._steps[epoch] = len(self._plan)
 
     def _plan_epoch(self, passes: np.ndarray | None) -> list[list[int]]:
         """Segments of each step: first those that wait, then the next in order, as long as they fit. A segment never
@@ -692,8 +719,8 @@ class StepLoader:
         return plan
 
     def _share_out(self, chosen: list[int]) -> list[list[Segment]]:
-        """Whole segments over the step's micro-batches, the longest first, each to the emptiest so far: all
-        come out within a segment's length of each other (Graham 1969, longest processing time first)."""
+        """Whole segments over the step's micro-batches, the longest first, each to the emptiest so far: their
+        sizes differ by at most one segment (Graham 1969, longest processing time first)."""
         shares = [[] for _ in range(self.n_micro_batches)]
         fill = [0] * self.n_micro_batches
         for segment in sorted(chosen, key=lambda s: -self._length[s]):

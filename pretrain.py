@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizers = make_optimizers(net, args.optimizer, args.learning_rate, args.weight_decay, args.beta2,
                                  args.weight_decay_on)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
-    run.begin(net, optimizers, scaler, loader, val, device, dtype, computed_by, log)
+    run.restore(net, optimizers, scaler, loader, val, device, dtype, computed_by, log)
     log.describe(run, net, loader)
     if run.finished_before():
         return
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         log.start_wandb(args.wandb_project, run.settings)
     advice = runtime.BatchSizeAdvice(args, net, device, dtype, loader.tokens_per_epoch)
     with runtime.StopSignal() as signal, advice:
-        next_batch = loader.step(*run.place(run.steps_done))
+        next_batch = loader.step(*run.epoch_and_step(run.steps_done))
         for step in range(run.steps_done, run.total_steps):
             begin = time.perf_counter()
             lr = learning_rate(step, run.total_steps, args.learning_rate, args.lr_schedule, args.warmup_ratio,
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
                 scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
             if step + 1 < run.total_steps:  # while a GPU is at work
-                next_batch = loader.step(*run.place(step + 1))
+                next_batch = loader.step(*run.epoch_and_step(step + 1))
             loss, norm, stop, save = run.synchronize(loss_sum, grad_norm, signal.number)
             if run.may_step(loss, norm, batch):
                 for optimizer in optimizers:

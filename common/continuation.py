@@ -1,4 +1,4 @@
-"""What a model says while it learns: one greedy continuation at each validation."""
+"""One greedy sample at each validation, for the log."""
 
 import sys
 from contextlib import nullcontext
@@ -16,9 +16,14 @@ from text.tokenizer import TextEncoder
 NEW_TOKENS, TEXT_PROMPT = 40, 16  # tokens
 
 
+def first_chat(documents: Documents) -> int | None:
+    """The number of the first conversation, or None."""
+    return next((d for d in range(len(documents)) if documents.cache_of(d).is_chat), None)
+
+
 def prompt_of(documents: Documents) -> list[int]:
     """The first conversation up to its first reply; where there is none, the beginning of the first text."""
-    chat = next((d for d in range(len(documents)) if documents.cache_of(d).is_chat), None)
+    chat = first_chat(documents)
     if chat is None:
         return documents.tokens(0)[:min(1 + TEXT_PROMPT, 1 + len(documents.tokens(0)) // 2)].tolist()
     types = documents.types(chat)
@@ -54,7 +59,7 @@ def continuation(net: WeakWater, tokenizer, documents: Documents, device, dtype:
     prompt = prompt_of(documents)
     ids = greedy(net, prompt, NEW_TOKENS, encoder.vocab_size, encoder.eos_id, device, dtype)
     shown = prompt[1:]
-    if encoder.eos_id in prompt:  # a conversation: its last question alone
+    if first_chat(documents) is not None:  # its last question alone
         chat = ChatEncoder.of(tokenizer)
         before = prompt[:-len(chat.headers["assistant"]) - len(chat.newline) - 1]
         begin = max(i for i, token in enumerate(before) if token == encoder.bos_id)

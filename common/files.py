@@ -1,4 +1,4 @@
-"""Atomic writes: under a name there is a whole file or folder, or nothing. Does not import torch.
+"""Atomic writes: under a name there is always a whole file or folder, the old one or the new. Does not import torch.
 
 A file is written under a temporary name, synced to the disk and renamed. Whatever a name held before stays until the
 new content is whole.
@@ -30,10 +30,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer, when a write failed under it
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise cannot_save(path, error) from None
+        if isinstance(error, (OSError, RuntimeError)):  # RuntimeError: torch's zip writer, when a write failed under it
+            raise cannot_save(path, error) from None
+        raise
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import checkpoint_folder, existing_output, newest_state, save, save_state
+from common.checkpoint import DamagedFile, checkpoint_folder, existing_output, newest_state, save, save_state
 from common.exits import TrainingStopped
 from common.files import remove_leftovers
 from common.runtime import autocast
@@ -23,8 +23,8 @@ LEAST_SCALE = 1e-3  # of the fp16 scaler: a gradient that still overflows here i
 
 
 class RunState:
-    """One training run of a stage. It is made first, from what lies in out_dir and --init_from; the tokenizer and the
-    model come from it; `begin` joins it with the rest and restores the state to resume; then it counts and saves.
+    """One training run of a stage. Created first: it finds the state to resume and the starting weights. `restore`
+    takes model, optimizers and loader and restores the state. After that it counts steps and saves.
 
     steps_done, tokens: trained so far, in all ranks · best_loss: lowest validation loss · val_scores: the last ones ·
     epoch_ends: steps done at the end of each epoch · total_steps.
@@ -41,7 +41,12 @@ class RunState:
         self.from_scratch = args.init_from == "none"
         self.start = None  # (state dict, config, meta) of the weights in --init_from
         if not self.from_scratch and (self.resumed is None or Path(args.init_from).is_file()):
-            self.start = load_weights(args.init_from)
+            try:
+                self.start = load_weights(args.init_from)
+            except DamagedFile as error:
+                if self.resumed is None:
+                    raise
+                self.lines.append(f"not needed to resume: {error}")
         # a resume does not need the file that the run started from
         self.start_sha256 = self.start[2].get("weights_sha256") if self.start else (
             self.resumed["start_sha256"] if self.resumed else None)
@@ -58,6 +63,7 @@ class RunState:
             owner, files, fingerprint = self.args.init_from, meta.get("tokenizer"), meta.get("tokenizer_sha256")
         self.tokenizer = choose_tokenizer(self.args.tokenizer_path, owner, files, fingerprint)
         self.encoder = TextEncoder.of(self.tokenizer)
+        self.tokenizer_files = tokenizer_files(self.tokenizer)  # fail now if it cannot be stored in the weights
         return self.tokenizer
 
     def build_model(self) -> WeakWater:
@@ -70,6 +76,7 @@ class RunState:
         args, vocab_size, weights = self.args, self.encoder.vocab_size, None
         if self.start:
             weights, config, meta = self.start
+        if self.start and not self.resumed:
             self.lines.append(f"inherited from {args.init_from} ({meta.get('stage')}, step {meta.get('step')}): "
                               f"weights, {_architecture(config)}")
         if self.resumed:
@@ -94,14 +101,14 @@ class RunState:
         self.start = None  # the memory of the weights
         return net
 
-    def begin(self, net, optimizers: list, scaler, loader: StepLoader, val, device, dtype: str, computed_by: list[str],
-              log) -> None:
+    def restore(self, net, optimizers: list, scaler, loader: StepLoader, val, device, dtype: str,
+                computed_by: list[str], log) -> None:
         """Plan the steps and restore the state to resume. Raises UserError when a setting differs from the resumed
         run's that would change the losses that follow."""
         self.net, self.optimizers, self.scaler, self.loader = net, optimizers, scaler, loader
         self.val_sha256, self.device, self.dtype = val.fingerprint(), device, dtype
         self.computed_by, self.log = computed_by, log
-        self.meta = {"tokenizer": tokenizer_files(self.tokenizer), "computed_by": computed_by}
+        self.meta = {"tokenizer": self.tokenizer_files, "computed_by": computed_by}
         self.settings = run_settings(self.args, dtype, device.type, self.ranks.world_size, loader.documents,
                                      self.encoder.fingerprint, self.start_sha256)
         self.epoch_ends = loader.epoch_ends(self.args.epochs, self.args.max_steps)
@@ -113,7 +120,7 @@ class RunState:
             self.steps_done, self.tokens = resumed["step"], resumed["tokens"]
             self.best_loss, self.val_scores = resumed["best_loss"], resumed["val_scores"]
             if resumed.get("computed_by") not in (None, computed_by):
-                self.lines.append(f"before, it was computed otherwise: {'; '.join(resumed['computed_by'])}")
+                self.lines.append(f"earlier steps were computed with: {'; '.join(resumed['computed_by'])}")
             if resumed["val_sha256"] != self.val_sha256:
                 self.lines.append("the validation data changed: the lowest validation loss so far no longer counts")
                 self.best_loss = math.inf
@@ -121,8 +128,8 @@ class RunState:
         log.cut_back(self.steps_done)
 
     def finished_before(self) -> bool:
-        """True if there is nothing left to train; the weights are then written once more, since a kill may have come
-        between the last state and them."""
+        """True if there is nothing left to train; the weights are then written once more, in case the run was killed
+        after saving the state and before writing them."""
         if self.steps_done < self.total_steps:
             return False
         self.save_weights(self.weights_file)
@@ -133,7 +140,7 @@ class RunState:
 
     # ---- progress
 
-    def place(self, step: int) -> tuple[int, int]:
+    def epoch_and_step(self, step: int) -> tuple[int, int]:
         """(epoch, step in the epoch) of an optimizer step, all from 0."""
         epoch = bisect_right(self.epoch_ends, step)
         return epoch, step - (self.epoch_ends[epoch - 1] if epoch else 0)
@@ -205,7 +212,7 @@ class RunState:
             save_state(state | self.meta, self.args.out_dir, self.args.stage, self.args.keep_checkpoints)
             self.schedule.mark_saved()
             self.save_weights(self.weights_file)
-        self.ranks.barrier()  # a rank that ends early would take the others, saving, with it
+        self.ranks.barrier()  # torchrun kills all ranks when one exits: wait until rank 0 has saved
 
     def _stop_at_non_finite(self, loss: float, norm: float, batch: Step) -> None:
         """Save the rows of a step whose loss or gradient is not finite, name them, and end with exit code 1."""
@@ -302,7 +309,8 @@ def check_same_run(before: dict, now: dict) -> None:
             continue
         if old == new or (name == "max_steps" and (not new or (old and new > old))):
             continue
-        differing.append(f"--{name} (was {old}, is {new})" if not name.startswith("the ") else f"{name} changed")
+        shown = f"{name} changed" if name.startswith("the ") else f"--{name}"
+        differing.append(f"{shown} (was {old}, is {new})" if "shares" in name or "--" in shown[:2] else shown)
     if differing:
         raise UserError(f"--resume with other settings: {', '.join(differing)}; "
                         "set them back, or start again in another --out_dir")

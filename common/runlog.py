@@ -41,7 +41,7 @@ class RunLog:
         if not self.is_main:
             return
         # JSON has no NaN: the norm of a gradient that overflowed in fp16 becomes null
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        values = _without_nan(values)
         self._append(self.jsonl_file, json.dumps(values))
         if self.wandb is not None:
             self._wandb("log", lambda: self.wandb.log(values, step=values["step"]))
@@ -79,14 +79,14 @@ class RunLog:
         for line in run.computed_by + run.lines + describe_run(net, loader, run):
             self.print(line)
         self.print(f"{args.optimizer}, {args.lr_schedule} schedule, peak learning rate {args.learning_rate}")
-        self.flops_per_token = net.flops_per_token(min(run.args.max_seq_len, mean_length(loader)))
+        self.flops_per_token = net.flops_per_token(min(run.args.max_seq_len, loader.mean_length))
         self.peak = peak_flops(run.device, run.dtype)
         if self.peak:
             self.print(f"mfu: share of the data sheet's {self.peak / 1e12:,.0f} TFLOP/s in {run.dtype}")
 
     def step(self, run, loss: float, lr: float, norm: float, scores: dict | None) -> None:
         """Print a line about the last step, with the `scores` of a validation if there was one; the same as JSONL."""
-        epoch, step_in_epoch = run.place(run.steps_done - 1)
+        epoch, step_in_epoch = run.epoch_and_step(run.steps_done - 1)
         steps_left = min(run.epoch_ends[epoch], run.total_steps) - run.steps_done
         rate, minutes = self.meter.rate(), self.meter.minutes(steps_left)
         line = (f"Epoch:[{epoch + 1}/{len(run.epoch_ends)}]({step_in_epoch + 1}/{step_in_epoch + 1 + steps_left}) "
@@ -164,9 +164,11 @@ class RunLog:
             self.print(f"wandb {what} failed ({type(error).__name__}: {str(error)[:200]}); continuing without it")
 
 
-def mean_length(loader) -> float:
-    """Tokens of a document, on average."""
-    return float(loader.documents.length.mean())
+def _without_nan(value):
+    """`value` with null for each number that JSON does not have, also inside dicts."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_run(net, loader, run) -> list[str]:
@@ -182,16 +184,16 @@ def describe_run(net, loader, run) -> list[str]:
         f"{run.total_steps / steps:.3g} epochs, about "
         f"{min(tokens * args.epochs, run.total_steps * loader.step_tokens):,} tokens",
         f"no padding tokens; steps are {tokens / steps / loader.step_tokens:.1%} full; "
-        f"target share: {train.targets.sum() / train.length.sum():.1%}",
-        f"FLOPs per token: {net.flops_per_token(min(args.max_seq_len, mean_length(loader))):.3g}",
+        f"target share: {loader.target_share:.1%}",
+        f"FLOPs per token: {net.flops_per_token(min(args.max_seq_len, loader.mean_length)):.3g}",
     ]
     if train.shares is not None:
         visits = loader.visits(run.epoch_ends, run.total_steps)
         for number, (name, share) in enumerate(zip(train.names, train.shares, strict=True)):
             n = int((train.source == number).sum())
             seen = min(n, int(visits[number]))
-            lines.append(f"source {name}: share {share:.1%}, {n:,} documents; this run sees {seen:,}, "
-                         f"repeats {int(visits[number]) - seen:,}, leaves {n - seen:,}")
+            lines.append(f"source {name}: share {share:.1%}, {n:,} documents; in this run {seen:,} seen, "
+                         f"{int(visits[number]) - seen:,} repeats, {n - seen:,} unseen")
     return lines
 
 

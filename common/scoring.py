@@ -19,6 +19,8 @@ def score_documents(model, documents: Documents, max_seq_len: int, batch_tokens:
     parts = documents.by_source() if len(documents.names) > 1 else [documents]
     scores = {}
     for part, name in zip(parts, documents.names, strict=True):
+        if not len(part):  # all of it is also in another source
+            continue
         own_tokens = -(-max_tokens // len(parts))
         n_bytes = part.bytes[:evaluated(part, own_tokens)].sum()
         scores[name] = score(model, evaluation_batches(part, max_seq_len, batch_tokens, own_tokens), n_bytes, device,

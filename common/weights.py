@@ -104,7 +104,7 @@ class Loaded:
 
     @property
     def continues_text(self) -> bool:
-        """Whether it knows text only, and no chat format."""
+        """True for pretraining weights, which have no chat format."""
         return self.stage == "pretrain"
 
     def autocast(self):
@@ -117,7 +117,8 @@ class Loaded:
 
 
 def open_weights(args) -> Loaded:
-    """What the flags of `model_parser` name. Raises UserError when it is missing, damaged or does not fit together."""
+    """Load the weights named by the flags of `model_parser`. Raises UserError when a part is missing, damaged or
+    does not fit the others."""
     device, device_reason = runtime.pick_device(args.device)
     dtype, dtype_reason = runtime.pick_dtype(args.dtype, device)
     if args.checkpoint is None:

@@ -241,5 +241,5 @@ def read_rows(out_dir, stage: str) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> Path:
-    """One token cache for all runs on data_dir: each file is tokenised once."""
+    """One token cache for all runs on data_dir: each file is tokenized once."""
     return tmp_path_factory.mktemp("cache")

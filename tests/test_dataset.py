@@ -158,7 +158,7 @@ def test_find_files(tmp_path):
     assert names(tmp_path / "**" / "*.jsonl") == ["b.jsonl", "f.jsonl"]
     (tmp_path / "odd[1].jsonl").touch()  # a name that is also a pattern
     assert names(tmp_path / "odd[1].jsonl") == ["odd[1].jsonl"]
-    for missing, reason in (("nothing.jsonl", "no such file.*nothing"), ("*.csv", "no such"), ("empty", "holds no")):
+    for missing, reason in (("nothing.jsonl", "nothing.*no such file"), ("*.csv", "no such"), ("empty", "holds no")):
         with pytest.raises(UserError, match=reason):
             find_files(str(tmp_path / missing))
 
@@ -226,12 +226,12 @@ def folders(cache_dir) -> list[str]:
 
 
 def test_made_once(tokenizer, file, tmp_path, monkeypatch):
-    """The second time nothing is tokenised; after a change of the file it is."""
+    """The second time nothing is tokenized; after a change of the file it is."""
     cache_dir = tmp_path / "c"
     first = open_cache([file], tokenizer, "chat", str(cache_dir))
     tokens = first.tokens[:].tolist()
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "_build_cache", lambda *a: pytest.fail("tokenised again"))
+        patch.setattr(dataset, "_build_cache", lambda *a: pytest.fail("tokenized again"))
         assert open_cache([file], tokenizer, "chat", str(cache_dir)).tokens[:].tolist() == tokens
     with open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(make_chats(5, 1)[0]) + "\n")

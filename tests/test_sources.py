@@ -2,6 +2,10 @@
 
 import gzip
 import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from faults import course, end_of
 
 from Config import UserError
 from dataset import StepLoader, epoch_order, load_splits
-from text.records import find_files, find_sources
+from text.records import find_files, find_sources, is_held_out, text_hash
 
 # ---------------------------------------------------------------------------------------------
 # which files an argument names
@@ -33,8 +37,18 @@ def test_a_name_stands_for_files_in_data(here, names):
     assert [str(file) for file in find_files("a")] == [f"data/{name}" for name in names]
 
 
+def test_data_comes_before_the_working_folder(here):
+    """A folder of the same name in the working folder does not change what a default name stands for."""
+    (here / "a").mkdir()
+    (here / "data" / "a.jsonl").touch()
+    assert find_files("a") == [Path("data/a.jsonl")]
+    (here / "data" / "a.jsonl").unlink()
+    (here / "a" / "x.jsonl").touch()
+    assert find_files("a") == [Path("a/x.jsonl")]
+
+
 @pytest.mark.parametrize("first, second", [("data/a.jsonl", "data/a.jsonl.gz"), ("data/a.jsonl", "data/a-1.jsonl"),
-                                           ("data/a-1.jsonl", "data/a-1.jsonl.xz"), ("data/a.jsonl", "a")])
+                                           ("data/a-1.jsonl", "data/a-1.jsonl.xz")])
 def test_two_forms_of_a_name_are_refused(here, first, second):
     (here / first).touch()
     (here / second).touch()
@@ -59,10 +73,11 @@ def test_shares(here):
 
     assert found("a.jsonl", "b.jsonl", "a.jsonl") == [("a.jsonl b.jsonl a.jsonl", None, ["a.jsonl", "b.jsonl"])]
     assert found("a.jsonl=3", "b.jsonl=1.0") == [("a.jsonl", 0.75, ["a.jsonl"]), ("b.jsonl", 0.25, ["b.jsonl"])]
+    assert found("a.jsonl=3e-1", "b.jsonl=1e-1")[0][1] == pytest.approx(0.75)
     assert found("c=1.jsonl=.5", "d=3=1.5") == [("c=1.jsonl", 0.25, ["c=1.jsonl"]), ("d=3", 0.75, ["d=3"])]
     assert found("d=3") == [("d=3", None, ["d=3"])], "a file that bears the whole name has no share"
     for arguments, reason in ((["a.jsonl=1", "b.jsonl"], "b.jsonl: all sources or none"),
-                              (["a.jsonl=0.5", "b.jsonl=0"], "b.jsonl=0: all sources or none"),
+                              (["a.jsonl=0.5", "b.jsonl=0"], "b.jsonl=0: all .*, a positive number, as in b.jsonl=0.5"),
                               (["a.jsonl=-1"], "a share is a positive number"), (["x=1"], "--data_path x: there is no"),
                               (["a.jsonl=1", "a.jsonl=1"], "a.jsonl: named twice")):
         with pytest.raises(UserError, match=reason):
@@ -169,11 +184,68 @@ def test_text_among_chats(files, tokenizer, tmp_path):
 
 
 def test_no_text_is_on_both_sides(tokenizer, tmp_path):
-    """Also where the same text stands in two sources, and one of them holds it out."""
-    records = make_texts(8, 30, longest=40)
-    data = {"a": write_jsonl(tmp_path / "a.jsonl", records), "b": write_jsonl(tmp_path / "b.jsonl", records[::-1][:20])}
+    """Also where one source holds out a text that another has too; no text validates twice."""
+    records = sorted((r for r in make_texts(8, 40, longest=40) if not is_held_out(text_hash(r))), key=text_hash)
+    data = {"a": write_jsonl(tmp_path / "a.jsonl", records[5:]), "b": write_jsonl(tmp_path / "b.jsonl", records[:20])}
     documents, val = split(data, tokenizer, tmp_path, a=1, b=2)
-    assert len(val) >= 2 and not set(documents.hash.tolist()) & set(val.hash.tolist())
+    assert sorted(val.hash.tolist()) == [text_hash(records[0]), text_hash(records[5])]  # the lowest of each
+    assert not set(documents.hash.tolist()) & set(val.hash.tolist())
+    assert documents.counts[1]["also in the validation data"] == 1
+    same = {"a": data["a"], "c": write_jsonl(tmp_path / "c.jsonl", records[5:])}
+    _, val = split(same, tokenizer, tmp_path, a=1, c=1)
+    assert val.hash.tolist() == [text_hash(records[5])]
+
+
+def test_no_chat_overtakes_an_earlier_pass_over_its_source():
+    """A long document of a small source waits for room; its next pass does not begin before it has come."""
+    lengths = [90] * 20 + [60, 5, 5]  # a large source; a small one, seen many times
+    loader = StepLoader.__new__(StepLoader)
+    loader.step_tokens = 100
+    loader.documents = SimpleNamespace(source=np.array([0] * 20 + [1] * 3))
+    loader._order = np.array([0, 20, 21, 22, 21, 22, 20, 1, 21, 20, 22, 2])
+    passes = np.array([0, 0, 0, 0, 1, 1, 1, 0, 2, 2, 2, 0])
+    loader._of, loader._length = np.arange(12), np.array(lengths)[loader._order]
+    plan = loader._plan_epoch(passes)
+    assert sorted(segment for step in plan for segment in step) == list(range(12))
+    at = {segment: number for number, step in enumerate(plan) for segment in step}
+    for earlier in range(12):
+        for later in range(12):
+            if loader.documents.source[loader._order[earlier]] == 1 == loader.documents.source[loader._order[later]]:
+                assert passes[earlier] >= passes[later] or at[earlier] <= at[later]
+
+
+def test_a_source_of_a_few_documents_may_have_any_share(tokenizer, tmp_path):
+    """Two lines beside thousands at equal shares: thousands of passes, ordered in a moment. Sources whose shares are
+    their sizes are each seen once, in spite of rounding."""
+    data = {"few": write_jsonl(tmp_path / "few.jsonl", [{"text": "a"}, {"text": "b"}, {"text": "c"}]),
+            "many": write_jsonl(tmp_path / "many.jsonl", [{"text": f"{i}"} for i in range(20_000)])}
+    documents, _ = split(data, tokenizer, tmp_path, few=1, many=1)
+    begin = time.monotonic()
+    order, passes = epoch_order(documents, 1, 0, "shuffled")
+    assert passes.max() > 5000 and time.monotonic() - begin < 2
+    equal = replace(documents, shares=[int(documents.length[documents.source == s].sum()) / documents.length.sum()
+                                       for s in (0, 1)])
+    order, passes = epoch_order(equal, 1, 0, "shuffled")
+    assert sorted(order.tolist()) == list(range(len(equal))) and not passes.any()
+
+
+def test_chats_with_other_keys_are_chats(files, tokenizer, tmp_path):
+    """Other keys are ignored: a mix does not take conversations with "question" and "answer" for something else."""
+    records = [record | {"question": "1", "answer": "2"} for record in make_chats(5, 12)]
+    data = {"odd": write_jsonl(tmp_path / "odd.jsonl", records), "large": files["large"]}
+    documents, _ = split(data, tokenizer, tmp_path, "chat", 512, odd=1, large=1)
+    assert documents.caches[0].is_chat and (documents.targets < documents.length - 5)[documents.source == 0].all()
+
+
+def test_validation_files(files, tokenizer, tmp_path):
+    """Several paths are one source; among mixed sources chats and texts have a figure each; shares are an error."""
+    mix = find_sources([f"{files['chat']}=1", f"{files['small']}=1"])
+    options = tokenizer, "chat", str(tmp_path / "cache"), 128
+    other = write_jsonl(tmp_path / "other.jsonl", make_chats(9, 6, longest=100, reply=40))
+    _, val = load_splits(mix, [str(other), str(files["large"])], *options, say=lambda line: None)
+    assert len(val.names) == 2 and val.names[0].endswith("(chat)") and val.names[1].endswith("(text)")
+    with pytest.raises(UserError, match="--val_path .*has no shares"):
+        load_splits(mix, [f"{files['chat']}=0.5"], *options, say=lambda line: None)
 
 
 def test_sources_that_do_not_fit_a_stage(files, tokenizer, tmp_path):
@@ -192,7 +264,7 @@ def test_a_run_says_what_it_takes_of_each(files, tokenizer_dir, tmp_path, capsys
     shares = [f"{files['large']}=0.5", f"{files['small']}=0.5"]
     rows = train("pretrain", shares, tokenizer_dir, tmp_path, **flags)
     said = capsys.readouterr().out
-    assert said.count("source ") == 2 and ", leaves 0" in said and "share 50.0%" in said
+    assert said.count("source ") == 2 and ", 0 unseen" in said and "share 50.0%" in said
     names = [str(files[name]) for name in ("large", "small")]
     assert list(rows[-1]["val_loss_by_source"]) == names and f"val_loss[{names[0]}]:" in said
     low, high = sorted(rows[-1]["val_loss_by_source"].values())
@@ -204,7 +276,7 @@ def test_a_run_says_what_it_takes_of_each(files, tokenizer_dir, tmp_path, capsys
 def test_killed_and_resumed_it_ends_the_same_and_other_shares_are_refused(tmp_path_factory, tokenizer_dir, files, stage,
                                                                           tmp_path):
     runs = course(tmp_path_factory, tokenizer_dir)
-    runs.reference("SFT")
+    runs.reference("pretrain")
     names = ("large", "small") if stage == "pretrain" else ("chat", "small")
 
     def run(out, *shares, resume=True, fault=None):
@@ -215,7 +287,7 @@ def test_killed_and_resumed_it_ends_the_same_and_other_shares_are_refused(tmp_pa
     assert run(tmp_path / "whole", 0.6, 0.4, resume=False).code == 0
     expected = end_of(stage, tmp_path / "whole")
     assert {row["epoch"] for row in expected["metrics"]} == {1, 2}
-    for moment, nth in (("before rename checkpoint", 3), ("half written weights", 4)):
+    for moment, nth in (("before rename checkpoint", 3),):
         out = tmp_path / moment
         assert run(out, 0.6, 0.4, fault={"at": moment, "nth": nth}).code == -signal.SIGKILL
         refused = run(out, 0.5, 0.5)

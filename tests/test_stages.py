@@ -64,10 +64,10 @@ def test_what_a_stage_does_is_in_sight(stage):
     source = (ROOT / f"{stage}.py").read_text(encoding="utf-8")
     place = source.index("def main(")
     for call in ("parse_args(", "RunState(", "choose_tokenizer(", "load_splits(", "StepLoader(", "build_model(",
-                 "accelerate(", "make_optimizers(", "GradScaler(", "run.begin(", "for step in range(", "learning_rate(",
-                 "runtime.autocast(", "model(**", ".backward()", "scaler.unscale_(", "clip_grad_norm_(", "loader.step(",
-                 "optimizer.step()", "scaler.update()", "optimizer.zero_grad(", "score_documents(", "save_if_best(",
-                 "log.step(", "run.save()"):
+                 "accelerate(", "make_optimizers(", "GradScaler(", "run.restore(", "for step in range(",
+                 "learning_rate(", "runtime.autocast(", "model(**", ".backward()", "scaler.unscale_(",
+                 "clip_grad_norm_(", "loader.step(", "optimizer.step()", "scaler.update()", "optimizer.zero_grad(",
+                 "score_documents(", "save_if_best(", "log.step(", "run.save()"):
         place = source.index(call, place)
 
 
@@ -494,7 +494,7 @@ def test_a_resume_that_computes_otherwise_says_so(text_file, tokenizer_dir, tmp_
     said = []
     for steps, flags in ((2, {}), (3, dict(resume=True)), (4, dict(resume=True, plain=True))):
         train("pretrain", text_file, tokenizer_dir, tmp_path, **SMALL, max_steps=steps, **flags)
-        said.append(re.findall(r"^before, it was computed otherwise: .*", capsys.readouterr().out, re.MULTILINE))
+        said.append(re.findall(r"^earlier steps were computed with: .*", capsys.readouterr().out, re.MULTILINE))
     assert said[:2] == [[], []] and len(said[2]) == 1 and "faster than model.py" in said[2][0]
     meta = load_weights(tmp_path / "pretrain.pth")[2]
     assert meta["computed_by"] == ["computed as model.py says, without replacements: --plain"]

@@ -1,5 +1,6 @@
 """common/weights.py and text/tokenizer.py: a weights file holds its tokenizer, and which tokenizer a command uses."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,8 +12,9 @@ from conftest import ROOT, byte_level, make_chats, save_tokenizer, train, write_
 
 import eval_model
 from common import checkpoint, continuation
-from common.weights import load_weights
+from common.weights import load_model, load_weights
 from Config import UserError
+from dataset import load_documents
 from text.tokenizer import OurTokenizer, TextEncoder, load_tokenizer, tokenizer_files, tokenizer_from_files
 
 ASK = ["--prompt", "你好", "--temperature", "0", "--max_new_tokens", "5", "--device", "cpu"]
@@ -135,11 +137,18 @@ def test_samples_change_no_loss(stage, out, text_file, tokenizer_dir, tmp_path, 
     assert [row.get("val_loss") for row in rows] == [row.get("val_loss") for row in without]
 
 
-def test_the_sample_is_what_the_model_says(out, tokenizer, capsys):
+def test_the_sample_is_what_the_model_says(out, tokenizer, text_file, tmp_path):
     """Its ids are those of an uncached greedy loop, and the line holds question and reply."""
-    from common.weights import load_model
-
     net, _ = load_model(out / "SFT.pth")
+    for kind, file in (("chat", out / "chats.jsonl"), ("text", text_file)):
+        documents = load_documents(str(file), tokenizer, kind, str(tmp_path), 256)
+        record = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+        line = continuation.continuation(net, tokenizer, documents, "cpu", "fp32")
+        ids = continuation.greedy(net, continuation.prompt_of(documents), 40, 800, 2, "cpu", "fp32")
+        assert line.endswith(f" → {tokenizer.decode(ids).strip()}".replace("\n", "\\n"))
+        shown = line.removeprefix("sample: ").partition(" → ")[0]
+        asked = [m["content"] for m in record["conversations"] if m["role"] == "user"][0] if kind == "chat" else ""
+        assert shown == asked.strip().replace("\n", "\\n") if asked else record["text"].startswith(shown[:5])
     net.train()
     prompt, generator = [1, 50, 60, 70], torch.random.get_rng_state()
     ids = continuation.greedy(net, prompt, 12, 800, 2, "cpu", "fp32")
@@ -154,3 +163,10 @@ def test_the_sample_is_what_the_model_says(out, tokenizer, capsys):
     net.train()
     full = [5] * (net.config.max_seq_len - 3)
     assert len(continuation.greedy(net, full, 40, 800, 2, "cpu", "fp32")) <= 3 and net.training
+
+
+def test_a_tokenizer_whose_text_begins_and_ends_alike_gives_samples_too(text_file, tmp_path, capsys):
+    """As GPT-2's, whose one control token both begins and ends."""
+    folder = save_tokenizer(byte_level(["你好 hello " * 9], 300), tmp_path / "foreign", bos_token=None)
+    train("pretrain", text_file, folder, tmp_path / "out", **TINY | dict(epochs=9, max_seq_len=128))
+    assert capsys.readouterr().out.count("sample: ") == 1

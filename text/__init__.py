@@ -1,4 +1,4 @@
-"""What a line of a data file and a message of a chat become: records, the tokenizer, the chat format."""
+"""Text handling: records of data files, the tokenizer, the chat format."""
 
 from text.chat import encode_chat
 

@@ -31,14 +31,14 @@ class MalformedRecord(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """Files that are read as one body of data. `share` is its part of the tokens, or None where there are no shares."""
+    """Files that are read together as one source. `share` is its part of the tokens, or None without shares."""
 
     name: str
     share: float | None
     files: list[Path]
 
 
-def find_sources(arguments: list[str]) -> list[Source]:
+def find_sources(arguments: list[str], flag: str = "--data_path") -> list[Source]:
     """The sources that the arguments of --data_path name: each PATH=SHARE is one, scaled so that the shares sum to 1;
     arguments without shares are one source together.
 
@@ -47,45 +47,49 @@ def find_sources(arguments: list[str]) -> list[Source]:
     """
     split = [_split_share(argument) for argument in arguments]
     if all(share is None for _, share in split):
-        files = list(dict.fromkeys(file for path, _ in split for file in find_files(path)))
+        files = list(dict.fromkeys(file for path, _ in split for file in find_files(path, flag)))
         return [Source(" ".join(arguments), None, files)]
     if any(share is None for _, share in split):
         bare = next(path for path, share in split if share is None)
-        raise UserError(f"--data_path {bare}: all sources or none need a share: {bare}=0.5, say")
+        raise UserError(f"{flag} {bare}: all sources or none have a share, a positive number, as in "
+                        f"{bare.partition('=')[0]}=0.5")
     if repeated := sorted({path for path, _ in split if [p for p, _ in split].count(path) > 1}):
-        raise UserError(f"--data_path {repeated[0]}: named twice; add its shares up")
+        raise UserError(f"{flag} {repeated[0]}: named twice; add its shares up")
     total = math.fsum(share for _, share in split)
-    return [Source(path, share / total, find_files(path)) for path, share in split]
+    return [Source(path, share / total, find_files(path, flag)) for path, share in split]
 
 
 def _split_share(argument: str) -> tuple[str, float | None]:
     path, _, share = argument.rpartition("=")
-    is_share = re.fullmatch(r"\d+\.?\d*|\.\d+", share) and float(share) > 0
+    is_share = re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", share) and 0 < float(share) < math.inf
     return (path, float(share)) if path and is_share and not os.path.exists(argument) else (argument, None)
 
 
-def find_files(path: str) -> list[Path]:
+def find_files(path: str, flag: str = "--data_path") -> list[Path]:
     """The data files behind a file, a folder (its *.jsonl, .gz, .xz, .zst), a glob, or the name of files in data/,
-    sorted. Raises UserError when there are none, or when a name is ambiguous."""
-    there = os.path.exists(path)
-    if re.fullmatch(r"[\w-]+", path):
-        forms = _forms_in_data(path) + ([path] if there else [])
-        if len(forms) > 1:
-            raise UserError(f"--data_path {path}: {forms[0]} and {forms[1]} are there: remove one, or name the file")
-        if not there:
-            return _find_by_name(path)
+    sorted. Raises UserError, naming the `flag`, when there are none, or when a name is ambiguous."""
+    is_name = re.fullmatch(r"[\w-]+", path) is not None
+    if is_name and (found := _find_by_name(path, flag)):
+        return found
+    if is_name and not os.path.exists(path) and (DATA_FOLDER / path).is_dir():
+        path = str(DATA_FOLDER / path)
     if os.path.isdir(path):
         found = _files_in(Path(path))
-        reason = f"the folder {path} holds no *.jsonl, *.jsonl.gz, *.jsonl.xz or *.jsonl.zst"
+        reason = "the folder holds no *.jsonl, *.jsonl.gz, *.jsonl.xz or *.jsonl.zst"
     elif os.path.isfile(path):
         found, reason = [Path(path)], ""
     else:
         found = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
-        reason = f"no such file, folder or match: {path}"
-        if re.search(r"=[-+.\d]+$", path):
+        reason = "no such file, folder or match"
+        if is_name:
+            reason = (f"there is no {DATA_FOLDER / path}.jsonl (or .jsonl.gz, .xz, .zst, or shards "
+                      f"{DATA_FOLDER / path}-*.jsonl). Make the built-in corpus, python make_demo_data.py --out_dir "
+                      f"{DATA_FOLDER}, or download real data (pip install modelscope), modelscope download --dataset "
+                      f"Harris/pretrain --local_dir {DATA_FOLDER}, or name a file of your own: {flag} FILE")
+        elif re.search(r"=[-+.\d]+$", path):
             reason += " (a share is a positive number, as in PATH=0.5)"
     if not found:
-        raise UserError(reason)
+        raise UserError(f"{flag} {path}: {reason}")
     return sorted(found)
 
 
@@ -93,37 +97,20 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
 
 
-def _forms_in_data(name: str) -> list[Path]:
-    """Which of NAME.jsonl, NAME.jsonl.{gz,xz,zst}, NAME-*.jsonl[.gz|.xz|.zst] and the folder NAME are in data/."""
-    forms = [DATA_FOLDER / f"{name}{suffix}" for suffix in SUFFIXES if (DATA_FOLDER / f"{name}{suffix}").is_file()]
-    forms += [DATA_FOLDER / f"{name}-*.jsonl"] if _shards(name) else []
-    return forms + ([DATA_FOLDER / name] if (DATA_FOLDER / name).is_dir() else [])
-
-
-def _shards(name: str) -> list[Path]:
+def _find_by_name(name: str, flag: str) -> list[Path]:
+    """NAME.jsonl, NAME.jsonl.{gz,xz,zst} or the shards NAME-*.jsonl[.gz|.xz|.zst] in data/, or none of them. Raises
+    UserError where two of these forms are there."""
     if not DATA_FOLDER.is_dir():
         return []
-    return [file for file in _files_in(DATA_FOLDER) if file.name.startswith(f"{name}-")]
-
-
-def _find_by_name(name: str) -> list[Path]:
-    """The files in data/ with this name. Raises UserError when there are none, or when a shard is there twice."""
-    forms = _forms_in_data(name)
-    if not forms:
-        raise UserError(
-            f"--data_path {name}: there is no {DATA_FOLDER / name}.jsonl (or .jsonl.gz, .xz, .zst, or shards "
-            f"{DATA_FOLDER / name}-*.jsonl). Make the built-in corpus, python make_demo_data.py --out_dir "
-            f"{DATA_FOLDER}, or download real data (pip install modelscope), modelscope download --dataset "
-            f"Harris/pretrain --local_dir {DATA_FOLDER}, or name a file of your own: --data_path FILE")
-    if forms[0].is_file():
-        return [forms[0]]
-    if forms[0].is_dir():
-        return find_files(str(forms[0]))
-    shards = _shards(name)
+    whole = [DATA_FOLDER / f"{name}{suffix}" for suffix in SUFFIXES if (DATA_FOLDER / f"{name}{suffix}").is_file()]
+    shards = [file for file in _files_in(DATA_FOLDER) if file.name.startswith(f"{name}-")]
+    forms = whole + ([DATA_FOLDER / f"{name}-*.jsonl"] if shards else [])
+    if len(forms) > 1:
+        raise UserError(f"{flag} {name}: {forms[0]} and {forms[1]} are there: remove one, or name the file")
     stems = [file.name.partition(".jsonl")[0] for file in shards]
     if doubled := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise UserError(f"--data_path {name}: {DATA_FOLDER / doubled[0]} is there in two forms: remove one")
-    return shards
+        raise UserError(f"{flag} {name}: {DATA_FOLDER / doubled[0]} is there in two forms: remove one")
+    return whole or shards
 
 
 # ---------------------------------------------------------------------------------------------
@@ -266,8 +253,8 @@ def check_conversation(conversation) -> None:
 KINDS = {"question": {"question", "answer"}, "chat": {"conversations"}, "text": {"text"}}
 
 
-def kind_of(files: list[Path]) -> str:
-    """ "question", "chat" or "text", by the keys of the first record that has any of them. Raises UserError."""
+def kind_of(files: list[Path], among: tuple[str, ...] = tuple(KINDS)) -> str:
+    """The first of the kinds `among` whose keys the first record has that has any of them. Raises UserError."""
     for file in files:
         for _, line in read_lines(file):
             try:
@@ -275,10 +262,11 @@ def kind_of(files: list[Path]) -> str:
             except (ValueError, RecursionError):
                 continue
             keys = set(record) if isinstance(record, dict) else set()
-            for kind, needed in KINDS.items():
-                if needed <= keys:
+            for kind in among:
+                if KINDS[kind] <= keys:
                     return kind
-    raise UserError(f'{files[0]}: no record with "text", with "conversations", or with "question" and "answer"')
+    keys = " or ".join(" and ".join(f'"{key}"' for key in sorted(KINDS[kind])) for kind in among)
+    raise UserError(f"{files[0]}: no record with {keys}")
 
 
 def text_hash(record: dict) -> int:

@@ -46,7 +46,7 @@ class OurTokenizer:
         self.bos_token_id, self.eos_token_id = (control[self.SETTINGS[name]] for name in ("bos_token", "eos_token"))
 
     @classmethod
-    def made(cls, files: dict[str, str]) -> bool:
+    def is_ours(cls, files: dict[str, str]) -> bool:
         """True if train_tokenizer.py made these files, going by the settings."""
         try:
             config = json.loads(files["tokenizer_config.json"])
@@ -79,7 +79,7 @@ def load_tokenizer(path: str):
         settings = {}
         with contextlib.suppress(OSError, UserError):  # transformers names the error
             settings = {FILES[1]: _read(path, FILES[1])}
-        if OurTokenizer.made(settings):
+        if OurTokenizer.is_ours(settings):
             return _checked(lambda: OurTokenizer({file: _read(path, file) for file in FILES}), name)
     return _checked(lambda: _load_with_transformers(path), name)
 
@@ -93,7 +93,7 @@ def _read(folder: str, file: str) -> str:
 
 def tokenizer_from_files(files: dict[str, str], name: str):
     """The tokenizer whose FILES have these texts; `name` says in messages where they come from. Raises UserError."""
-    if OurTokenizer.made(files):
+    if OurTokenizer.is_ours(files):
         return _checked(lambda: OurTokenizer(files), name)
     with tempfile.TemporaryDirectory() as folder:
         for file in FILES:
@@ -106,12 +106,15 @@ def tokenizer_files(tokenizer) -> dict[str, str]:
     transformers cannot write such files."""
     if isinstance(tokenizer, OurTokenizer):
         return tokenizer.files
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {file: Path(folder, file).read_text(encoding="utf-8") for file in FILES}
-    copy = tokenizer_from_files(files, "the tokenizer")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = {file: Path(folder, file).read_text(encoding="utf-8") for file in FILES}
+    except Exception as error:  # each kind of tokenizer fails in its own way
+        raise UserError(f"--tokenizer_path: transformers cannot save this tokenizer: {error}") from None
+    copy = tokenizer_from_files(files, "--tokenizer_path: the tokenizer that transformers has saved")
     if TextEncoder.of(copy).fingerprint != TextEncoder.of(tokenizer).fingerprint:
-        raise UserError("this tokenizer is not the same after transformers has saved it: it cannot be used")
+        raise UserError("--tokenizer_path: this tokenizer is not the same after transformers has saved it; use another")
     return files
 
 
@@ -144,9 +147,17 @@ def choose_tokenizer(path: str | None, owner: str | None = None, files: dict[str
     `fingerprint` identifies the tokenizer that the weights were trained with. Raises UserError when it is another.
     """
     if path is None and files is not None:
+        if not isinstance(files, dict) or not all(isinstance(files.get(file), str) for file in FILES):
+            raise UserError(f"the tokenizer in {owner} is damaged; name its folder with --tokenizer_path")
         tokenizer = tokenizer_from_files(files, f"the tokenizer in {owner}")
-    else:
-        tokenizer = load_tokenizer(path or DEFAULT_FOLDER)
+        if fingerprint not in (None, TextEncoder.of(tokenizer).fingerprint):
+            raise UserError(f"the tokenizer in {owner} is not the one it was trained with; name that with "
+                            "--tokenizer_path")
+        return tokenizer
+    if path is None and owner is not None and not os.path.isdir(DEFAULT_FOLDER):
+        raise UserError(f"{owner} holds no tokenizer, and there is no folder {DEFAULT_FOLDER}: name its folder with "
+                        "--tokenizer_path")
+    tokenizer = load_tokenizer(path or DEFAULT_FOLDER)
     if fingerprint not in (None, TextEncoder.of(tokenizer).fingerprint):
         hint = "; leave the flag out to use the one in the weights" if path is not None and files is not None else ""
         raise UserError(f"{owner} was trained with another tokenizer than --tokenizer_path {path or DEFAULT_FOLDER}"

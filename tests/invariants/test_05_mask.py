@@ -1,4 +1,4 @@
-"""Law 5: the mask covers exactly the assistant's words and `</s>`, whatever anyone says."""
+"""Invariant 5: the mask covers exactly the assistant's words and `</s>`, whatever anyone says."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Law 6: kill -9 at any moment, then resume: the losses that follow and the final weights are bit-identical to a
+"""Invariant 6: kill -9 at any moment, then resume: the losses that follow and the final weights are bit-identical to a
 run never killed, for every stage, across an epoch's end, with accumulation, dropout, bf16 and fp16's scaler, AdamW
 and Muon. Every point before and after each write, sync and rename is hit."""
 

@@ -368,7 +368,7 @@ def test_a_damaged_tokenizer_is_refused_by_name(runs, tokenizer_dir, tmp_path, d
     assert "tokenizer.json" in ended.one_line or damage == "the folder is missing"
 
 
-def test_a_flip_of_any_byte_of_the_tokenizer_is_refused_or_recognised_or_harmless(tokenizer_dir, tmp_path):
+def test_a_flip_of_any_byte_of_the_tokenizer_is_refused_or_recognized_or_harmless(tokenizer_dir, tmp_path):
     """A flip that leaves a tokenizer must change its fingerprint, by which later stages and --resume know it."""
 
     def meaning() -> tuple:
@@ -380,7 +380,7 @@ def test_a_flip_of_any_byte_of_the_tokenizer_is_refused_or_recognised_or_harmles
 
     folder = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_dir, folder)
-    expected, draw, seen = meaning(), random.Random(7), {"refused": 0, "recognised": 0, "harmless": 0}
+    expected, draw, seen = meaning(), random.Random(7), {"refused": 0, "recognized": 0, "harmless": 0}
     for name, every in (("tokenizer_config.json", 1), ("tokenizer.json", 211)):
         file = folder / name
         whole = file.read_bytes()
@@ -395,7 +395,7 @@ def test_a_flip_of_any_byte_of_the_tokenizer_is_refused_or_recognised_or_harmles
                 seen["refused"] += 1
                 continue
             assert found == expected or found[0] != expected[0], f"{name}: a flip at {place} goes unnoticed"
-            seen["harmless" if found == expected else "recognised"] += 1
+            seen["harmless" if found == expected else "recognized"] += 1
         file.write_bytes(whole)
     assert all(count >= 3 for count in seen.values()), seen
 

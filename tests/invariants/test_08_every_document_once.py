@@ -1,4 +1,4 @@
-"""Law 8: every training document once per epoch, none of validation in training, each ends, and all are counted."""
+"""Invariant 8: every training document once per epoch, none of validation in training, each ends, all are counted."""
 
 import json
 

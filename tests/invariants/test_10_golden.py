@@ -1,4 +1,4 @@
-"""Law 10: twenty losses per stage at a fixed seed equal tests/golden/losses.json, with AdamW and with the defaults.
+"""Invariant 10: twenty losses per stage at a fixed seed equal tests/golden/losses.json, with AdamW and the defaults.
 
 A change that is meant to change them writes the file anew: python tests/invariants/test_10_golden.py
 """
