@@ -273,7 +273,7 @@ def find_resume_state(args, ranks) -> dict | None:
             raise UserError(f"{earlier} is there from an earlier run: add --resume to continue it, "
                             "or choose another --out_dir")
         if found is None and args.init_from != "none" and not Path(args.init_from).is_file():
-            maker = f"; python {args.previous}.py makes it" if args.previous else ""
+            maker = f"; python {args.previous}.py makes it, or name other weights" if args.previous else ""
             raise UserError(f"{args.init_from}: no such file (--init_from{maker})")
         if ranks.is_main:
             for folder, name in ((out, f"{stage}.pth"), (out, f"{stage}_best.pth"),

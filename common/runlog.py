@@ -192,7 +192,7 @@ def describe_run(net, loader, run) -> list[str]:
         for number, (name, share) in enumerate(zip(train.names, train.shares, strict=True)):
             n = int((train.source == number).sum())
             seen = min(n, int(visits[number]))
-            lines.append(f"source {name}: share {share:.1%}, {n:,} documents; in this run {seen:,} seen, "
+            lines.append(f"source {name}: share {share:.1%} of all tokens, {n:,} documents; in this run {seen:,} seen, "
                          f"{int(visits[number]) - seen:,} repeats, {n - seen:,} unseen")
     return lines
 

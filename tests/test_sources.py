@@ -264,7 +264,7 @@ def test_a_run_says_what_it_takes_of_each(files, tokenizer_dir, tmp_path, capsys
     shares = [f"{files['large']}=0.5", f"{files['small']}=0.5"]
     rows = train("pretrain", shares, tokenizer_dir, tmp_path, **flags)
     said = capsys.readouterr().out
-    assert said.count("source ") == 2 and ", 0 unseen" in said and "share 50.0%" in said
+    assert said.count("source ") == 2 and ", 0 unseen" in said and "share 50.0% of all tokens" in said
     names = [str(files[name]) for name in ("large", "small")]
     assert list(rows[-1]["val_loss_by_source"]) == names and f"val_loss[{names[0]}]:" in said
     low, high = sorted(rows[-1]["val_loss_by_source"].values())
