@@ -107,10 +107,6 @@ class Loaded:
         """True for pretraining weights, which have no chat format."""
         return self.stage == "pretrain"
 
-    def autocast(self):
-        """The context to run the model in."""
-        return runtime.autocast(self.device, self.dtype)
-
     def generator(self, seed: int) -> torch.Generator:
         """A random generator on the model's device."""
         return torch.Generator(self.device).manual_seed(seed)

@@ -38,19 +38,19 @@ def parse(path) -> ast.Module:
 
 
 def core_of_the_loop(stage: str) -> list[str]:
-    """`for count, micro_batch in …` and the statements after it up to `scaler.update()`, dumped."""
+    """`for count, micro_batch in …` and the statements after it, to the end of the step, dumped."""
     for node in ast.walk(parse(ROOT / f"{stage}.py")):
         for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
             sources = [ast.unparse(statement) for statement in body] if isinstance(body, list) else []
             begin = [i for i, source in enumerate(sources) if source.startswith("for count, micro_batch in")]
             if begin:
-                end = sources.index("scaler.update()")
-                return [ast.dump(statement) for statement in body[begin[0]:end + 1]]
+                assert "scaler.update()" in sources
+                return [ast.dump(statement) for statement in body[begin[0]:]]
     raise AssertionError(f"{stage}.py has no such loop")
 
 
 def test_the_loop_is_the_same_in_every_stage():
-    """Forward, scaled backward, clip, check and step are the same lines."""
+    """Forward, scaled backward, clip, check, step, validation, log and save are the same lines."""
     first = core_of_the_loop("pretrain")
     for word in ("backward", "unscale_", "clip_grad_norm_", "total_weight", "may_step", "autocast"):
         assert any(f"'{word}'" in statement for statement in first), word
