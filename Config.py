@@ -150,6 +150,9 @@ FLAGS = {
     "min_tokens": Flag(int, 0, "skip conversations with fewer tokens", trajectory=True, low=0),
     "max_tokens": Flag(int, None, "skip conversations with more tokens", trajectory=True, low=1),
     "max_bad_ratio": Flag(float, 0.01, "stop when more than this share of a source's lines is malformed", low=0, high=1),
+    "max_text_loss": Flag(float, 0.001, "stop when the tokenizer loses more than this share of the characters in a sample", low=0, high=1),
+    "split_documents": Flag(bool, False, "split a text at control strings that it spells, such as </s>: each part is a document", trajectory=True),
+    "keep_malformed_thoughts": Flag(bool, False, "also train on replies whose <think> and <answer> tags are cut, repeated or out of order", trajectory=True),
     "order": Flag(str, "shuffled", "order of the documents in each epoch", choices=("shuffled", "file"), trajectory=True),
     "cache_dir": Flag(str, None, "folder of the token cache (default: out_dir/cache)"),
     # optimization
@@ -186,7 +189,7 @@ FLAGS = {
 }
 
 DISTILL_ONLY = ("tag_weight", "think_weight")
-CHAT_ONLY = ("min_tokens", "max_tokens")
+CHAT_ONLY = ("min_tokens", "max_tokens", "keep_malformed_thoughts")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -24,7 +24,8 @@ from common.scoring import score_documents
 from Config import DISTILL_ONLY, parse_args
 from dataset import StepLoader, load_splits
 from fastpath import accelerate
-from text.records import find_sources
+from text.content import Reading
+from text.sources import find_sources
 
 
 def main(argv: list[str] | None = None, stage: str = "SFT", description: str = __doc__, previous: str = "pretrain",
@@ -42,9 +43,11 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
 
     # ---- tokenizer and data -------------------------------------------------------------------
     tokenizer = run.choose_tokenizer()
+    reading = Reading.of(args, "chat")
     with ranks.main_first():
-        train, val = load_splits(sources, args.val_path, tokenizer, "chat", args.cache_dir, args.max_seq_len,
-                                 args.min_tokens, args.max_tokens, args.max_bad_ratio, log.print)
+        train, val = load_splits(sources, args.val_path, tokenizer, reading, args.cache_dir,
+                                 args.max_seq_len, args.min_tokens, args.max_tokens, args.max_bad_ratio, log.print,
+                                 args.max_text_loss)
     loader = StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed, args.order,
                         ranks.rank, ranks.world_size)
 

@@ -10,32 +10,28 @@ Read from top to bottom it follows one document on its way into the loss:
 What a line and a message become is in text/: records, tokenizer, chat format.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import shutil
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from common.files import remove_leftovers, write_folder
-from Config import UserError
+from common.files import remove_leftovers, write_folder, write_lines
+from Config import FLAGS, UserError
 from text import encode_chat  # noqa: F401  part of the interface of this file
 from text.chat import CONTEXT, REPLY, TAG, ChatEncoder
-from text.records import (
-    MalformedRecord,
-    Source,
-    find_sources,
-    is_held_out,
-    kind_of,
-    parse_record,
-    read_lines,
-    text_hash,
-)
+from text.content import BARE, Reading, RecordReader, describe_found
+from text.records import MalformedRecord, is_held_out, parse_record, read_lines, text_hash
+from text.sources import Source, explain, find_sources, kind_of
 from text.tokenizer import TextEncoder
 
 # ---------------------------------------------------------------------------------------------
@@ -44,19 +40,21 @@ from text.tokenizer import TextEncoder
 DOCUMENT = np.dtype([("start", "<i8"), ("reply", "<i8"), ("hash", "<u8"), ("weight", "<f4"), ("file", "<u4"),
                      ("line", "<i8")])
 REPLIES = np.dtype([("end", "<i8"), ("targets", "<i8"), ("bytes", "<i8")])
-CACHE_FORMAT = 3  # part of the fingerprint: raise it when anything above changes what is stored
+CACHE_FORMAT = 4  # part of the fingerprint: raise it when anything above changes what is stored
+CACHE_NAME = "[0-9a-f]" * 16  # of a folder
 
 
 class TokenCache:
     """All documents of a source, encoded, as flat arrays in the files of one folder.
 
     tokens (uint16; uint32 above 65,536 entries) · types (uint8, chat only) · documents (DOCUMENT, one more
-    than there are: the last one's start is the end) · replies (REPLIES). `meta` holds the counts.
+    than there are: the last one's start is the end) · replies (REPLIES). `meta` holds the counts. `files` are the data
+    files, under whatever names they have now.
     Raises UserError, naming the file, when one is missing, truncated or damaged.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, files: list[Path]):
+        self.folder, self.files = folder, files
         try:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             sums = self.meta["crc32"]
@@ -112,46 +110,124 @@ def _crc32(file: Path) -> int:
     return value
 
 
-def open_cache(files: list[Path], tokenizer, kind: str, cache_dir: str) -> TokenCache:
-    """The token cache of `files`, built if there is none; `kind` is "text" or "chat".
+def open_cache(files: list[Path], tokenizer, reading: Reading | str, cache_dir: str,
+               max_text_loss: float = FLAGS["max_text_loss"].default) -> TokenCache:
+    """The token cache of `files`, built if there is none; a `reading` of "text" or "chat" stands for Reading of it.
 
-    The folder's name is a fingerprint of the files (path, size, time of change), the tokenizer and the
-    settings. A damaged cache is named in a message and built again; a partial one never has the final name.
-    Raises UserError when the data cannot be read, holds no record, or the disk is full.
+    The folder's name is a fingerprint of what the files hold, the tokenizer and the reading, so a file that is only
+    touched, moved or renamed is not tokenized again. A cache of an earlier content of the same files is deleted. A
+    damaged cache is named in a message and built again; a partial one never has the final name.
+    Raises UserError when the data cannot be read, holds no record, or changes while it is read, when the tokenizer
+    loses more than `max_text_loss` of the text, or the disk is full.
     """
-    assert kind in ("text", "chat"), kind
-    encoder = TextEncoder.of(tokenizer)
-    described = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    key = json.dumps([CACHE_FORMAT, kind, encoder.fingerprint, encoder.bos_id, encoder.eos_id, described])
-    folder = Path(cache_dir) / hashlib.sha256(key.encode("utf-8")).hexdigest()[:16]
+    reading = Reading(reading) if isinstance(reading, str) else reading
+    encoder, parent = TextEncoder.of(tokenizer), Path(cache_dir)
+    contents = FileHashes(parent)
+    hashes = [contents.of(file) for file in files]
+    settings = _sha256([CACHE_FORMAT, reading.key, encoder.fingerprint, encoder.bos_id, encoder.eos_id])
+    folder = parent / _sha256([settings, hashes])
     if folder.is_dir():
         try:
-            return TokenCache(folder)
+            return TokenCache(folder, files)
         except UserError as error:
             print(f"token cache refused: {error}; building it again", flush=True)
             shutil.rmtree(folder)
-    remove_leftovers(folder.parent, "[0-9a-f]" * 16)
-    write_folder(folder, lambda partial: _build_cache(files, tokenizer, kind, partial))
-    return TokenCache(folder)
+    remove_leftovers(parent, CACHE_NAME)
+    meta = {"kind": reading.kind, "settings": settings, "paths": [str(file.resolve()) for file in files]}
+
+    def fill(partial: Path) -> None:
+        _build_cache(files, tokenizer, reading, partial, meta, max_text_loss)
+        for file, content in zip(files, hashes, strict=True):
+            if contents.of(file) != content:
+                raise UserError(f"{file}: changed while it was read: start again")
+
+    write_folder(folder, fill)
+    _drop_earlier(folder, meta)
+    return TokenCache(folder, files)
 
 
-def _build_cache(files: list[Path], tokenizer, kind: str, folder: Path) -> None:
-    """Encode all files into `folder`, a block of lines at a time, so that memory does not grow with the data."""
+class FileHashes:
+    """SHA-256 of what files hold. It is remembered beside the token caches by path, size and times, so that a file is
+    read only when one of them has changed."""
+
+    def __init__(self, cache_dir: Path):
+        self.memory = cache_dir / "contents.json"
+        try:
+            self.known = dict(json.loads(self.memory.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self.known = {}
+
+    def of(self, file: Path) -> str:
+        """The hash of a file. Raises UserError when it cannot be read."""
+        path = str(file.resolve())
+        try:
+            stamp = self._stamp(file)
+            if (known := self.known.get(path)) and known[:-1] == stamp:
+                return known[-1]
+            digest, begin, progress = hashlib.sha256(), time.time_ns(), Progress(f"reading {file}")
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+                    progress.show(f"{stream.tell() / 1e6:,.0f} MB")
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error}") from None
+        self.known[path] = [*stamp, digest.hexdigest()]
+        # one that was written just now may be written again within the clock's resolution
+        if begin - max(stamp[1:]) > 2e9:
+            with contextlib.suppress(UserError):  # a folder that cannot be written costs only time
+                write_lines(self.memory, [json.dumps(self.known)])
+        return digest.hexdigest()
+
+    @staticmethod
+    def _stamp(file: Path) -> list[int]:
+        status = file.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _sha256(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()[:16]
+
+
+def _drop_earlier(folder: Path, meta: dict) -> None:
+    """Delete the caches of an earlier content of the same files, and name those with another tokenizer or reading."""
+    others = []
+    for other in folder.parent.glob(CACHE_NAME):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads((other / "meta.json").read_text(encoding="utf-8"))
+            if other == folder or found.get("paths") != meta["paths"]:
+                continue
+            size = sum(file.stat().st_size for file in other.iterdir()) / 1e6
+            if found["settings"] != meta["settings"]:
+                others.append(f"{other} ({size:,.0f} MB)")
+                continue
+            shutil.rmtree(other)
+            print(f"token cache {other} deleted ({size:,.0f} MB): the files have changed since", flush=True)
+    if others:
+        print(f"the same files with another tokenizer or other flags: {', '.join(others)}; delete what is not needed",
+              flush=True)
+
+
+def _build_cache(files: list[Path], tokenizer, reading: Reading, folder: Path, meta: dict,
+                 max_text_loss: float) -> None:
+    """Encode all files into `folder`, a block of lines at a time, so that memory does not grow with the data. `meta` is
+    what its meta.json says beside the counts."""
     encoder = TextEncoder.of(tokenizer)
     token_type = np.dtype("<u2" if encoder.vocab_size <= 65536 else "<u4")
-    meta = {"kind": kind, "token_type": token_type.str, "files": [str(f) for f in files],
-            "lines": 0, "empty": 0, "malformed": 0, "examples": []}
-    names = ["tokens.bin", "documents.bin", "replies.bin"] + (["types.bin"] if kind == "chat" else [])
+    reader, is_chat, losses = RecordReader(reading, encoder.control_strings), reading.kind == "chat", Counter()
+    meta = meta | {"token_type": token_type.str, "lines": 0, "malformed": 0, "examples": []}
+    names = ["tokens.bin", "documents.bin", "replies.bin"] + (["types.bin"] if is_chat else [])
     out = {name: open(folder / name, "wb") for name in names}
     n_tokens = n_documents = n_replies = 0
     progress = Progress("tokenizing")
     try:
-        for block in _record_blocks(files, kind, meta):
+        for block in _record_blocks(files, reader, meta):
             records = [record for _, _, record in block]
-            if kind == "text":
-                encoded = encoder.encode_texts([record["text"] for record in records])
-            else:
+            losses.update(encoder.losses(_sample(records, is_chat)))
+            check_losses(losses, max_text_loss, files[0])
+            if is_chat:
                 encoded = ChatEncoder.of(tokenizer).encode([record["conversations"] for record in records])
+            else:
+                encoded = encoder.encode_texts([record["text"] for record in records])
             documents, replies = np.zeros(len(block), DOCUMENT), []
             for row, (file, line, record), document in zip(documents, block, encoded, strict=True):
                 row["start"], row["reply"] = n_tokens, n_replies + len(replies)
@@ -160,9 +236,10 @@ def _build_cache(files: list[Path], tokenizer, kind: str, folder: Path) -> None:
                 replies += [(n_tokens + end, targets, size) for end, targets, size in document.replies]
                 n_tokens += len(document.ids)
             # not ndarray.tofile: on a full disk it loses the end of its buffer without a word
-            out["tokens.bin"].write(np.array([i for d in encoded for i in d.ids], token_type).tobytes())
-            if kind == "chat":
-                out["types.bin"].write(bytes(t for d in encoded for t in d.types))
+            ids = chain.from_iterable(document.ids for document in encoded)
+            out["tokens.bin"].write(np.fromiter(ids, token_type).tobytes())
+            if is_chat:
+                out["types.bin"].writelines(document.types for document in encoded)
             out["documents.bin"].write(documents.tobytes())
             out["replies.bin"].write(np.array(replies, REPLIES).tobytes())
             n_documents, n_replies = n_documents + len(block), n_replies + len(replies)
@@ -174,35 +251,53 @@ def _build_cache(files: list[Path], tokenizer, kind: str, folder: Path) -> None:
         for stream in out.values():
             stream.close()
     progress.show(f"{n_documents:,} documents, {n_tokens:,} tokens", last=True)
+    meta |= {"found": reader.found, "losses": losses}
     meta["crc32"] = {name: _crc32(folder / name) for name in names}
     meta["crc32"]["meta.json"] = _crc32_of_meta(meta)
     with open(folder / "meta.json", "w", encoding="utf-8") as stream:
         json.dump(meta, stream, indent=1)  # in ASCII: a file's name need not be UTF-8
 
 
-def _record_blocks(files: list[Path], kind: str, meta: dict, block_bytes: int = 1 << 22):
-    """Blocks of (file index, line number, record), about `block_bytes` of JSON each; the rest is counted in `meta`."""
+def _record_blocks(files: list[Path], reader: RecordReader, meta: dict, block_bytes: int = 1 << 22):
+    """Blocks of (file index, line number, document), about `block_bytes` of JSON each; lines are counted in `meta`."""
     block, size = [], 0
     for index, file in enumerate(files):
-        for number, line in read_lines(file):
-            meta["lines"] += 1
-            try:
-                record = parse_record(line, kind)
-            except MalformedRecord as error:
-                meta["malformed"] += 1
-                if len(meta["examples"]) < 5:
-                    meta["examples"].append(f"{file}:{number}: {error}")
-                continue
-            if not record["text" if kind == "text" else "conversations"]:
-                meta["empty"] += 1
-                continue
-            block.append((index, number, record))
-            size += len(line)
-            if size >= block_bytes:
-                yield block
-                block, size = [], 0
+        try:
+            for number, line in read_lines(file):
+                meta["lines"] += 1
+                try:
+                    record = parse_record(line, reader.reading.kind)
+                except MalformedRecord as error:
+                    meta["malformed"] += 1
+                    if len(meta["examples"]) < 5:
+                        meta["examples"].append([index, number, str(error)[:300]])
+                    continue
+                block += [(index, number, document) for document in reader.documents(record)]
+                size += len(line)
+                if block and size >= block_bytes:
+                    yield block
+                    block, size = [], 0
+        except UserError as error:  # from read_lines: not what its name says, or damaged
+            raise UserError(f"{error}{explain([file])}") from None
     if block:
         yield block
+
+
+def _sample(records: list[dict], is_chat: bool) -> list[str]:
+    """The beginnings of some texts, or of questions and replies, to see whether the tokenizer loses any of it."""
+    some = records[::max(1, len(records) // 50)]
+    texts = [m["content"] for r in some for m in r["conversations"][:3]] if is_chat else [r["text"] for r in some]
+    return [text[:500] for text in texts]
+
+
+def check_losses(losses: dict[str, int], max_text_loss: float, name) -> None:
+    """Raises UserError when a tokenizer loses more of a sample (TextEncoder.losses) than `max_text_loss`."""
+    if losses["lost"] > max_text_loss * losses["characters"]:
+        share = losses["lost"] / losses["characters"]
+        raise UserError(f"{name}: the tokenizer loses text: {share:.2%} of the characters in a sample do not come back "
+                        f"from their tokens, {losses['unknown'] / losses['tokens']:.2%} of which are unknown tokens. "
+                        "Use another tokenizer (python train_tokenizer.py makes one that loses nothing), or allow it "
+                        f"with --max_text_loss {math.ceil(share * 100) / 100}")
 
 
 class Progress:
@@ -302,12 +397,17 @@ class Documents:
         """file:line of a document, for messages."""
         cache = self.cache_of(document)
         row = cache.documents[self.index[document]]
-        return f"{cache.meta['files'][row['file']]}:{row['line']}"
+        return f"{cache.files[row['file']]}:{row['line']}"
 
-    def tagged_share(self, among: int = 1000) -> float:
-        """Share of the first `among` conversations with a <think>, </think>, <answer> or </answer> in a reply."""
-        chats = (d for d in range(len(self)) if self.cache_of(d).is_chat)
-        return float(np.mean([(self.types(d) == TAG).any() for d, _ in zip(chats, range(among), strict=False)]))
+    def require_thoughts(self) -> None:
+        """Raises UserError when no reply of all sources together has a thought."""
+        for number, cache in enumerate(self.caches):
+            thoughts = [name for name in cache.meta["found"] if name.startswith("reply: ") and BARE not in name]
+            if thoughts and any((self.types(d) == TAG).any() for d in np.flatnonzero(self.source == number)):
+                return
+        raise UserError(f"{' '.join(self.names)}: no reply has a thought: distill.py learns from replies of the form "
+                        "<think>…</think><answer>…</answer>, or with the thought in reasoning_content; for replies "
+                        "without thoughts there is SFT.py")
 
     def fingerprint(self) -> str:
         """SHA-256 of the content that is trained on, wherever the files are."""
@@ -319,24 +419,38 @@ class Documents:
         return digest.hexdigest()
 
 
-def load_documents(source: Source | str, tokenizer, kind: str, cache_dir: str, max_seq_len: int, min_tokens: int = 0,
-                   max_tokens: int | None = None, max_bad_ratio: float = 0.01, say=print) -> Documents:
-    """The documents of one source, or behind one path, that fit the settings; `kind` is "text" or "chat".
+def load_documents(source: Source | str, tokenizer, reading: Reading | str, cache_dir: str, max_seq_len: int,
+                   min_tokens: int = 0, max_tokens: int | None = None,
+                   max_bad_ratio: float = FLAGS["max_bad_ratio"].default, say=print,
+                   max_text_loss: float = FLAGS["max_text_loss"].default) -> Documents:
+    """The documents of one source, or behind one path, that fit the settings; `reading` as in `open_cache`.
 
     Conversations are chosen by their whole length (min_tokens..max_tokens). One longer than max_seq_len
     loses whole last turns; one whose first reply does not fit, or that has no reply, is skipped. Text is
-    never skipped for its length. Everything left out is counted (Documents.counts); `say` prints a log line.
-    Raises UserError when too many lines are malformed or nothing is left.
+    never skipped for its length. Everything left out is counted (Documents.counts); `say` prints log lines: what the
+    records hold and what the tokenizer loses.
+    Raises UserError when too many lines are malformed, the tokenizer loses text, or nothing is left.
     """
+    reading = Reading(reading) if isinstance(reading, str) else reading
     source = source if isinstance(source, Source) else find_sources([source])[0]
-    cache = open_cache(source.files, tokenizer, kind, cache_dir)
-    meta = cache.meta
-    counts = {"lines": meta["lines"], "malformed": meta["malformed"], "empty": meta["empty"]}
-    for example in meta["examples"]:
+    cache = open_cache(source.files, tokenizer, reading, cache_dir, max_text_loss)
+    meta, found, losses = cache.meta, cache.meta["found"], cache.meta["losses"]
+    counts = {"lines": meta["lines"], "malformed": meta["malformed"], "empty": found.get("empty", 0)}
+    counts |= {name: n for name, n in found.items() if name.startswith(("left out for", "shortened for"))}
+    examples = [f"{source.files[file]}:{line}: {reason}" for file, line, reason in meta["examples"]]
+    for example in examples:
         say(f"malformed: {example}")
     if meta["malformed"] > max_bad_ratio * meta["lines"]:
         raise UserError(f"{source.name}: {meta['malformed']:,} of {meta['lines']:,} lines are malformed, more than "
-                        f"--max_bad_ratio {max_bad_ratio} (the first: {meta['examples'][0]})")
+                        f"--max_bad_ratio {max_bad_ratio} (the first: {examples[0]}){explain(source.files)}")
+    for line in describe_found(found, reading):
+        say(f"found in {source.name}: {line}")
+    if losses:
+        check_losses(losses, max_text_loss, source.name)
+        say(f"tokenizer on a sample of {source.name}: {losses['exact']:,} of {losses['texts']:,} texts decode exactly, "
+            f"{losses['unknown'] / max(1, losses['tokens']):.2%} unknown tokens, "
+            f"{losses['lost'] / max(1, losses['characters']):.2%} of the characters lost"
+            + (": bits per byte do not compare with those of other tokenizers" if losses["lost"] else ""))
     blocks = []
     n_documents = len(cache.documents) - 1
     for first in range(0, n_documents, 1 << 13):  # in blocks: only the chosen documents take memory
@@ -345,9 +459,10 @@ def load_documents(source: Source | str, tokenizer, kind: str, cache_dir: str, m
         for reason, number in counted.items():
             counts[reason] = counts.get(reason, 0) + number
     if not sum(len(index) for index, *_ in blocks):
-        limits = "" if kind == "text" else (f" with --min_tokens {min_tokens} --max_tokens {max_tokens} "
+        limits = "" if not cache.is_chat else (f" with --min_tokens {min_tokens} --max_tokens {max_tokens} "
                                             f"--max_seq_len {max_seq_len}")
-        raise UserError(f"{source.name}: no document is left{limits} ({_in_words(counts)})")
+        raise UserError(f"{source.name}: no document is left{limits} ({_in_words(counts)})"
+                        f"{explain(source.files) if meta['malformed'] or not meta['lines'] else ''}")
     fields = list(zip(*blocks, strict=True))
     del blocks
     for i, parts in enumerate(fields):  # one after the other: no more than one is in memory twice
@@ -392,22 +507,24 @@ def _choose(cache: TokenCache, begin: int, end: int, max_seq_len: int, min_token
             np.array(table["hash"][:-1])[index]), counts
 
 
-def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, kind: str, cache_dir: str,
+def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, reading: Reading | str, cache_dir: str,
                 max_seq_len: int, min_tokens: int = 0, max_tokens: int | None = None,
-                max_bad_ratio: float = 0.01, say=print) -> tuple[Documents, Documents]:
+                max_bad_ratio: float = FLAGS["max_bad_ratio"].default, say=print,
+                max_text_loss: float = FLAGS["max_text_loss"].default) -> tuple[Documents, Documents]:
     """(training documents, validation documents), with no text on both sides, and a printed account of all lines.
 
-    `kind` is "text" or "chat"; of several sources of a chat stage some may be text. Without `val_path` the documents
+    `reading` as in `open_cache`; of several sources of a chat stage some may be text. Without `val_path` the documents
     of each source whose text's hash falls in 0.5 % validate, at least one.
     """
-    mixed = kind == "chat" and len(sources) > 1
-    kinds = [kind_of(source.files, ("chat", "text")) if mixed else kind for source in sources]
+    reading = Reading(reading) if isinstance(reading, str) else reading
+    mixed = reading.kind == "chat" and len(sources) > 1
+    kinds = [kind_of(source.files, ("chat", "text")) if mixed else reading.kind for source in sources]
     if mixed and "chat" not in kinds:
         raise UserError("--data_path: none of the sources has conversations: pretrain.py reads text")
-    options = cache_dir, max_seq_len, min_tokens, max_tokens, max_bad_ratio, say
 
     def load(source: Source, kind: str) -> Documents:
-        return load_documents(source, tokenizer, kind, *options)
+        return load_documents(source, tokenizer, replace(reading, kind=kind), cache_dir, max_seq_len, min_tokens,
+                              max_tokens, max_bad_ratio, say, max_text_loss)
 
     trains = list(map(load, sources, kinds))
     if val_path is None:
@@ -416,7 +533,7 @@ def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, ki
         for train, mask in zip(trains, masks, strict=True):
             train.keep(~mask)
     else:
-        vals = [load(source, own) for source, own in _validation_sources(val_path, kind, mixed)]
+        vals = [load(source, own) for source, own in _validation_sources(val_path, reading.kind, mixed)]
     known = np.array([], np.uint64)
     for number, val in enumerate(vals):
         _, once = np.unique(val.hash, return_index=True)
@@ -430,6 +547,9 @@ def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, ki
             held_out = np.isin(train.hash, known)
             train.counts[0]["also in the validation data"] = int(held_out.sum())
             train.keep(~held_out)
+    different = [len(np.unique(train.hash)) for train in trains]
+    for train, n in zip(trains, different, strict=True):
+        train.counts[0]["doubles in training"] = len(train) - n
     train, val = Documents.join(trains, [s.share for s in sources] if len(sources) > 1 else None), Documents.join(vals)
     for part in trains:
         if not len(part):
@@ -437,6 +557,8 @@ def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, ki
                             "or name other validation data with --val_path")
         say(f"data: {part.names[0]}: {_in_words(part.counts[0])}; {len(part):,} train "
             f"({int(part.length.sum()):,} tokens)")
+    if len(sources) > 1 and (n := sum(different) - len(np.unique(train.hash))):
+        say(f"data: {n:,} documents are in more than one source")
     for part in vals:
         counted = "" if val_path is None else f"{_in_words(part.counts[0])}; "
         say(f"validation: {part.names[0]}: {counted}{len(part):,} documents ({int(part.length.sum()):,} tokens)")

@@ -24,7 +24,8 @@ from common.scoring import score_documents
 from Config import parse_args
 from dataset import StepLoader, load_splits
 from fastpath import accelerate
-from text.records import find_sources
+from text.content import Reading
+from text.sources import find_sources
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,10 +41,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- tokenizer and data -------------------------------------------------------------------
     tokenizer = run.choose_tokenizer()
+    reading = Reading.of(args, "chat", thoughts=True)
     with ranks.main_first():
-        train, val = load_splits(sources, args.val_path, tokenizer, "chat", args.cache_dir, args.max_seq_len,
-                                 args.min_tokens, args.max_tokens, args.max_bad_ratio, log.print)
-    log.print(f"replies with <think> or another of the tags: {train.tagged_share():.1%} (of the first 1,000)")
+        train, val = load_splits(sources, args.val_path, tokenizer, reading, args.cache_dir,
+                                 args.max_seq_len, args.min_tokens, args.max_tokens, args.max_bad_ratio, log.print,
+                                 args.max_text_loss)
+    train.require_thoughts()
     loader = StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed, args.order,
                         ranks.rank, ranks.world_size, args.tag_weight, args.think_weight)
 

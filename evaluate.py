@@ -28,7 +28,9 @@ from common.weights import Loaded, model_parser, open_weights
 from Config import FLAGS, UserError, number
 from dataset import evaluated, load_documents
 from text.chat import encode_chat
-from text.records import MalformedRecord, Source, find_sources, kind_of, parse_object, read_lines
+from text.content import Reading
+from text.records import MalformedRecord, parse_object, read_lines
+from text.sources import Source, find_sources, kind_of
 
 SCORE_TOKENS = 16_384  # tokens per buffer when a loss is computed
 
@@ -94,9 +96,10 @@ def read_questions(files: list[Path], max_bad_ratio: float) -> tuple[list[dict],
 
 def score_file(loaded: Loaded, file: Path, kind: str, args) -> dict:
     """The result of scoring.score for one file, with the counts of cut and skipped lines."""
-    documents = load_documents(Source(str(file), None, [file]), loaded.tokenizer, kind,
+    reading = Reading.of(args, kind, thoughts=loaded.stage == "distill")
+    documents = load_documents(Source(str(file), None, [file]), loaded.tokenizer, reading,
                                str(Path(args.out_dir) / "cache"), args.max_seq_len, args.min_tokens, args.max_tokens,
-                               args.max_bad_ratio)
+                               args.max_bad_ratio, max_text_loss=args.max_text_loss)
     chosen, counts = evaluated(documents, args.eval_tokens), documents.counts[0]
     begin = time.perf_counter()
     scores = score_documents(loaded.model, documents, args.max_seq_len, max(SCORE_TOKENS, args.max_seq_len),
@@ -223,8 +226,10 @@ def main(argv: list[str] | None = None) -> None:
                         help="use the chat format for pretrained weights too (default: they continue the question)")
     parser.add_argument("--batch_size", type=number(int, 1), default=64, help="questions per batch (default: 64)")
     parser.add_argument("--generations", metavar="PATH", help="file for the replies, JSONL (default: in out_dir/eval)")
-    parser.add_argument("--max_bad_ratio", type=number(float, 0, 1), default=FLAGS["max_bad_ratio"].default,
-                        help=FLAGS["max_bad_ratio"].help)
+    for name in ("max_bad_ratio", "max_text_loss"):
+        parser.add_argument(f"--{name}", type=number(float, 0, 1), default=FLAGS[name].default, help=FLAGS[name].help)
+    for name in ("split_documents", "keep_malformed_thoughts"):
+        parser.add_argument(f"--{name}", action="store_true", help=FLAGS[name].help)
     args = parser.parse_args(argv)
     sources = [source for paths in args.data_path for source in find_sources(paths)]
     files = list(dict.fromkeys(file for source in sources for file in source.files))

@@ -24,7 +24,8 @@ from common.scoring import score_documents
 from Config import CHAT_ONLY, DISTILL_ONLY, parse_args
 from dataset import StepLoader, load_splits
 from fastpath import accelerate
-from text.records import find_sources
+from text.content import Reading
+from text.sources import find_sources
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,9 +41,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- tokenizer and data -------------------------------------------------------------------
     tokenizer = run.choose_tokenizer()
+    reading = Reading.of(args, "text")
     with ranks.main_first():
-        train, val = load_splits(sources, args.val_path, tokenizer, "text", args.cache_dir, args.max_seq_len,
-                                 max_bad_ratio=args.max_bad_ratio, say=log.print)
+        train, val = load_splits(sources, args.val_path, tokenizer, reading, args.cache_dir,
+                                 args.max_seq_len, max_bad_ratio=args.max_bad_ratio, say=log.print,
+                                 max_text_loss=args.max_text_loss)
     loader = StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed, args.order,
                         ranks.rank, ranks.world_size)
 

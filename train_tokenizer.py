@@ -29,17 +29,18 @@ from common.files import write_folder
 from Config import OneLineParser, UserError
 from dataset import Progress
 from text.chat import CHAT_TEMPLATE
+from text.content import CONTROL_STRING, is_empty
 from text.records import (
     ROLES,
     MalformedRecord,
     check_text,
-    find_files,
     is_held_out,
     parse_object,
     parse_record,
     read_lines,
     text_hash,
 )
+from text.sources import explain, find_sources
 from text.tokenizer import DEFAULT_FOLDER, TAGS, OurTokenizer
 
 CONTROL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
@@ -85,15 +86,17 @@ class Sample:
             yield heapq.heappop(self.heap)[1].decode("utf-8")
 
 
-def read_texts(paths: list[str], max_bad_ratio: float) -> Iterator[tuple[int, list[str]]]:
+def read_texts(paths: list[str], max_bad_ratio: float, flag: str = "--data_path") -> Iterator[tuple[int, list[str]]]:
     """Yield (text hash, texts) of each non-empty record in the files of `paths`. Prints progress and line counts.
 
     Raises UserError when more than `max_bad_ratio` of the lines are malformed or a file cannot be read.
     """
-    lines = malformed = empty = n_chars = 0
-    name = " ".join(paths)
-    progress = Progress(f"sampling {name}")
-    for file in dict.fromkeys(file for path in paths for file in find_files(path)):
+    lines = malformed = empty = spelled = n_chars = 0
+    (source, *_) = find_sources(paths, flag)
+    if source.share is not None:
+        raise UserError(f"{flag} {paths[0]}: a tokenizer is trained without shares")
+    progress = Progress(f"sampling {source.name}")
+    for file in source.files:
         for number, line in read_lines(file):
             lines += 1
             try:
@@ -103,15 +106,20 @@ def read_texts(paths: list[str], max_bad_ratio: float) -> Iterator[tuple[int, li
                 if malformed <= 5:
                     print(f"malformed: {file}:{number}: {error}", flush=True)
                 continue
-            if any(texts):
+            texts = [text for text in texts if not is_empty(text)]
+            if texts:
                 yield document_hash, texts
-            empty += not any(texts)
+            empty += not texts
+            spelled += any("<" in text and CONTROL_STRING.search(text) for text in texts)
             n_chars += sum(map(len, texts))
             progress.show(f"{lines:,} lines, {n_chars:,} characters")
     progress.show(f"{lines:,} lines, {n_chars:,} characters, {malformed:,} malformed, {empty:,} empty", last=True)
+    if spelled:
+        print(f"{spelled:,} documents spell control strings such as </s>: the tokenizer makes ordinary text of them; "
+              "--split_documents of pretrain.py splits a text there", flush=True)
     if malformed > max_bad_ratio * lines:
-        raise UserError(f"{name}: {malformed:,} of {lines:,} lines are malformed, more than --max_bad_ratio "
-                        f"{max_bad_ratio}")
+        raise UserError(f"{source.name}: {malformed:,} of {lines:,} lines are malformed, more than --max_bad_ratio "
+                        f"{max_bad_ratio}{explain(source.files)}")
 
 
 def parse_texts(line: bytes) -> tuple[int, list[str]]:
@@ -121,7 +129,8 @@ def parse_texts(line: bytes) -> tuple[int, list[str]]:
     record = parse_object(line)
     if record.get("text") is None and "conversations" in record:
         record = parse_record(line, "chat")
-        return text_hash(record), [message["content"] for message in record["conversations"]]
+        texts = [message["content"] for message in record["conversations"] if message["role"] in ROLES]
+        return text_hash(record), texts
     keys = ("question", "answer") if "text" not in record and "question" in record else ("text",)
     for key in keys:
         if key not in record:
@@ -140,7 +149,7 @@ def collect(data_path: list[str], val_path: list[str] | None, sample_bytes: int,
     """
     train = Sample(sample_bytes, SEGMENT_CHARS, seed)
     held_out = Sample(HELD_OUT_BYTES, HELD_OUT_SEGMENT_CHARS, seed)
-    for document in read_texts(val_path, max_bad_ratio) if val_path else ():
+    for document in read_texts(val_path, max_bad_ratio, "--val_path") if val_path else ():
         held_out.add(*document)
     known = {document_hash for _, _, document_hash in held_out.heap}
     lowest = None

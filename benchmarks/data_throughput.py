@@ -46,7 +46,7 @@ from benchmarks.measure import (
 from common import exits, runtime
 from Config import UserError, number
 from dataset import StepLoader, load_documents, open_cache
-from text.records import find_files
+from text.sources import find_files
 from text.tokenizer import TextEncoder, load_tokenizer
 
 GROWTH = 8  # size of the larger corpus relative to the smaller one

@@ -260,7 +260,8 @@ def sample_records(source: str, target: Path, kind: str, count: int, seed: int) 
     """
     import random
 
-    from text.records import MalformedRecord, find_files, parse_record, read_lines
+    from text.records import MalformedRecord, parse_record, read_lines
+    from text.sources import find_files
 
     rng, kept, seen = random.Random(seed), [], 0
     for file in find_files(source):
@@ -305,7 +306,8 @@ def copy_texts(source: str, target: Path, megabytes: float) -> None:
     The messages of a conversation, or a question and its answer, become one text with line breaks between them.
     Malformed and empty lines are skipped and counted. Raises UserError if there is no text.
     """
-    from text.records import MalformedRecord, find_files, read_lines
+    from text.records import MalformedRecord, read_lines
+    from text.sources import find_files
     from train_tokenizer import parse_texts
 
     left_out = written = size = 0

@@ -70,7 +70,7 @@ from dataset import MicroBatch, load_documents
 from fastpath import accelerate
 from model import WeakWater
 from text.chat import CONTEXT
-from text.records import find_files
+from text.sources import find_files
 from text.tokenizer import load_tokenizer
 
 # a log-normal fit, clipped to the row length, of 5,265 SFT conversations of up to 512 tokens, sampled from the data of
@@ -103,7 +103,7 @@ def read_documents(rng: np.random.Generator, args, vocab_size: int, tokens: int,
     Conversations are cut to --max_seq_len as in the stage scripts, texts are truncated there. The documents repeat if
     there are too few for all steps.
     """
-    from text.records import kind_of
+    from text.sources import kind_of
 
     with tempfile.TemporaryDirectory() as name:
         kind, path = kind_of(find_files(args.data_path)[:1]), str(Path(name) / "sample.jsonl")

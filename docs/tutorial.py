@@ -88,7 +88,7 @@ def find_document(documents, line: int | None) -> int:
     for document in range(len(documents)):
         if line_of(documents, document) == line:
             return document
-    raise UserError(f"--line {line}: no document in that line of {documents.caches[0].meta['files'][0]}")
+    raise UserError(f"--line {line}: no document in that line of {documents.caches[0].files[0]}")
 
 
 def texts(tokenizer, ids) -> list[str]:

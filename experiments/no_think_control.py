@@ -24,7 +24,8 @@ from common import exits
 from common.files import write_jsonl
 from Config import FLAGS, OneLineParser, UserError, number
 from dataset import StepLoader, load_splits
-from text.records import MalformedRecord, find_files, find_sources, parse_record, read_lines
+from text.records import MalformedRecord, parse_record, read_lines
+from text.sources import find_files, find_sources
 from text.tokenizer import choose_tokenizer
 
 THOUGHT = re.compile(r"(<think>)(\s*).*?(</think>)", re.DOTALL)

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import exits
 from common.files import write_jsonl, write_whole
 from Config import OneLineParser, UserError
-from text.records import MalformedRecord, find_files, parse_object, parse_record, read_lines
+from text.records import MalformedRecord, parse_object, parse_record, read_lines
+from text.sources import find_files
 
 
 def bare(question: str) -> str:

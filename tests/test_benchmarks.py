@@ -23,7 +23,7 @@ from common.weights import save_weights
 from Config import CHAT_ONLY, DISTILL_ONLY, FLAGS, LLMConfig, UserError, parse_args
 from experiments import compare_runs
 from model import WeakWater
-from text.records import kind_of
+from text.sources import kind_of
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,8 @@ from faults import course, end_of
 
 from Config import UserError
 from dataset import StepLoader, epoch_order, load_splits
-from text.records import find_files, find_sources, is_held_out, text_hash
+from text.records import is_held_out, text_hash
+from text.sources import find_files, find_sources
 
 # ---------------------------------------------------------------------------------------------
 # which files an argument names

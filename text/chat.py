@@ -7,12 +7,12 @@ import re
 import weakref
 
 from Config import UserError
+from text.content import TAG_PATTERN
 from text.records import ROLES, MalformedRecord, check_conversation
 from text.tokenizer import TAGS, Encoded, TextEncoder
 
 CHAT_TEMPLATE = (r"{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>\n' }}"
                  r"{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}")
-TAG_PATTERN = re.compile("|".join(map(re.escape, TAGS)))
 THINK_PATTERN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 # token types: a step gives each its loss weight, so that is no part of the token cache
@@ -43,27 +43,27 @@ class ChatEncoder:
         plain = iter(self.text.encode([text for message in split for text, type_ in message if type_ is not None]))
         encoded, messages = [], iter(split)
         for conversation in conversations:
-            ids, types, replies = [], [], []
+            ids, types, replies = [], bytearray(), []  # a byte a token: a conversation may have millions
             for message in conversation:
                 begin = len(ids)
                 ids += self.headers[message["role"]]
-                types += [CONTEXT] * (len(ids) - begin)
+                types += bytes([CONTEXT]) * (len(ids) - begin)
                 for text, type_ in next(messages):
                     if type_ is None:
                         new_ids, new_types = self._encode_tagged(text)
                     elif type_ == TAG and text in self.text.tag_ids:
                         next(plain)
-                        new_ids, new_types = [self.text.tag_ids[text]], [TAG]
+                        new_ids, new_types = [self.text.tag_ids[text]], bytes([TAG])
                     else:
                         new_ids = next(plain)
-                        new_types = [type_] * len(new_ids)
+                        new_types = bytes([type_]) * len(new_ids)
                     ids += new_ids
                     types += new_types
                 answered = message["role"] == "assistant"
                 ids += [self.text.eos_id, *self.newline]
-                types += [REPLY if answered else CONTEXT] + [CONTEXT] * len(self.newline)
+                types += bytes([REPLY if answered else CONTEXT]) + bytes([CONTEXT]) * len(self.newline)
                 if answered:
-                    targets = sum(type_ != CONTEXT for type_ in types[begin:])
+                    targets = len(types) - begin - types.count(CONTEXT, begin)
                     replies.append((len(ids), targets, len(message["content"].encode("utf-8"))))
             encoded.append(Encoded(ids, types, replies))
         return encoded
@@ -89,14 +89,14 @@ class ChatEncoder:
             begin = end
         return split
 
-    def _encode_tagged(self, text: str) -> tuple[list[int], list[int]]:
+    def _encode_tagged(self, text: str) -> tuple[list[int], bytearray]:
         """A reply whose tags are not all single ids: a token's type follows from where its characters stand."""
-        type_of_char = [REPLY] * len(text)
+        type_of_char = bytearray([REPLY]) * len(text)
         for match in THINK_PATTERN.finditer(text):
-            type_of_char[match.start(1):match.end(1)] = [THINK] * (match.end(1) - match.start(1))
+            type_of_char[match.start(1):match.end(1)] = bytes([THINK]) * (match.end(1) - match.start(1))
         for match in TAG_PATTERN.finditer(text):
-            type_of_char[match.start():match.end()] = [TAG] * (match.end() - match.start())
-        ids, types = [], []
+            type_of_char[match.start():match.end()] = bytes([TAG]) * (match.end() - match.start())
+        ids, types = [], bytearray()
         parts, begin = [], 0
         for match in TAG_PATTERN.finditer(text):  # some of the four tags may be single ids
             if match.group() in self.text.tag_ids:
@@ -104,7 +104,8 @@ class ChatEncoder:
                 begin = match.end()
         for start, end, tag_id in [*parts, (begin, len(text), None)]:
             if tag_id is not None:
-                ids, types = [*ids, tag_id], [*types, TAG]
+                ids.append(tag_id)
+                types.append(TAG)
             elif end > start:
                 for token, (a, b) in zip(*self.text.encode_with_offsets(text[start:end]), strict=True):
                     covered = type_of_char[start + a:max(start + b, start + a + 1)]

@@ -1,116 +1,23 @@
-"""Data files: which files a flag names, their lines, and the records in them."""
+"""Data files: their lines and the records in them."""
 
 import contextlib
-import glob
 import gzip
 import hashlib
 import json
 import lzma
-import math
-import os
-import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from Config import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
 ROLES = ("system", "user", "assistant")
-DATA_FOLDER = Path("data")  # where a bare name is looked up
+TOOL_ROLES = ("tool", "function")  # what a tool returned: no part of our chat format
+TOOL_CALLS = ("tool_calls", "function_call")  # keys of a reply that calls a tool
 
 
 class MalformedRecord(ValueError):
     """A line that is not a record; the message says why."""
-
-
-# ---------------------------------------------------------------------------------------------
-# which files a flag names
-
-
-@dataclass(frozen=True)
-class Source:
-    """Files that are read together as one source. `share` is its part of the tokens, or None without shares."""
-
-    name: str
-    share: float | None
-    files: list[Path]
-
-
-def find_sources(arguments: list[str], flag: str = "--data_path") -> list[Source]:
-    """The sources that the arguments of --data_path name: each PATH=SHARE is one, scaled so that the shares sum to 1;
-    arguments without shares are one source together.
-
-    An argument has a share if what follows its last "=" is a positive number and no file or folder bears the whole
-    name. Raises UserError when a file is missing, or when only some arguments have shares.
-    """
-    split = [_split_share(argument) for argument in arguments]
-    if all(share is None for _, share in split):
-        files = list(dict.fromkeys(file for path, _ in split for file in find_files(path, flag)))
-        return [Source(" ".join(arguments), None, files)]
-    if any(share is None for _, share in split):
-        bare = next(path for path, share in split if share is None)
-        raise UserError(f"{flag} {bare}: all sources or none have a share, a positive number, as in "
-                        f"{bare.partition('=')[0]}=0.5")
-    if repeated := sorted({path for path, _ in split if [p for p, _ in split].count(path) > 1}):
-        raise UserError(f"{flag} {repeated[0]}: named twice; add its shares up")
-    total = math.fsum(share for _, share in split)
-    return [Source(path, share / total, find_files(path, flag)) for path, share in split]
-
-
-def _split_share(argument: str) -> tuple[str, float | None]:
-    path, _, share = argument.rpartition("=")
-    is_share = re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", share) and 0 < float(share) < math.inf
-    return (path, float(share)) if path and is_share and not os.path.exists(argument) else (argument, None)
-
-
-def find_files(path: str, flag: str = "--data_path") -> list[Path]:
-    """The data files behind a file, a folder (its *.jsonl, .gz, .xz, .zst), a glob, or the name of files in data/,
-    sorted. Raises UserError, naming the `flag`, when there are none, or when a name is ambiguous."""
-    is_name = re.fullmatch(r"[\w-]+", path) is not None
-    if is_name and (found := _find_by_name(path, flag)):
-        return found
-    if is_name and not os.path.exists(path) and (DATA_FOLDER / path).is_dir():
-        path = str(DATA_FOLDER / path)
-    if os.path.isdir(path):
-        found = _files_in(Path(path))
-        reason = "the folder holds no *.jsonl, *.jsonl.gz, *.jsonl.xz or *.jsonl.zst"
-    elif os.path.isfile(path):
-        found, reason = [Path(path)], ""
-    else:
-        found = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
-        reason = "no such file, folder or match"
-        if is_name:
-            reason = (f"there is no {DATA_FOLDER / path}.jsonl (or .jsonl.gz, .xz, .zst, or shards "
-                      f"{DATA_FOLDER / path}-*.jsonl). Make the built-in corpus, python make_demo_data.py --out_dir "
-                      f"{DATA_FOLDER}, or download real data (pip install modelscope), modelscope download --dataset "
-                      f"Harris/pretrain --local_dir {DATA_FOLDER}, or name a file of your own: {flag} FILE")
-        elif re.search(r"=[-+.\d]+$", path):
-            reason += " (a share is a positive number, as in PATH=0.5)"
-    if not found:
-        raise UserError(f"{flag} {path}: {reason}")
-    return sorted(found)
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
-
-
-def _find_by_name(name: str, flag: str) -> list[Path]:
-    """NAME.jsonl, NAME.jsonl.{gz,xz,zst} or the shards NAME-*.jsonl[.gz|.xz|.zst] in data/, or none of them. Raises
-    UserError where two of these forms are there."""
-    if not DATA_FOLDER.is_dir():
-        return []
-    whole = [DATA_FOLDER / f"{name}{suffix}" for suffix in SUFFIXES if (DATA_FOLDER / f"{name}{suffix}").is_file()]
-    shards = [file for file in _files_in(DATA_FOLDER) if file.name.startswith(f"{name}-")]
-    forms = whole + ([DATA_FOLDER / f"{name}-*.jsonl"] if shards else [])
-    if len(forms) > 1:
-        raise UserError(f"{flag} {name}: {forms[0]} and {forms[1]} are there: remove one, or name the file")
-    stems = [file.name.partition(".jsonl")[0] for file in shards]
-    if doubled := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise UserError(f"{flag} {name}: {DATA_FOLDER / doubled[0]} is there in two forms: remove one")
-    return whole or shards
 
 
 # ---------------------------------------------------------------------------------------------
@@ -158,7 +65,8 @@ def _zst_lines(file: Path) -> Iterator[bytes]:
     with open(file, "rb") as stream:
         while block := stream.read(1 << 16):
             while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                # the largest window of `zstd --long=31`: the default limit refuses such files
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
                 *lines, rest = (rest + frame.decompress(block)).split(b"\n")
                 yield from lines
                 frame, block = (None, frame.unused_data) if frame.eof else (frame, b"")
@@ -209,18 +117,14 @@ def parse_record(line: bytes, kind: str) -> dict:
     weight = record.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 3e38:
         raise MalformedRecord(f'"weight" must be a finite number of at least 0, not {weight!r}')
+    key, hint = ("text", "conversations") if kind == "text" else ("conversations", "text")
+    if key not in record:
+        reader = "chat stages read those" if kind == "text" else "pretrain.py reads that"
+        raise MalformedRecord(f'no "{key}"' + (f' (it has "{hint}": {reader})' if hint in record else ""))
     if kind == "text":
-        if "text" not in record:
-            hint = ' (a conversation? chat stages read those)' if "conversations" in record else ""
-            raise MalformedRecord(f'no "text"{hint}')
         check_text(record["text"], '"text"')
-        record.pop("conversations", None)  # another key is ignored, whatever it holds
     else:
-        if "conversations" not in record:
-            hint = ' (plain text? pretrain.py reads that)' if "text" in record else ""
-            raise MalformedRecord(f'no "conversations"{hint}')
-        check_conversation(record["conversations"])
-        record.pop("text", None)
+        check_conversation(record["conversations"], with_tools=True)
     return record
 
 
@@ -235,38 +139,33 @@ def check_text(text, name: str) -> None:
             raise MalformedRecord(f"{name} has a lone surrogate at character {error.start}, which is no text") from None
 
 
-def check_conversation(conversation) -> None:
-    """Raises MalformedRecord when `conversation` is not a list of {"role", "content"} messages."""
+def check_conversation(conversation, with_tools: bool = False) -> None:
+    """Raises MalformedRecord when `conversation` is not a list of {"role", "content"} messages; `with_tools` also
+    allows calls of tools and their results, which text/content.py leaves out."""
     if not isinstance(conversation, list):
         raise MalformedRecord('"conversations" is not a list')
     for index, message in enumerate(conversation):
         name = f"message {index + 1}"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if not isinstance(message, dict) or "role" not in message:
+            raise MalformedRecord(f'{name} is not an object with "role" and "content"')
+        if with_tools and message["role"] in TOOL_ROLES:
+            continue
+        if with_tools and calls_tool(message) and message.get("content") is None:
+            message["content"] = ""
+        if "content" not in message:
             raise MalformedRecord(f'{name} is not an object with "role" and "content"')
         if message["role"] not in ROLES:
             raise MalformedRecord(f'{name}: role {message["role"]!r} is not one of {", ".join(ROLES)}')
         if message["role"] == "system" and index:
             raise MalformedRecord(f"{name}: a system message may only come first")
         check_text(message["content"], f'{name}: "content"')
+        if message.get("reasoning_content") is not None:
+            check_text(message["reasoning_content"], f'{name}: "reasoning_content"')
 
 
-KINDS = {"question": {"question", "answer"}, "chat": {"conversations"}, "text": {"text"}}
-
-
-def kind_of(files: list[Path], among: tuple[str, ...] = tuple(KINDS)) -> str:
-    """The first of the kinds `among` whose keys the first record has that has any of them. Raises UserError."""
-    for file in files:
-        for _, line in read_lines(file):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            keys = set(record) if isinstance(record, dict) else set()
-            for kind in among:
-                if KINDS[kind] <= keys:
-                    return kind
-    keys = " or ".join(" and ".join(f'"{key}"' for key in sorted(KINDS[kind])) for kind in among)
-    raise UserError(f"{files[0]}: no record with {keys}")
+def calls_tool(message: dict) -> bool:
+    """True if a message calls a tool."""
+    return any(message.get(key) for key in TOOL_CALLS)
 
 
 def text_hash(record: dict) -> int:
@@ -274,11 +173,11 @@ def text_hash(record: dict) -> int:
 
     Decides what is validation: both copies of a duplicate fall on the same side.
     """
-    if "text" in record:
-        content = record["text"]
+    if "conversations" in record:
+        content = json.dumps([[m["role"], m.get("content")] for m in record["conversations"]], ensure_ascii=False)
     else:
-        content = json.dumps([[m["role"], m["content"]] for m in record["conversations"]], ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(content.encode("utf-8"), digest_size=8).digest(), "little")
+        content = record["text"]
+    return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def is_held_out(hashes):

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from Config import LLMConfig, UserError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 FILES = ("tokenizer.json", "tokenizer_config.json")  # what a weights file holds of a tokenizer
+LONG_TEXT = 50_000  # characters: a longer text is encoded in parts, since the library takes 600 bytes a character
+# where our split always ends a word, so that the parts have the same tokens as the whole: after a line, after letters
+BOUNDARY = re.compile(r"(?<=\n)(?=\S)|(?<=[^\W\d_])(?=[^\w\s])")
 DEFAULT_FOLDER = "weakwater_tokenizer"
 
 
@@ -200,15 +204,28 @@ class TextEncoder:
         self.fingerprint = hashlib.sha256(f"{self.bos_id} {self.eos_id} {identity}".encode()).hexdigest()
         self.tag_ids = {tag: vocabulary[tag] for tag in TAGS if tag in vocabulary}
         self.control_ids = {self.bos_id, self.eos_id, *self.tag_ids.values()}
+        self.control_strings = [token["content"] for token in state["added_tokens"] if token["special"]]
+        model = state["model"]
+        self.unk_id = model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token"))
         names = {id_: token for token, id_ in vocabulary.items()}
         self.control_pattern = re.compile("|".join(re.escape(names[i]) for i in sorted(self.control_ids)))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without any control id, encoded on all cores at once."""
+        if any(len(text) > LONG_TEXT for text in texts):
+            short = iter(self.encode([text for text in texts if len(text) <= LONG_TEXT]))
+            return [self._encode_long(text) if len(text) > LONG_TEXT else next(short) for text in texts]
         ids = [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
         for index, text in enumerate(texts):
             if not self.control_ids.isdisjoint(ids[index]):  # a vocabulary that has "<s>" as an ordinary entry
                 ids[index] = self._encode_split(text)
+        return ids
+
+    def _encode_long(self, text: str) -> list[int]:
+        """Ids of a long text, part by part. Equal ids are one object: 8 bytes a token instead of 40."""
+        known, ids = list(range(self.vocab_size)), []
+        for part in split_long(text):
+            ids += [known[i] for i in self.encode([part])[0]]
         return ids
 
     def _encode_split(self, text: str) -> list[int]:
@@ -220,8 +237,26 @@ class TextEncoder:
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a text, and the range (begin, end) of characters that each encodes."""
-        encoding = self.plain.encode(text, add_special_tokens=False)
-        return self.checked(encoding.ids), encoding.offsets
+        ids, offsets, begin = [], [], 0
+        for part in split_long(text):
+            encoding = self.plain.encode(part, add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(begin + a, begin + b) for a, b in encoding.offsets] if begin else encoding.offsets
+            begin += len(part)
+        return self.checked(ids), offsets
+
+    def losses(self, texts: list[str]) -> Counter:
+        """What becomes of texts that are encoded and decoded again: {"texts", "exact" (texts that come back as they
+        were), "characters", "lost" (characters that do not come back, in whatever order), "tokens", "unknown"}."""
+        found = Counter(texts=len(texts))
+        for text, ids in zip(texts, self.encode(texts), strict=True):
+            decoded = self.plain.decode(ids, skip_special_tokens=False)
+            found["exact"] += decoded == text
+            found["characters"] += len(text)
+            found["lost"] += 0 if decoded == text else (Counter(text) - Counter(decoded)).total()
+            found["tokens"] += len(ids)
+            found["unknown"] += ids.count(self.unk_id)
+        return found
 
     def checked(self, ids: list[int]) -> list[int]:
         """`ids`; raises UserError when a control id is among them."""
@@ -235,11 +270,23 @@ class TextEncoder:
                         len(text.encode("utf-8")))]) for text, ids in zip(texts, self.encode(texts), strict=True)]
 
 
+def split_long(text: str) -> list[str]:
+    """A text in parts of at most LONG_TEXT characters, cut where words end if there is such a place."""
+    parts, begin = [], 0
+    while len(text) - begin > LONG_TEXT:
+        end = begin + LONG_TEXT
+        window = text[end - 1000:end + 1]  # one more: a cut at `end` looks at what follows
+        cut = max((match.start() for match in BOUNDARY.finditer(window, 1, len(window) - 1)), default=1000)
+        parts.append(text[begin:end - 1000 + cut])
+        begin = end - 1000 + cut
+    return [*parts, text[begin:]]
+
+
 @dataclass
 class Encoded:
-    """One document: ids, the type of each (None: text, all targets but the first), and for each reply (for text: the
-    whole) where it ends, its number of targets and its UTF-8 bytes."""
+    """One document: ids, the type of each (a byte; None: text, all targets but the first), and for each reply (for
+    text: the whole) where it ends, its number of targets and its UTF-8 bytes."""
 
     ids: list[int]
-    types: list[int] | None
+    types: bytearray | None
     replies: list[tuple[int, int, int]]

@@ -254,8 +254,8 @@ def reply_kinds(tokenizer, reply: str) -> list[tuple[str, int]]:
     encoder = ChatEncoder.of(tokenizer)
     encoded = encoder.encode([[{"role": "assistant", "content": reply}]])[0]
     begin, end = len(encoder.headers["assistant"]), -1 - len(encoder.newline)
-    assert encoded.types[:begin] == [CONTEXT] * begin and encoded.types[end] == REPLY
-    assert encoded.types[end + 1:] == [CONTEXT] * len(encoder.newline)
+    assert encoded.types[:begin] == bytes([CONTEXT]) * begin and encoded.types[end] == REPLY
+    assert encoded.types[end + 1:] == bytes([CONTEXT]) * len(encoder.newline)
     tokens = map(tokenizer.backend_tokenizer.id_to_token, encoded.ids[begin:end])
     return list(zip(tokens, encoded.types[begin:end], strict=True))
 

@@ -9,7 +9,8 @@ from conftest import make_chats, make_texts, train, write_jsonl
 from Config import UserError
 from dataset import StepLoader, load_documents, load_splits
 from text.chat import REPLY, encode_chat
-from text.records import find_sources, is_held_out, parse_record, text_hash
+from text.records import is_held_out, parse_record, text_hash
+from text.sources import find_sources
 
 EOS, BOS = 2, 1
 KINDS = [("text", "pretrain", 512), ("chat", "sft", 1024), ("chat", "r1", 512)]
@@ -239,8 +240,8 @@ def test_text_is_counted(tokenizer, tmp_path):
     said = []
     documents = load_documents(str(file), tokenizer, "text", str(tmp_path / "c"), 64, max_bad_ratio=0.5,
                                say=said.append)
-    assert documents.counts[0] == {"lines": 7, "malformed": 2, "empty": 1, "weight 0": 1}
-    assert len(documents) == 3 and documents.length.max() > 1000
+    assert documents.counts[0] == {"lines": 7, "malformed": 2, "empty": 2, "weight 0": 1}
+    assert len(documents) == 2 and documents.length.max() > 1000
     assert f"{file}:8" in said[0] and f"{file}:9" in said[1]
     with pytest.raises(UserError, match="2 of 7 lines are malformed.*max_bad_ratio 0.25.*:8: "):
         load_documents(str(file), tokenizer, "text", str(tmp_path / "c"), 64, max_bad_ratio=0.25, say=said.append)
@@ -266,16 +267,15 @@ def test_chats_are_counted(tokenizer, tmp_path):
     at_least = len(encode_chat(tokenizer, records["short"])[0]) + 1
     documents = load_documents(str(file), tokenizer, "chat", str(tmp_path / "c"), 64, at_least, 200)
     assert documents.counts[0] == {
-        "lines": 12, "malformed": 0, "empty": 1, "lost last turns": 2,
+        "lines": 12, "malformed": 0, "empty": 1, "left out for an empty reply": 1, "lost last turns": 2,
         "lost a last turn without reply": 1, "fewer than min_tokens": 1,
         "more than max_tokens": 1, "no assistant turn": 1, "first reply does not fit": 2, "weight 0": 1}
     numbers = documents.caches[0].documents["line"][documents.index].tolist()
-    assert [list(records)[n - 1] for n in numbers] == ["kept", "cut once", "cut twice", "empty reply", "question after"]
+    assert [list(records)[n - 1] for n in numbers] == ["kept", "cut once", "cut twice", "question after"]
     kept = encode_chat(tokenizer, records["kept"])[0]
-    for document in (0, 1, 2, 4):
+    for document in range(4):
         assert documents.tokens(document).tolist() == kept  # whole turns are lost, and questions without a reply
         assert documents.targets[document] == 2 and documents.bytes[document] == 1
-    assert documents.targets[3] == 1 and documents.bytes[3] == 0
 
 
 def test_lengths_choose_the_stage(data_dir, tokenizer, cache_dir):

@@ -1,0 +1,220 @@
+"""What the records hold that is not plain content: empty texts and replies, thoughts, tool calls, control strings and
+keys that are not read. Each is counted, over all records; what cannot be learned from is left out."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from text.records import TOOL_ROLES, calls_tool
+from text.tokenizer import TAGS
+
+# white space, and characters that show nothing: controls, zero-width characters, fillers, byte order marks
+VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+                     r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffc]")
+TAG_PATTERN = re.compile("|".join(map(re.escape, TAGS)))
+THINK, END_THINK, ANSWER, END_ANSWER = TAGS
+# control strings of other tokenizers: <s>, <|im_end|>, <｜User｜>, [INST], <start_of_turn>, …
+CONTROL_STRING = re.compile(
+    r"</?s>|<\|\w+\|>|<｜[^｜<>]{1,40}｜>|<(?:unk|pad|bos|eos|mask|start_of_turn|end_of_turn)>"
+    r"|\[/?INST\]|<</?SYS>>|\[(?:CLS|SEP|PAD|UNK|MASK|gMASK)\]")
+KEYS = {"text": {"text", "weight"}, "chat": {"conversations", "weight"}}
+MESSAGE_KEYS = {"role", "content"}
+MOST_NAMES = 1000  # different keys that are counted by name
+
+BARE, WELL_FORMED, EMPTY_THOUGHT = "without tags", "well-formed", "well-formed with an empty thought"
+GOOD_SHAPES = (WELL_FORMED, EMPTY_THOUGHT, BARE)
+
+
+def is_empty(text: str) -> bool:
+    """True if a text shows nothing."""
+    return VISIBLE.search(text) is None
+
+
+def thought_shape(reply: str) -> str:
+    """The shape of a reply's thought: one of GOOD_SHAPES, or what is wrong with it.
+
+    Well-formed is <think>…</think> and then <answer>…</answer>, each tag once, with an answer in it and nothing around
+    it; so is <think></think> and then text without tags, which is how a reply says that it did not think.
+    """
+    if "<" not in reply:
+        return BARE
+    tags = tuple(TAG_PATTERN.findall(reply))
+    if not tags:
+        return BARE
+    before, *parts = TAG_PATTERN.split(reply)
+    if tags == TAGS:
+        thought, between, answer, after = parts
+        if not is_empty(before + between + after):
+            return "text outside of the tags"
+        if is_empty(answer):
+            return "empty <answer>"
+        return EMPTY_THOUGHT if is_empty(thought) else WELL_FORMED
+    if tags == (THINK, END_THINK) and not is_empty(parts[1]):
+        return EMPTY_THOUGHT if is_empty(before + parts[0]) else "no <answer>"
+    count = Counter(tags)
+    if count[THINK] > count[END_THINK] or count[ANSWER] > count[END_ANSWER]:
+        return "cut"
+    if count[THINK] < count[END_THINK] or count[ANSWER] < count[END_ANSWER]:
+        return "not opened"
+    if max(count.values()) > 1:
+        return "tags repeated"
+    if not count[THINK]:
+        return "no <think>"
+    return "no <answer>" if not count[ANSWER] else "<answer> before <think>"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records become documents; part of the token cache's fingerprint.
+
+    kind: "text" or "chat" · thoughts: reasoning_content becomes a <think> (distill), else it is left out ·
+    split_documents: a text is split at control strings · keep_malformed_thoughts: replies of any shape are trained on.
+    """
+
+    kind: str
+    thoughts: bool = False
+    split_documents: bool = False
+    keep_malformed_thoughts: bool = False
+
+    @property
+    def key(self) -> tuple:
+        """What of it decides the tokens."""
+        return ("text", self.split_documents) if self.kind == "text" else (
+            "chat", self.thoughts, self.keep_malformed_thoughts)
+
+    @classmethod
+    def of(cls, args, kind: str, thoughts: bool = False) -> "Reading":
+        """The reading that the flags of a stage ask for."""
+        return cls(kind, thoughts, args.split_documents, getattr(args, "keep_malformed_thoughts", False))
+
+
+class RecordReader:
+    """Turns records of `parse_record` into documents, and counts in `found` what it met.
+
+    found: name → number. Names that begin with "left out for" and "shortened for" count conversations, with "reply: "
+    replies by the shape of their thought, with "key: " keys that are not read, with "spells: " documents that spell a
+    control string.
+    """
+
+    def __init__(self, reading: Reading, control_strings: list[str]):
+        self.reading, self.found = reading, Counter()
+        own = "|".join(re.escape(name) for name in sorted(set(control_strings) - set(TAGS), key=len, reverse=True))
+        self.control = re.compile(f"{own}|{CONTROL_STRING.pattern}" if own else CONTROL_STRING.pattern)
+        self.control_or_tag = re.compile(f"{self.control.pattern}|{TAG_PATTERN.pattern}")
+        self.begins = {name[0] for name in control_strings} | set("<[")
+
+    def documents(self, record: dict) -> list[dict]:
+        """The documents of a record: none, one, or several of a text that is split."""
+        self._count_keys(record, KEYS[self.reading.kind])
+        weight = {"weight": record["weight"]} if "weight" in record else {}
+        if self.reading.kind == "text":
+            return [{"text": text} | weight for text in self._texts(record["text"])]
+        conversation = self._usable_turns(record["conversations"])
+        return [{"conversations": conversation} | weight] if conversation else []
+
+    def _texts(self, text: str) -> list[str]:
+        spelled = self._control_strings(text, self.control_or_tag)
+        texts = [text]
+        if self.reading.split_documents and spelled - set(TAGS):
+            texts = [part for part in self.control.split(text) if not is_empty(part)]
+            self.found["split"] += len(texts) > 0
+        elif spelled:
+            self._count_spelled(spelled)
+        if not texts or is_empty(texts[0]):
+            self.found["empty"] += 1
+            return []
+        self.found["documents"] += len(texts)
+        return texts
+
+    def _usable_turns(self, conversation: list[dict]) -> list[dict]:
+        """The turns before the first that nothing can be learned from; [] if there are none."""
+        kept, end, reason, spelled = [], 0, None, set()
+        for message in conversation:
+            kept_message, trouble = self._message(message)
+            reason = reason or trouble
+            if reason:  # the rest is only counted
+                continue
+            kept.append(kept_message)
+            of_user = message["role"] != "assistant"
+            end = end if of_user else len(kept)
+            spelled |= self._control_strings(kept_message["content"], self.control_or_tag if of_user else self.control)
+        if not conversation:
+            self.found["empty"] += 1
+        if reason:
+            self.found[f"{'shortened' if end else 'left out'} for {reason}"] += 1
+            kept = kept[:end]
+        self.found["documents"] += bool(kept)
+        if kept and spelled:
+            self._count_spelled(spelled)
+        return kept
+
+    def _message(self, message: dict) -> tuple[dict, str | None]:
+        """A message with its role and content alone, and why nothing can be learned from its turn, or None."""
+        role, content = message["role"], message.get("content")
+        self._count_keys(message, MESSAGE_KEYS | ({"reasoning_content"} if role == "assistant" else set()))
+        if role in TOOL_ROLES or calls_tool(message) and is_empty(content):
+            return message, "a tool call"
+        if role == "user" and is_empty(content):
+            return message, "an empty question"
+        if role == "assistant":
+            if is_empty(content):
+                self.found["reply: empty"] += 1
+                return message, "an empty reply"
+            thought = message.get("reasoning_content") or ""
+            if not is_empty(thought):
+                self.found["thoughts in reasoning_content"] += 1
+                if self.reading.thoughts and not TAG_PATTERN.search(content):
+                    content = f"{THINK}\n{thought}\n{END_THINK}\n{ANSWER}\n{content}\n{END_ANSWER}"
+            shape = thought_shape(content)
+            self.found[f"reply: {shape}"] += 1
+            if shape not in GOOD_SHAPES and not self.reading.keep_malformed_thoughts:
+                return message, "a malformed thought"
+        return {"role": role, "content": content}, None
+
+    def _control_strings(self, text: str, pattern: re.Pattern) -> set[str]:
+        """The control strings that a text spells. Most texts have none of the characters that one begins with."""
+        return set(pattern.findall(text)) if any(character in text for character in self.begins) else set()
+
+    def _count_spelled(self, strings: set[str]) -> None:
+        self.found["spell control strings"] += 1
+        for string in sorted(strings):
+            self._count_name(f"spells: {string}")
+
+    def _count_keys(self, record: dict, read: set[str]) -> None:
+        for key in record.keys() - read:
+            self._count_name(f"key: {key}")
+
+    def _count_name(self, name: str) -> None:
+        if name in self.found or len(self.found) < MOST_NAMES:
+            self.found[name] += 1
+
+
+def describe_found(found: dict[str, int], reading: Reading) -> list[str]:
+    """Lines for the user that say what the records of one source hold."""
+    def named(prefix: str, most: int = 8) -> str:
+        counts = sorted(((n, name.removeprefix(prefix)) for name, n in found.items() if name.startswith(prefix)),
+                        key=lambda each: (-each[0], each[1]))
+        more = f", {len(counts) - most} more" if len(counts) > most else ""
+        return ", ".join(f"{name} {n:,}" for n, name in counts[:most]) + more
+
+    lines = []
+    if reading.kind == "chat" and (replies := named("reply: ", 99)):
+        lines.append(f"replies: {replies}")
+        if n := found.get("thoughts in reasoning_content"):
+            become = "become <think>…</think><answer>…</answer>" if reading.thoughts else "are left out in this stage"
+            lines.append(f"{n:,} replies have a thought in reasoning_content: they {become}")
+        malformed = sum(n for name, n in found.items() if name.endswith("for a malformed thought"))
+        if malformed:
+            lines.append(f"{malformed:,} conversations end before a malformed thought, from which a model would learn "
+                         "to think without end (--keep_malformed_thoughts trains on them; text/convert.py adds a "
+                         "missing <answer>)")
+    if n := found.get("spell control strings"):
+        advice = ("--split_documents makes each part between them a document" if reading.kind == "text" else
+                  "take them out of the data")
+        lines.append(f"{n:,} of {found['documents']:,} documents spell control strings ({named('spells: ')}): they are "
+                     f"learned as text, and the model may write them; {advice}")
+    if n := found.get("split"):
+        lines.append(f"{n:,} lines split at control strings; {found['documents']:,} documents in all")
+    if keys := named("key: "):
+        lines.append(f"keys that are not read: {keys}")
+    return lines
