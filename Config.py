@@ -4,6 +4,7 @@ Nothing here imports the rest of the project, and everything else may import thi
 """
 
 import argparse
+import contextlib
 import math
 import os
 import shlex
@@ -196,7 +197,8 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse that reports an error in one line and exits with 2."""
 
     def error(self, message: str):
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may be closed
+            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

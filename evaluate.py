@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from common import exits
-from common.answers import is_well_formed, normalize, read_answer, read_choice, read_reply, wilson
+from common.answers import is_well_formed, normalize, read_answer, read_choice, read_reply, same_answer, wilson
 from common.files import write_jsonl
 from common.generation import Generation, Sampling, generate
 from common.scoring import score_documents, total_of
@@ -71,7 +71,8 @@ def check_choices(choices, answer: str) -> None:
 def read_questions(files: list[Path], max_bad_ratio: float) -> tuple[list[dict], int]:
     """All questions in the files, each with its "file" and "line", and the number of malformed lines.
 
-    Raises UserError when too many lines are malformed.
+    Prints the number of answers that are compared as text, because a share of correct replies near 0 % is often a file
+    whose answers are not read as numbers. Raises UserError when too many lines are malformed.
     """
     questions, malformed = [], []
     for file in files:
@@ -83,7 +84,10 @@ def read_questions(files: list[Path], max_bad_ratio: float) -> tuple[list[dict],
     for example in malformed[:5]:
         print(f"malformed: {example}")
     n_lines = len(questions) + len(malformed)
-    print(f"questions: {n_lines:,} lines, {len(malformed):,} malformed")
+    n_texts = sum("choices" not in question and isinstance(read_answer(question["answer"]), str)
+                  for question in questions)
+    print(f"questions: {n_lines:,} lines, {len(malformed):,} malformed; {n_texts:,} answers are no numbers and are "
+          "compared as text")
     if not questions or len(malformed) > max_bad_ratio * n_lines:
         raise UserError(f"{len(malformed):,} of {n_lines:,} lines are malformed, more than --max_bad_ratio "
                         f"{max_bad_ratio} (the first: {malformed[0]})")
@@ -152,7 +156,7 @@ def compare(loaded: Loaded, questions: list[dict], replies: list[Generation]) ->
             read = read_reply(text, is_number=not isinstance(expected, str))
         asked = {key: question[key] for key in ("question", "answer", "source", "file", "line") if key in question}
         records.append(asked | {
-            "reply": text, "read": None if read is None else str(read), "correct": read == expected,
+            "reply": text, "read": None if read is None else str(read), "correct": same_answer(expected, read),
             "well_formed": is_well_formed(text) and reply.reason == "eos", "ended": reply.reason,
             "tokens": len(reply.ids)})
     return records

@@ -15,7 +15,7 @@ ANNOTATION = re.compile("<<[^<>=]*=[^<>]*>>")  # GSM8K: 40+18=<<40+18=58>>58
 # begins after a literal or at the start of its run. After the line with {}, every space is a single one.
 FOR_NUMBERS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
     ("[−–]", "-"),
-    (r"\\?[$¥€£]|\\[,;! ]", ""),  # LaTeX: $…$, thin spaces, \%, \frac{3}{4}, \frac34
+    (r"(?:US|HK)?\\?[$¥€£]|\\[,;! ]", ""),  # LaTeX: $…$, thin spaces, \%, \frac{3}{4}, \frac34
     (r"\\%", "%"),
     (r"\{,\}", ","),
     (r"\\[cdt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"(\1\2/\3\4)"),
@@ -44,15 +44,15 @@ NUMBER_PATTERN = r"""
         (?: /(?P<bottom>\d+(?:\.\d+)?) | ×10\^(?P<exponent>[+-]?\d+) )? ) # 3/4, 1×10^3
     (?:\ ?(?P<scale>%|万亿|[万亿]))?"""
 BEFORE_NUMBER = r"""
-    (?: [ (*+:=≈~约是为得有共] | 大(?=约) | 一(?=共) | 等于 | 答案? | \\approx
-      | [∠△]?[A-Za-z]{1,3}\ ?= )*+                                        # x=5, AB=5
+    (?: [ (*+:=≈~约是为得有共] | 大约 | 大概 | 一共 | 总共 | 等于 | 答案? | 人民币 | RMB | \\approx
+      | [∠△]?[A-Za-z]{1,3}\ ?[=≈] )*+                                     # x=5, AB=5
     (?! \d+\)[ *]*[㐀-鿿]{3})                                             # an item of a list: (3)解决问题
 """
 AFTER_NUMBER = r"""
     (?=.{0,20}\Z)                                                         # a longer text is a sentence, not a unit
     (?: [ ()/°·μΩ*]
       | (?!hundred|thousand|million|billion|dozen)                        # the value is not the number before these
-        (?: [A-Za-z]{3,} | [cdkn]?m | [CDKM]M | [mk]?g | KG | [mk]?[lL] | ML | m?s | h | t | k?[VWNJ] | m?A
+        (?: [A-Za-z]{3,} | [cdkn]?m | [CDKM]M | [mk]?g | KG | [mk]?[lL] | ML | m?s | h | t | k?[VWNJ] | m?A(?![㐀-鿿])
           | (?<=°)[CF] | k?Pa | Hz | [KMGT]B )(?![A-Za-z])                # 3x, 2a, 5G are not a number with a unit
       | 千(?=[克米瓦卡焦帕赫伏升]) | 百分点
       | [三四五六七八九十](?=[角边]形|角星|面体)
@@ -65,6 +65,7 @@ MARKER = re.compile(r"答案\s*(?:[是为:])\s*:?")
 LONGEST_NUMBER = 100  # characters; a longer match is a loop of digits, not an answer
 LARGEST_EXPONENT = 100  # 1e999999999 would be an integer that fills the memory
 THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 TAG = re.compile("(</?(?:think|answer)>)")
 
 
@@ -117,8 +118,8 @@ def bare(text: str) -> str:
 
 def answer_of(reply: str) -> str:
     """The part of a reply to search for the answer, normalized: its last <answer>, else all of it except <think>."""
-    _, tag, block = reply.rpartition("<answer>")
-    return normalize(block.partition("</answer>")[0] if tag else THOUGHT.sub("", reply))
+    blocks = ANSWER.findall(reply)
+    return normalize(blocks[-1] if blocks else THOUGHT.sub("", reply))
 
 
 def after_marker(text: str, is_number: bool) -> tuple[str, bool]:
@@ -169,9 +170,9 @@ def read_reply(reply: str, is_number: bool) -> Fraction | str | None:
     if not is_number:
         return bare(text)
     text = for_numbers(text)
-    matches = NUMBER.finditer(text.rpartition("=")[2] if marked else text)
-    values = [value for match in matches if (value := to_fraction(match)) is not None]
-    return values[0 if marked else -1] if values else None
+    matches = [*NUMBER.finditer(text.rpartition("=")[2] if marked else text)]
+    values = map(to_fraction, matches if marked else reversed(matches))
+    return next((value for value in values if value is not None), None)
 
 
 def same_answer(expected: Fraction | str, read: Fraction | str | None) -> bool:
@@ -183,11 +184,10 @@ def same_answer(expected: Fraction | str, read: Fraction | str | None) -> bool:
     """
     if expected == read:
         return True
-    if isinstance(expected, Scaled) and isinstance(read, Fraction) and not isinstance(read, Scaled):
-        return expected.bare == read
-    if isinstance(read, Scaled) and isinstance(expected, Fraction) and not isinstance(expected, Scaled):
-        return expected == read.bare and (abs(expected) > 1 or abs(read) > abs(expected))
-    return False
+    if isinstance(expected, str) or not isinstance(read, Fraction) or isinstance(expected, Scaled) == isinstance(
+            read, Scaled) or getattr(expected, "bare", expected) != getattr(read, "bare", read):
+        return False
+    return isinstance(expected, Scaled) or abs(expected) > 1 or abs(read) > abs(expected)
 
 
 def is_well_formed(reply: str) -> bool:

@@ -4,7 +4,6 @@ A file is read only after every byte of it has been checked against the CRC-32 t
 always with weights_only=True.
 """
 
-import os
 import re
 import warnings
 import zipfile
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import write_whole
+from common.files import lfs_pointer, rename, write_whole
 from Config import UserError
 
 
@@ -43,6 +42,8 @@ def load(path: Path, needed: tuple[str, ...]) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if lfs_pointer(path):
+        raise DamagedFile(f"{path}: a Git LFS pointer, not the file itself: git lfs pull")
     try:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about files that are not pickles
@@ -109,7 +110,7 @@ def newest_state(out_dir: str, stage: str, needed: tuple[str, ...]) -> tuple[dic
             refused.append(path)
             continue
         for damaged in refused:  # so that its step can be saved again
-            os.replace(damaged, damaged.with_name(damaged.name + ".damaged"))
+            rename(damaged, damaged.with_name(damaged.name + ".damaged"))
             print(f"set aside as {damaged.name}.damaged", flush=True)
         return state, path
     if refused:

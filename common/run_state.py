@@ -10,6 +10,7 @@ import torch
 from common.checkpoint import DamagedFile, checkpoint_folder, existing_output, newest_state, save, save_state
 from common.exits import TrainingStopped
 from common.files import remove_leftovers
+from common.lock import OutDirLock
 from common.runtime import autocast
 from common.weights import load_strict, load_weights, save_weights
 from Config import FLAGS, LLMConfig, UserError
@@ -31,10 +32,12 @@ class RunState:
     """
 
     def __init__(self, args, ranks):
-        """Raises UserError when an earlier run's output is there and --resume is not given, and when --init_from is
-        not there to start from."""
+        """Raises UserError when another run is at work in --out_dir, when an earlier run's output is there and --resume
+        is not given, and when --init_from is not there to start from."""
         self.args, self.ranks = args, ranks
-        self.resumed = find_resume_state(args, ranks)
+        with ranks.main_first():
+            self.lock = OutDirLock.take(args.out_dir, args.command) if ranks.is_main else None
+        self.resumed = find_resume_state(args, ranks, self.lock)
         self.steps_done = self.tokens = 0
         self.best_loss, self.val_scores = math.inf, {}
         self.lines: list[str] = []  # for the log
@@ -253,7 +256,7 @@ class SaveSchedule:
         self.last = time.monotonic()
 
 
-def find_resume_state(args, ranks) -> dict | None:
+def find_resume_state(args, ranks, lock: OutDirLock | None) -> dict | None:
     """The state to resume from, or None to start from the beginning; before anything else is done in out_dir.
 
     Raises UserError when an earlier run's output is there and --resume is not given, and when --init_from is missing.
@@ -278,7 +281,7 @@ def find_resume_state(args, ranks) -> dict | None:
         if ranks.is_main:
             for folder, name in ((out, f"{stage}.pth"), (out, f"{stage}_best.pth"),
                                  (checkpoint_folder(args.out_dir, stage), "*.pth")):
-                remove_leftovers(folder, name)
+                remove_leftovers(folder, name, lock.is_held)
     return found[0] if found else None
 
 
@@ -302,7 +305,7 @@ def check_same_run(before: dict, now: dict) -> None:
     """
     differing, start = [], "the weights in --init_from"
     for name in sorted(set(before) | set(now)):
-        old, new = before.get(name), now.get(name)
+        old, new = (settings.get(name, FLAGS[name].default if name in FLAGS else None) for settings in (before, now))
         if name == "decay_ratio" and now.get("lr_schedule") != "trapezoid":  # which alone uses it
             continue
         if name == "output_init" and before.get(start) and now.get(start):  # nothing was drawn

@@ -381,6 +381,8 @@ class Moments:
             return "checkpoint"
         if ".pth" in name:
             return "best" if "_best.pth" in name else "weights"
+        if "contents.json" in name:
+            return "hashes of the data"
         if name.endswith((".bin", ".json")):
             return f"cache {name}"
         return "cache"

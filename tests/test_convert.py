@@ -23,6 +23,7 @@ import pytest
 import zstandard
 from conftest import ROOT
 
+from Config import UserError
 from evaluate import parse_question
 from text.convert import describe, main
 from text.records import MalformedRecord, parse_record, read_lines
@@ -93,6 +94,10 @@ FILES = {
     "wrapped": ("它的'数据'.json", dumps({"data": ALPACA, "version": 1}), ['"data"', "Alpaca"], ALPACA_CHATS),
     "train beside test": ("a.json", dumps({"train": QUESTIONS, "test": QUESTIONS}, indent=1), ['"train"'], QUESTIONS),
     "pandas columns": ("a.json", dumps({"text": {"0": TEXTS[0]["text"], "1": TEXTS[1]["text"]}}), ["columns"], TEXTS),
+    "numbered rows": ("a.json", dumps({"0": QUESTIONS[0], "1": QUESTIONS[1]}), ["rows"], QUESTIONS),
+    "wrapped under a known key": ("a.json", dumps({"conversations": [{"id": 1} | CHATS[0]]}), ['"conversations"'], [
+        {"id": 1} | CHATS[0]]),
+    "old Mac lines": ("a.jsonl", lines(*ALPACA).replace("\n", "\r"), ["Alpaca"], ALPACA_CHATS),
     "NaN": ("a.json", '[{"instruction": "数到三", "input": NaN, "output": "一二三"}]', ["Alpaca"], [
         chat("数到三", "一二三")]),
     "GBK": ("a.jsonl", lines(*CHATS).encode("gbk"), ["GBK"], CHATS),
@@ -325,7 +330,6 @@ TOLD = {  # content → words in the line
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", ["Git LFS", "git lfs pull"]),
     "not found": (b"Entry not found", ["error message", "download"]),
     "detail": (b'{"detail": "Not Found"}', ["error message"]),
-    "script": (b"import datasets\nclass A(datasets.GeneratorBasedBuilder):\n    pass\n", ["description of a dataset"]),
 }
 
 
@@ -338,8 +342,8 @@ def test_told_what_it_is(name, tmp_path):
     assert "\n" not in line
     for word in words:
         assert word in line
-    done = run_bash(f"python -m text.convert {file} --out {tmp_path}/out.jsonl")
-    assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1
+    with pytest.raises(UserError, match=re.escape(line)):
+        main([str(file), "--out", str(tmp_path / "out.jsonl")])
     assert [*tmp_path.iterdir()] == [file]
     if name.startswith("tar"):
         assert run_bash(line.partition(": ")[2]).returncode == 0
@@ -351,8 +355,10 @@ def test_told_what_it_is(name, tmp_path):
 
 def test_sqlite_and_descriptions(tmp_path):
     assert "SQLite" in describe(write(tmp_path, "a.db", make_sqlite(tmp_path)))
-    for name in ("README.md", "dataset_infos.json"):
-        assert "description of a dataset" in describe(write(tmp_path, name, '{"default": {"features": {}}}'))
+    for name in ("README.md", "dataset_infos.json", "a.py"):
+        text = "import datasets\nclass A(datasets.GeneratorBasedBuilder):\n    pass\n"
+        assert "description of a dataset" in describe(write(tmp_path, name, text))
+        assert describe(write(tmp_path, "a.jsonl", lines({"message": "Not Found", "text": text}))) is None
 
 
 @pytest.mark.parametrize("records", [TEXTS, CHATS, QUESTIONS, [
@@ -426,20 +432,21 @@ def test_the_command_counts_and_refuses(tmp_path):
 
     kept = out.read_bytes()
     for target in (out, file, tmp_path / "out.json"):
-        done = run_bash(f"python -m text.convert {file} --out {target}")
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        with pytest.raises(UserError, match="--out"):
+            main([str(file), "--out", str(target)])
     assert out.read_bytes() == kept and not (tmp_path / "out.json").exists()
     for content in (lines({"a": 1}), lines({"messages": [TOOL_CALL]}), "\0\1\2", dumps([])):
         file = write(tmp_path, "b.jsonl", content)
-        done = run_bash(f"python -m text.convert {file} --out {tmp_path / 'none.jsonl'}")
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert run_bash(f"python -m text.convert {tmp_path / 'no.json'} --out {tmp_path / 'none.jsonl'}").returncode == 2
+        with pytest.raises(UserError, match="b.jsonl"):
+            main([str(file), "--out", str(tmp_path / "none.jsonl")])
+    done = run_bash(f"python -m text.convert {tmp_path / 'no.json'} --out {tmp_path / 'none.jsonl'}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     rng = random.Random(1)  # more than one block of each packing
     content = lines(*({"instruction": "抄写", "output": rng.randbytes(100).hex()} for _ in range(4000))).encode()
     for name, pack in {"c.json.gz": gzip.compress, "c.json.xz": lzma.compress, "c.json.zst": zstandard.compress}.items():
         file = write(tmp_path, name, pack(content)[:-20])
-        done = run_bash(describe(file).partition(": ")[2].replace(".converted", ".none"))
-        assert done.returncode == 2 and "cannot be read beyond" in done.stderr, done.stderr
+        with pytest.raises(UserError, match="cannot be read beyond"):
+            main(shlex.split(describe(file).replace(".converted", ".none").partition(": ")[2])[3:])
         assert "damaged" in describe(write(tmp_path, name, pack(b"")[:9] + b"x" * 199))
     assert not [*tmp_path.glob("*none.jsonl"), *tmp_path.glob(".*.tmp")]
 

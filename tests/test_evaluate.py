@@ -3,6 +3,7 @@
 import json
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import evaluate
 from common.answers import is_well_formed, read_answer, read_reply, wilson
-from common.generation import generate
+from common.generation import Generation, generate
 from common.weights import load_model, save_weights
 from Config import LLMConfig, UserError
 from model import WeakWater
@@ -32,7 +33,7 @@ from text.tokenizer import TextEncoder
     ("1 1/2", Fraction(3, 2)), ("1(1/2)", Fraction(3, 2)), ("1((1)/(2))", Fraction(3, 2)), ("1½", Fraction(3, 2)),
     (r"1\frac{1}{2}", Fraction(3, 2)), ("1又1/2", Fraction(3, 2)), ("1又2分之1", Fraction(3, 2)),
     ("1,000", 1000), ("12,345,678.5", Fraction(123456785, 10)), ("20。", 20),
-    ("B", "B"), (" 小 明。", "小明"), ("2:3", "2:3"), ("9/0", "9/0"), ("20个", "20个"), ("1" * 5000, "1" * 5000),
+    ("B", "B"), (" 小 明。", "小明"), ("2:3", "2:3"), ("9/0", "9/0"), ("1" * 5000, "1" * 5000),
 ])
 def test_reference_answers_are_read(written, value):
     assert read_answer(written) == value
@@ -115,6 +116,28 @@ def test_malformed_lines_are_counted_and_printed(tmp_path, capsys):
     assert f"{file}:100: not JSON" in capsys.readouterr().out
     with pytest.raises(UserError, match="1 of 100 lines are malformed, more than --max_bad_ratio 0.009"):
         evaluate.read_questions([file], 0.009)
+
+
+def test_answers_that_are_compared_as_text_are_counted(tmp_path, capsys):
+    """An answer that is one of the choices is not counted."""
+    golds = ["58个", "40+18=<<40+18=58>>58\n#### 58", "1e3", "2:3", "小明"]
+    rows = [{"question": "几个？", "answer": gold} for gold in golds]
+    rows.append({"question": "谁？", "answer": "小明", "choices": ["小明", "小红"]})
+    for chosen, n_texts in ((rows, 2), (rows[:3], 0)):
+        evaluate.read_questions([write_jsonl(tmp_path / "q.jsonl", chosen)], 0)
+        line = f"questions: {len(chosen)} lines, 0 malformed; {n_texts} answers are no numbers and are compared as text"
+        assert line in capsys.readouterr().out.splitlines()
+
+
+def test_replies_are_compared():
+    loaded = SimpleNamespace(tokenizer=SimpleNamespace(decode="".join))
+    cases = [("20 %", "20", "20", True), ("20", "20%", "1/5", True), ("0.2", "0.2%", "1/500", False),
+             ("零下3度", "-3", "-3", True), ("零下3度", "3", "3", False), ("小明", "小明。", "小明", True),
+             ("7", "", None, False)]
+    records = evaluate.compare(loaded, [{"question": "?", "answer": gold} for gold, *_ in cases],
+                               [Generation(list(reply), "eos") for _, reply, *_ in cases])
+    assert [(r["answer"], r["reply"], r["read"], r["correct"]) for r in records] == cases
+    json.dumps(records)
 
 
 # ---- runs -----------------------------------------------------------------------------------

@@ -46,8 +46,9 @@ def steps_kept(out: Path, stage: str = "pretrain") -> list[int]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """Every file below a folder but the lock, which says who was there last."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+            and file.name != "run.lock"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ CHANGED = {
     "decay_ratio": 0.3, "min_lr_ratio": 0.2, "optimizer": "adamw", "beta2": 0.9, "weight_decay": 0.2,
     "weight_decay_on": "all", "grad_clip": 2.0,
     "dropout": 0.2, "tag_weight": 4.0, "think_weight": 0.25, "compile": True, "deterministic": True, "seed": 43,
-    "order": "file", "dtype": "fp32",
+    "order": "file", "dtype": "fp32", "split_documents": True, "keep_malformed_thoughts": True,
 }
 
 

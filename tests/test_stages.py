@@ -437,9 +437,18 @@ def nan_weights(path, tokenizer_dir, token: str) -> None:
     save_weights(path, model, {})
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tokenizer_dir, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_refused(text_file, tokenizer_dir, tmp_path, capsys):
+    """By their file: the rows are not to blame."""
+    nan_weights(tmp_path / "nan.pth", tokenizer_dir, "9")
+    flags = SMALL | dict(preset=False, init_from=tmp_path / "nan.pth")
+    code, _, errors = exit_of("pretrain", stage_argv(text_file, tokenizer_dir, tmp_path / "out", **flags), capsys)
+    assert code == 2 and "nan.pth: NaN or infinity in 1 of its weight tensors (the first: model.embed_tokens" in errors
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tokenizer_dir, tmp_path, monkeypatch, capsys):
     """Exit code 1 before the optimizer touches the weights; the guilty row is named, and all rows and the weights are
     in a file."""
+    monkeypatch.setattr("common.run_state.load_strict", lambda net, weights, path: net.load_state_dict(weights))
     records = [{"text": f"{i % 8}{i % 8}"} for i in range(40)] + [{"text": "99"}]
     file = write_jsonl(tmp_path / "t.jsonl", records)
     val = write_jsonl(tmp_path / "v.jsonl", [{"text": "no"}])

@@ -2,8 +2,8 @@
 
     python -m text.convert FILE --out data/NAME.jsonl
 
-`describe` names a file that cannot be read as it is and the command that converts it. `convert_record` converts one
-record of a shape in SHAPES. Text is taken as it stands; what our forms cannot express is left out and counted.
+`describe` names a file that the project cannot read as it is, and the command that converts it. What a record becomes
+is in text/shapes.py. Text is taken as it stands; what our forms cannot express is left out and counted.
 """
 
 import argparse
@@ -29,12 +29,13 @@ from common import exits
 from common.files import write_lines
 from Config import UserError
 from text.records import MalformedRecord, parse_record, read_lines
-from text.shapes import DECODER, OWN, convert_record, is_message, parse_value, shape_of
+from text.shapes import DECODER, NO_ANSWER, OWN, convert_record, is_message, parse_value, shape_of
 
 HEAD = 1_000_000  # bytes that `describe` reads
 SAMPLE = 100  # records that `describe` looks at
 MOST_EXAMPLES = 5
 AROUND = 'one object around its records ("{}")'
+BETWEEN_VALUES = re.compile(r"[\s,\]]*")
 
 # ---------------------------------------------------------------------------------------------
 # files: readers, each (text stream) → (where, value); what cannot be read is a MalformedRecord in place of the value
@@ -45,16 +46,20 @@ def _is_list_of_records(value) -> bool:
 
 
 def _wrapped(value) -> tuple[str, list] | None:
-    """(key, records) of an object that is around a list of records, or of pandas' object of columns, or None."""
+    """(name, records) of an object that is around a list of records, by its key, or that holds the columns or the
+    numbered rows of a table, as pandas writes them; None for any other value."""
     if not isinstance(value, dict) or not value:
         return None
-    columns = [*value.values()]
-    if all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
-        rows = [{key: column[row] for key, column in value.items()} for row in columns[0]]
-        if rows and shape_of(rows[0]):
-            return "columns", rows
-    lists = {key: each for key, each in value.items() if _is_list_of_records(each) and shape_of(each[0])}
-    if not lists or shape_of(value):
+    with contextlib.suppress(MalformedRecord):  # a record itself
+        convert_record(value)
+        return None
+    parts = [*value.values()]
+    if all(isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts):
+        columns = [{key: part[row] for key, part in value.items()} for row in parts[0]]
+        tables = {"columns": columns, "rows": parts}
+        return next(((name, rows) for name, rows in tables.items() if rows and shape_of(rows[0])), None)
+    lists = {key: part for key, part in value.items() if _is_list_of_records(part) and shape_of(part[0])}
+    if not lists:
         return None
     key, *others = lists  # training and test data are not mixed
     left_out = [MalformedRecord(f'in "{other}" beside "{key}"') for other in others for _ in lists[other]]
@@ -71,7 +76,7 @@ def _read_lines(stream) -> Iterator[tuple[str, object]]:
 
 def _values(text: str, end: int) -> Iterator[tuple[object, int]]:
     """(value, where it ends) of JSON values that follow one another."""
-    while (begin := re.compile(r"[\s,\]]*").match(text, end).end()) < len(text):
+    while (begin := BETWEEN_VALUES.match(text, end).end()) < len(text):
         try:
             value, end = DECODER.raw_decode(text, begin)
         except (ValueError, RecursionError) as error:
@@ -168,7 +173,8 @@ def _pandas(package: str, code: str) -> str:
 
 UNREADABLE = [(re.compile(pattern, re.DOTALL), *rest) for pattern, *rest in (  # of the first bytes of the file
     (rb"PAR1", "a Parquet file", _pandas("pandas pyarrow", "pandas; pandas.read_parquet(sys.argv[1])")),
-    (rb"ARROW1", "an Arrow file", _pandas("pandas pyarrow", "pyarrow; pyarrow.ipc.open_file(sys.argv[1]).read_pandas()")),
+    (rb"ARROW1", "an Arrow file", _pandas(
+        "pandas pyarrow", "pyarrow; pyarrow.ipc.open_file(sys.argv[1]).read_pandas()")),
     (rb"\xff{4}..[\x00-\x0f]\x00", "an Arrow stream, as datasets saves it", _pandas(
         "pandas pyarrow", "pyarrow; pyarrow.ipc.open_stream(sys.argv[1]).read_pandas()")),
     (rb"SQLite format 3\x00", "an SQLite database (the command takes its first table)", _pandas("pandas", (
@@ -188,9 +194,9 @@ NOT_RECORDS = [(re.compile(pattern, re.DOTALL | re.IGNORECASE), *rest) for patte
     (rb"\s*<mediawiki", "a Wikipedia dump", "pip install wikiextractor && wikiextractor --json {file} -o {folder}"),
     (rb"\s*<(!doctype html|html|head)", "an HTML page, not data", AGAIN),
     (rb"\s*<(\?xml|error\b|!doctype)", "an XML page, not data", AGAIN),
-    (rb"\s*(\{\s*\"(error|detail|code|message|success)\"|(404|403|401|entry|repository|file|page)\b[^\n]*\bnot found"
-     rb"|invalid username|access denied|unauthorized|forbidden)[^\n]{0,500}\s*\Z", "the error message of a server",
-     AGAIN),
+    (rb"(?!.*\"(text|conversations|question)\")\s*(\{\s*\"(error|detail|code|message|success)\""
+     rb"|(404|entry|repository|file|page)\b[^\n]*\bnot found|invalid username|access denied|unauthorized|forbidden)"
+     rb"[^\n]{0,500}\s*\Z", "the error message of a server", AGAIN),
 )]
 DESCRIPTIONS = ("readme.md", "dataset_infos.json", "dataset_info.json", "configuration.json", "state.json")
 PACKINGS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
@@ -211,7 +217,7 @@ def describe(file: Path) -> str | None:
     Reads the first megabyte at most, and raises nothing: an explanation must not stop what it explains.
     """
     try:
-        return _examine(Path(file)).line
+        return _examine(Path(file)).line if Path(file).is_file() else None  # a pipe would lose what is read
     except Exception:
         return None
 
@@ -231,20 +237,21 @@ def _examine(file: Path) -> Examined:
     for pattern, what, advice in [*(() if packing else UNREADABLE), *NOT_RECORDS]:
         if pattern.match(head):
             title = re.search(rb"(?i)<(?:title|code)>\s*([^<]{1,80})", head) if b"<" in head[:9] else None
-            said = f' ("{" ".join(title[1].decode("utf-8", "replace").split())}")' if title else ""
-            return Examined(f"{what}{said}: {advice.format(**names)}")
-    if file.name.lower() in DESCRIPTIONS or b"GeneratorBasedBuilder" in head:
+            said = f' ("{title[1].decode("utf-8", "replace").strip()}")' if title else ""
+            return Examined(f"{_one_line(what + said)}: {advice.format(**names)}")
+    if file.name.lower() in DESCRIPTIONS or file.suffix == ".py" and b"GeneratorBasedBuilder" in head:
         return Examined("a description of a dataset, not its data: download its data files")
 
     encoding = _encoding(head)
     text = codecs.getincrementaldecoder(encoding)("replace").decode(head) if encoding else ""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     layout = _layout(text, file.name) if text.strip() else None
     if layout is None:
         return Examined(None)
     what_layout, reader = layout
     named = file.suffix if file.suffix in PACKINGS else ""
     if packing != named:
-        what = f"named {named} but not packed so" if named else f"packed as {packing} but not named so"
+        what = f"not packed as {named}, though named so" if named else f"packed as {packing}, though not named so"
         return Examined(f"{what}: mv -n {names['file']} {_quote(str(file)[:len(str(file)) - len(named)] + packing)}")
     is_cut = len(head) >= HEAD
     if is_cut and reader is _read_whole and (opening := re.match(r'\s*\{\s*"([^"]+)"\s*:\s*(?=\[\s*\{)', text)):
@@ -264,13 +271,18 @@ def _examine(file: Path) -> Examined:
     is_foreign = foreign.total() * 10 >= len(values) > 0  # less is for the stages to count
     what_encoding = next((what for name, what in ENCODINGS.items() if encoding.startswith(name)), "")
     what_records = foreign.most_common(1)[0][0] if is_foreign else ""
-    what = ", ".join(filter(None, (what_encoding, what_layout, what_records)))
+    what = _one_line(", ".join(filter(None, (what_encoding, what_layout, what_records))))
     line = None
     if what and kinds:
         line = f"{what}: python -m text.convert {names['file']} --out {names['converted']}"
     elif what and reasons and not is_cut:
-        line = f"{what}; its records cannot be converted ({reasons[0]})"
+        line = f"{what}; its records cannot be converted ({_one_line(reasons[0])})"
     return Examined(line, lambda: _read(file, packing, encoding, reader), kinds.most_common(1)[0][0] if kinds else None)
+
+
+def _one_line(text: str) -> str:
+    """At most 200 characters of what a file says, without those that would end the line or steer a terminal."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:200]
 
 
 def _quote(path: Path | str) -> str:
@@ -295,8 +307,10 @@ def _names(file: Path) -> dict[str, str]:
 def _unpack(stream, packing: str):
     if packing != ".zst":
         return {".gz": gzip.open, ".xz": lzma.open}[packing](stream) if packing else stream
-    import zstandard  # only where such a file is read
-
+    try:
+        import zstandard  # only where such a file is read
+    except ImportError:
+        raise UserError("reading .zst needs a package: pip install zstandard") from None
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(stream, read_across_frames=True)
 
 
@@ -320,7 +334,7 @@ def _read(file: Path, packing: str, encoding: str, reader: Callable) -> Iterator
     errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"  # then refused by record
     try:
         with open(file, "rb") as packed, _unpack(packed, packing) as stream:
-            for where, value in reader(io.TextIOWrapper(stream, encoding, errors, newline="\n")):
+            for where, value in reader(io.TextIOWrapper(stream, encoding, errors)):
                 yield where, value
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeError) as error:
         raise UserError(f"{file}: cannot be read beyond {where}: {error}") from None
@@ -356,7 +370,7 @@ def _to_line(value, kind: str | None, notes: Counter) -> tuple[str, str]:
         raise MalformedRecord(str(error)) from None
     if found != "question":
         parse_record(encoded, found)
-    elif not record["question"].strip() or re.fullmatch(r"[\s。.!?,;:、！？，；：．…]*", str(record["answer"])):
+    elif not record["question"].strip() or NO_ANSWER.fullmatch(str(record["answer"])):
         raise MalformedRecord("no question" if not record["question"].strip() else "no answer")
     return line, found
 
@@ -373,10 +387,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out} is there already: remove it or choose another name")
     try:
         examined = _examine(args.file)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, ImportError) as error:
+    except OSError as error:
         raise UserError(f"{args.file} cannot be read: {error}") from None
     if examined.read is None:
-        raise UserError(f"{args.file}: {examined.line or 'no form that is known here'}")
+        raise UserError(f"{args.file}: {examined.line or 'its form is not known'}")
 
     kind, n_read, written, reasons, notes, examples = examined.kind, 0, 0, Counter(), Counter(), []
 

@@ -37,6 +37,7 @@ IN_ENGLISH = {"问题": "question", "提问": "question", "回答": "response", 
               "指令": "instruction", "输入": "input", "输出": "output", "标题": "title", "内容": "content",
               "正文": "content", "文本": "text", "段落": "paragraphs", "对话": "conversation", "角色": "role",
               "用户": "user", "助手": "assistant"}
+NO_ANSWER = re.compile(r"[\s。.!?,;:、！？，；：．…]*")  # evaluate.py refuses such answers
 CUT = "conversations end before their first tool call, tool result or image"
 
 
@@ -55,7 +56,7 @@ def parse_value(text: str):
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        if text[:1] in "[{" and "'" in text:
+        if (text[:1] + text[-1:]) in ("[]", "{}") and "'" in text:
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about "\d" and the like
                 return ast.literal_eval(text)
@@ -100,7 +101,7 @@ def _message(item: dict) -> dict | None:
     speaker, thought = _first(item, SPEAKER_KEYS), _first(item, THOUGHT_KEYS)
     role = ROLE_OF.get(str(speaker).strip().lower())
     if role is None:
-        raise MalformedRecord(f"unknown role {speaker!r}")
+        raise MalformedRecord(f"unknown role {speaker!r:.40}")
     if role == "tool" or item.get("tool_calls") or item.get("function_call"):
         return None
     content = next((item[key] for key in CONTENT_KEYS if item.get(key) not in (None, [])), None)
@@ -130,7 +131,7 @@ def is_message(value) -> bool:
 def _messages(items: list, notes: Counter) -> list[dict]:
     """The messages of a list of messages, of texts or pairs that take turns, or of objects with a turn each."""
     if not isinstance(items, (list, tuple)):
-        raise MalformedRecord("its turns are no list")
+        raise MalformedRecord("its turns are not a list")
     messages = []
     for index, item in enumerate(items):
         if isinstance(item, str):
@@ -198,13 +199,15 @@ def _reply(record: dict, key: str, notes: Counter) -> list[dict]:
 
 def _from_pair(user: str, assistant: str):
     def convert(record: dict, notes: Counter) -> dict:
+        if record.get("label") is False:  # KTO
+            raise MalformedRecord('"label" is false: a reply to avoid')
         messages = _asked(record, user, notes)
         return _chat(record, messages if notes[CUT] else messages + _reply(record, assistant, notes), notes)
     return convert
 
 
 def _from_preference(record: dict, notes: Counter) -> dict:
-    notes["rejected replies"] += 1
+    notes["rejected replies are left out"] += 1
     chosen = record["chosen"]
     if isinstance(chosen, str) and chosen.lstrip().startswith("Human:"):  # Anthropic's, one text
         texts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + chosen.lstrip())[1:]
@@ -218,7 +221,7 @@ def _from_preference(record: dict, notes: Counter) -> dict:
 
 def _from_problem(record: dict, notes: Counter) -> dict:
     """A chat with the solution, and beside it the question and answer, so that evaluate.py can score it too."""
-    has_answer = _first(record, ("answer",)) is not None
+    has_answer = record.get("answer") is not None and not NO_ANSWER.fullmatch(_text(record["answer"]))
     question = {"question": _text(record["problem"]), "answer": _text(record["answer"])} if has_answer else {}
     if not has_answer or _first(record, ("solution",)):
         question |= _from_pair("problem", "solution")(record, notes)
@@ -239,7 +242,7 @@ def _from_chatgpt(record: dict, notes: Counter) -> dict:
         hidden = (item.get("metadata") or {}).get("is_visually_hidden_from_conversation")
         called = item.get("recipient") not in (None, "all") or kind == "code"
         if kind in ("thoughts", "reasoning_recap"):
-            notes[f"messages of type {kind}"] += 1
+            notes[f"messages of type {kind} are left out"] += 1
         elif called or (parts != [""] and parts and not hidden):
             messages.append({"role": "tool" if called else item["author"]["role"], "content": parts})
     return _chat(record, _messages(messages, notes), notes)
@@ -285,7 +288,8 @@ SHAPES = [
     Shape('OpenAI fine-tuning data ("messages")', _has_list("messages"), _from_list("messages")),
     Shape('ShareGPT data ("conversations" of "from" and "value")', _has_list("conversations", "from"),
           _from_list("conversations")),
-    *(Shape(f'chats of another form ("{key}")', _has_list(key), _from_list(key)) for key in CHAT_KEYS),
+    *(Shape(f'chats with other roles, keys or thoughts ("{key}")', _has_list(key), _from_list(key))
+      for key in CHAT_KEYS),
     Shape('a ChatGPT export ("mapping")', lambda record: isinstance(record.get("mapping"), dict), _from_chatgpt),
     Shape('a Claude export ("chat_messages")', _has_list("chat_messages"), _from_list("chat_messages")),
     *(Shape(f'mathematics problems ("problem", "{key}")', _has("problem", key), _from_problem)
@@ -343,7 +347,7 @@ def convert_record(record: dict, notes: Counter | None = None) -> dict:
     shape, plain = _find_shape(record)
     if shape is None:
         more = ", …" if len(record) > 5 else ""
-        raise MalformedRecord(f"no known shape: {', '.join(f'{key!r}' for key in [*record][:5])}{more}")
+        raise MalformedRecord(f"no known shape: {', '.join(f'{key!r:.40}' for key in [*record][:5])}{more}")
     left_out = Counter()
     try:
         converted = shape.convert(plain, left_out)

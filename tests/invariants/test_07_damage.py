@@ -251,7 +251,7 @@ def test_a_flip_of_any_byte_of_the_token_cache_is_refused_or_harmless(runs, tmp_
             file.write_bytes(flipped(whole, place, 1 << draw.randrange(8)))
             tried += 1
             try:
-                damaged = dataset.TokenCache(cache.folder)
+                damaged = dataset.TokenCache(cache.folder, cache.files)
             except UserError as error:
                 assert str(file) in str(error) or file.name == "meta.json"
                 refused += 1
@@ -266,7 +266,7 @@ def test_a_damaged_token_cache_is_named_and_made_again(runs, tmp_path, name):
     """Missing, empty, truncated, flipped and foreign, one after another; training ends as it should."""
     flags = dict(cache_dir=tmp_path / "cache", max_steps=2)
     runs.run("SFT", tmp_path / "0", flags=flags)
-    folder, = (tmp_path / "cache").iterdir()
+    folder, = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     file, expected = folder / name, load_weights(tmp_path / "0" / "SFT.pth")[2]["weights_sha256"]
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     for number, damage in enumerate(["missing", "empty", "truncated", "a flipped byte", "text"], start=1):
