@@ -44,7 +44,7 @@ NUMBER_PATTERN = r"""
         (?: /(?P<bottom>\d+(?:\.\d+)?) | ×10\^(?P<exponent>[+-]?\d+) )? ) # 3/4, 1×10^3
     (?:\ ?(?P<scale>%|万亿|[万亿]))?"""
 BEFORE_NUMBER = r"""
-    (?: [ (*+:=≈~约是为得有共] | 大约 | 大概 | 一共 | 总共 | 等于 | 答案? | 人民币 | RMB | \\approx
+    (?: [ ()*+:=≈~约是为得有共] | 大约 | 大概 | 一共 | 总共 | 等于 | 答案? | 人民币 | RMB | \\approx
       | [∠△]?[A-Za-z]{1,3}\ ?[=≈] )*+                                     # x=5, AB=5
     (?! \d+\)[ *]*[㐀-鿿]{3})                                             # an item of a list: (3)解决问题
 """
@@ -83,7 +83,7 @@ def normalize(text: str) -> str:
     Calculator annotations <<…=…>> are removed."""
     for pattern, by in BEFORE_NFKC:
         text = pattern.sub(by, text)
-    return ANNOTATION.sub("", unicodedata.normalize("NFKC", text))
+    return ANNOTATION.sub(" ", unicodedata.normalize("NFKC", text))
 
 
 def to_fraction(match: re.Match) -> Fraction | None:

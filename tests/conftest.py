@@ -95,7 +95,8 @@ def make_r1(seed: int, n: int, thought: int = 400) -> list[dict]:
 
 def write_jsonl(path: Path, records: list[dict]) -> Path:
     """Write records as JSON lines and return the path."""
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8",
+                    errors="backslashreplace")
     return path
 
 

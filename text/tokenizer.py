@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import lfs_pointer
 from Config import LLMConfig, UserError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -85,10 +86,15 @@ def load_tokenizer(path: str):
             settings = {FILES[1]: _read(path, FILES[1])}
         if OurTokenizer.is_ours(settings):
             return _checked(lambda: OurTokenizer({file: _read(path, file) for file in FILES}), name)
+    for file in FILES:
+        if lfs_pointer(Path(path, file)):
+            raise UserError(f"{name}: {file}: a Git LFS pointer, not the file itself: git lfs pull")
     return _checked(lambda: _load_with_transformers(path), name)
 
 
 def _read(folder: str, file: str) -> str:
+    if lfs_pointer(Path(folder, file)):
+        raise UserError(f"{file}: a Git LFS pointer, not the file itself: git lfs pull")
     try:
         return Path(folder, file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
