@@ -12,15 +12,16 @@ BEFORE_NFKC = [(re.compile(pattern), by) for pattern, by in (
 )]
 ANNOTATION = re.compile("<<[^<>=]*=[^<>]*>>")  # GSM8K: 40+18=<<40+18=58>>58
 # Applied in this order. No pattern may take quadratic time on a long run of digits, spaces or braces: a repetition
-# begins after a literal or at the start of its run. After the line with {}, every space is a single one.
+# begins after a literal or at the start of its run. Below the line with {}, there are only single spaces.
 FOR_NUMBERS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
     ("[−–]", "-"),
+    (r"(?<=\d)[¥€£]", " "),
     (r"(?:US|HK)?\\?[$¥€£]|\\[,;! ]", ""),  # LaTeX: $…$, thin spaces, \%, \frac{3}{4}, \frac34
     (r"\\%", "%"),
     (r"\{,\}", ","),
     (r"\\[cdt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"(\1\2/\3\4)"),
-    (r"\\(?:boxed|text|mathrm)(?![A-Za-z])", ""),
-    (r"\\[()\[\]]|[{}\s]+", " "),
+    (r"\\(?:boxed|text|mathrm)(?![A-Za-z])|\\[()\[\]]", " "),
+    (r"[{}\s]+", " "),
     (r" ?\^? ?\\circ(?![A-Za-z])", "°"),
     (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # 1,000
     (r"(?<=m)(?: ?\^ ?)?[23](?!\d)|(?<=/s) ?\^ ?2(?!\d)", ""),  # cm^2, m/s^2
@@ -49,7 +50,7 @@ BEFORE_NUMBER = r"""
     (?! \d+\)[ *]*[㐀-鿿]{3})                                             # an item of a list: (3)解决问题
 """
 AFTER_NUMBER = r"""
-    (?=.{0,20}\Z)                                                         # a longer text is a sentence, not a unit
+    (?=.{0,20}\Z)(?=(?:[^㐀-鿿]*[㐀-鿿]){0,6}[^㐀-鿿]*\Z)                 # a longer text is a phrase, not a unit
     (?: [ ()/°·μΩ*]
       | (?!hundred|thousand|million|billion|dozen)                        # the value is not the number before these
         (?: [A-Za-z]{3,} | [cdkn]?m | [CDKM]M | [mk]?g | KG | [mk]?[lL] | ML | m?s | h | t | k?[VWNJ] | m?A(?![㐀-鿿])
@@ -57,7 +58,7 @@ AFTER_NUMBER = r"""
       | 千(?=[克米瓦卡焦帕赫伏升]) | 百分点
       | [三四五六七八九十](?=[角边]形|角星|面体)
       | (?![零一二三四五六七八九十百千万亿半的以]|分之|根号)[㐀-鿿]      # not 5小时三十分, 3点半, 3的平方
-    )*+ [。.?,;:、 ]*"""
+    )*+ [。.?,;:、 ()]*"""
 NUMBER = re.compile(NUMBER_PATTERN, re.VERBOSE | re.ASCII)
 LEADING_NUMBER = re.compile(BEFORE_NUMBER + NUMBER_PATTERN, re.VERBOSE | re.ASCII)
 ONLY_NUMBER = re.compile(BEFORE_NUMBER + NUMBER_PATTERN + AFTER_NUMBER, re.VERBOSE | re.ASCII)

@@ -197,7 +197,8 @@ def test_loss_of_text_and_chats(tmp_path, tokenizer, tokenizer_dir, capsys):
 def test_the_loss_covers_only_the_reply(tmp_path, tokenizer, tokenizer_dir, capsys):
     """Equals an explicit cross-entropy over the assistant's tokens and `</s>`, divided by the bytes of its text."""
     path = save_nano(tmp_path / "SFT.pth", tokenizer, "SFT")
-    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "<think>嗯</think><answer>好的</answer>"}]
+    reply = "<think>嗯</think><answer>好的</answer>"
+    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": reply}]
     data = write_jsonl(tmp_path / "one.jsonl", [{"conversations": messages, "weight": 0.25}])
     result, _ = scored(capsys, "--checkpoint", path, "--tokenizer_path", tokenizer_dir, "--data_path", data,
                        "--out_dir", tmp_path, "--dtype", "fp32")
@@ -209,7 +210,7 @@ def test_the_loss_covers_only_the_reply(tmp_path, tokenizer, tokenizer_dir, caps
     assert result["targets"] == sum(mask)
     assert result["loss"] == pytest.approx(total / sum(mask), rel=1e-5)
     assert result["ppl"] == pytest.approx(math.exp(total / sum(mask)), rel=1e-5)
-    n_bytes = len("<think>嗯</think><answer>好的</answer>".encode())
+    n_bytes = len(reply.encode())
     assert result["bpb"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-5)
 
 
