@@ -553,8 +553,8 @@ def load_splits(sources: list[Source], val_path: list[str] | None, tokenizer, re
     train, val = Documents.join(trains, [s.share for s in sources] if len(sources) > 1 else None), Documents.join(vals)
     for part in trains:
         if not len(part):
-            raise UserError(f"{part.names[0]}: nothing is left to train on beside the validation documents: add data, "
-                            "or name other validation data with --val_path")
+            raise UserError(f"{part.names[0]}: nothing is left to train on beside the validation documents "
+                            f"({_in_words(part.counts[0])}): add data, or name other validation data with --val_path")
         say(f"data: {part.names[0]}: {_in_words(part.counts[0])}; {len(part):,} train "
             f"({int(part.length.sum()):,} tokens)")
     if len(sources) > 1 and (n := sum(different) - len(np.unique(train.hash))):

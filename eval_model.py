@@ -21,7 +21,8 @@ from common import exits
 from common.generation import Sampling, StreamDecoder, stream
 from common.weights import Loaded, model_parser, open_weights
 from Config import UserError, number
-from text.chat import TAG_PATTERN, encode_chat
+from text.chat import encode_chat
+from text.content import TAG_PATTERN, is_empty
 from text.tokenizer import TAGS
 
 SHORTEST_ANSWER = 16  # tokens: a prompt that leaves less room is an error
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--history_turns", type=number(int, 0), default=3, help="past turns in the prompt (default: 3)")
     parser.add_argument("--no_color", action="store_true", help="no ANSI codes (also with NO_COLOR set, or in a pipe)")
     args = parser.parse_args(argv)
-    if args.prompt is not None and not args.prompt.strip():
+    if args.prompt is not None and is_empty(args.prompt):
         raise UserError("--prompt: empty")
     Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty)  # check the values before loading
     for name in ("prompt", "system"):
@@ -193,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         elif line.strip() == "/clear":
             history.clear()
             note("conversation cleared")
-        elif line.strip():
+        elif not is_empty(line):
             try:
                 check_text(line, "the line")
                 if not sys.stdin.isatty():

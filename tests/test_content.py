@@ -77,6 +77,13 @@ def test_an_all_empty_file_is_refused(tmp_path, tokenizer, reading, records):
         load(tmp_path, records, tokenizer, reading)
 
 
+def test_validation_that_takes_all_says_what_was_left_out(tmp_path, tokenizer):
+    """Equal texts are never on both sides: of ten of them none is left, and the empty ones are counted."""
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ["一段话。"] * 10 + EMPTY])
+    with pytest.raises(UserError, match=rf"nothing is left to train on.*0 malformed, {len(EMPTY)} empty"):
+        load_splits(find_sources([str(file)]), None, tokenizer, "text", str(tmp_path / "c"), 64)
+
+
 # ---------------------------------------------------------------------------------------------
 # thoughts
 
