@@ -147,8 +147,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--alone" in sys.argv:  # importing runtime would add torch to the measured memory
-        sys.exit(main())
-    from common import runtime
+    if "--alone" not in sys.argv:  # importing runtime would add torch to the measured memory
+        from common import runtime
 
     sys.exit(exits.run(main))

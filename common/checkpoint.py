@@ -4,6 +4,8 @@ A file is read only after every byte of it has been checked against the CRC-32 t
 always with weights_only=True.
 """
 
+import contextlib
+import os
 import re
 import warnings
 import zipfile
@@ -36,14 +38,14 @@ def _is_plain(content) -> bool:
 def load(path: Path, needed: tuple[str, ...]) -> dict:
     """Read a file written by `save` that holds at least the keys `needed`, tensors on the CPU.
 
-    Raises UserError, naming the file, when it is missing or cannot be read, and DamagedFile when it is truncated,
-    damaged or something else.
+    Raises UserError, naming the file, when it is missing, not downloaded or cannot be read, and DamagedFile when it is
+    truncated, damaged or something else.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if lfs_pointer(path):
-        raise DamagedFile(f"{path}: a Git LFS pointer, not the file itself: git lfs pull")
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself: git lfs pull")
     try:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about files that are not pickles
@@ -91,7 +93,8 @@ def save_state(state: dict, out_dir: str, stage: str, keep: int) -> Path:
     if not path.exists():  # the state of a step is always the same: a whole file of that number is kept
         save(state, path)
     for _, old in numbered(folder)[keep:]:
-        old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on Windows another program may hold it; the next save tries again
+            old.unlink()
     return path
 
 
@@ -122,6 +125,6 @@ def existing_output(out_dir: str, stage: str) -> Path | None:
     """A file that an earlier run of this stage left in `out_dir`, if there is one."""
     out = Path(out_dir)
     for path in (out / f"{stage}.pth", out / f"{stage}_best.pth", out / "log" / f"{stage}.jsonl"):
-        if path.exists():
+        if os.path.exists(path):  # False, unlike that of Path, in a folder that may not be read
             return path
     return next((path for _, path in numbered(checkpoint_folder(out_dir, stage))), None)

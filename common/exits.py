@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 from Config import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 class TrainingStopped(Exception):
     """Training ended early; `code` is the exit code and the message is for the user."""
@@ -21,98 +19,104 @@ class TrainingStopped(Exception):
         self.code = code
 
 
-class StdoutError(Exception):
-    """stdout cannot be written: closed, e.g. by `| head`, or a full disk. It is no OSError, because code that handles
-    the errors of a file also prints, and would blame the file."""
+class StdoutError(BaseException):
+    """stdout cannot be written. No OSError and no Exception: code that prints while it writes a file would take it for
+    a failure of the file."""
 
     def __init__(self, error: OSError):
-        super().__init__(f"stdout: {error.strerror}")
-        self.code = 128 + 13 if error.errno == errno.EPIPE else 2
+        super().__init__(f"stdout: {error.strerror or error}")
+        # EPIPE: closed, e.g. by `| head`; Windows calls that EINVAL
+        self.closed = error.errno == errno.EPIPE or os.name == "nt" and error.errno == errno.EINVAL
 
 
-class _GuardedStdout:
-    """stdout as it is, but its failures are StdoutErrors."""
+class GuardedStream:
+    """A text stream whose OSErrors in write and flush go to `failed`; all else is that of the stream."""
 
-    def __init__(self, stream):
-        self._stream = stream
+    def __init__(self, stream, failed: Callable[[OSError], None]):
+        self._stream, self._failed = stream, failed
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """As of a text stream."""
         try:
             return self._stream.write(text)
         except OSError as error:
-            raise StdoutError(error) from None
+            self._failed(error)
+        return len(text)
+
+    def writelines(self, lines) -> None:
+        """As of a text stream."""
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
+        """As of a text stream."""
         try:
             self._stream.flush()
         except OSError as error:
-            raise StdoutError(error) from None
+            self._failed(error)
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call a script's `main` and return its exit code: 0 done, 2 a user's error (one line on stderr), 130 after Ctrl-C,
-    141 if stdout was closed, 1 with a traceback for a defect; TrainingStopped brings its own."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
-            # consoles of Windows start in another encoding; a file's name that is not UTF-8 is printed escaped
+    """Call a script's `main` and return its exit code: 0 done, 2 an error the user can fix, a stdout that cannot be
+    written included (one line on stderr), 130 after Ctrl-C, 141 if stdout was closed, 1 with a traceback for a defect;
+    TrainingStopped and SystemExit bring their own."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            # Windows consoles start in another encoding; a name that is not UTF-8 is shown escaped
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    stdout, sys.stdout = sys.stdout, _GuardedStdout(sys.stdout)
-    code = 0
-    try:
+    with open(os.devnull, "w") as nowhere:  # in the place of a stream that was closed before Python started
+        sys.stdout = GuardedStream(before[0] or nowhere, _raise_stdout_error)
+        sys.stderr = GuardedStream(before[1] or nowhere, lambda error: None)  # it could not be told anywhere
+        code = 0
         try:
-            code = _run(main)
-        finally:  # also after SystemExit, from argparse
+            code = _exit_code(main)
             sys.stdout.flush()
-    except StdoutError as error:
-        _discard(stdout)
-        code = code or error.code
-        if code == 2:
-            _say(f"error: {error}")
-    finally:
-        sys.stdout = stdout
-        distributed = sys.modules.get("torch.distributed")
-        if distributed is not None and distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
+        except StdoutError as error:
+            if not error.closed and code == 0:
+                _tell(f"error: {error}")
+            code = code or (128 + 13 if error.closed else 2)
+        finally:
+            sys.stdout, sys.stderr = before
+            for stream in before:
+                _drop_unwritten(stream)
     return code
 
 
-def _run(main: Callable[[], int | None]) -> int:
+def _exit_code(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
-    except StdoutError:
-        raise
+    except SystemExit as stop:  # from argparse
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        _tell(str(stop.code))
+        return 1
     except UserError as error:
-        _say(f"error: {error}")
+        _tell(f"error: {error}")
         return 2
     except TrainingStopped as stopped:
-        _say(str(stopped))
+        _tell(str(stopped))
         return stopped.code
     except KeyboardInterrupt:
-        _say("interrupted")
+        _tell("interrupted")
         return 130
-    except (RuntimeError, MemoryError) as error:
-        reason = out_of_memory(error)
-        if reason is None:
-            _say(traceback.format_exc().rstrip())
-            return 1
-        _say(f"error: out of memory ({reason}): a smaller --batch_size needs less (in training with as much more "
-             "--accumulation_steps the result is the same), and so does --gradient_checkpointing")
-        return 2
-    except BrokenPipeError:  # stderr was closed
-        _discard(sys.stderr)
-        return 128 + 13
-    except OSError as error:
-        if error.errno not in FULL:
-            _say(traceback.format_exc().rstrip())
-            return 1
-        _say(f"error: {error}; everything saved before is intact")
-        return 2
-    except Exception:
-        _say(traceback.format_exc().rstrip())
+    except Exception as error:
+        if (reason := out_of_memory(error)) is not None:
+            _tell(f"error: out of memory ({reason}): a smaller --batch_size needs less (in training with as much more "
+                  "--accumulation_steps the result is the same), and so does --gradient_checkpointing")
+            return 2
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _tell(f"error: {error}; everything saved before is intact")
+            return 2
+        traceback.print_exc()
         return 1
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def out_of_memory(error: BaseException | None) -> str | None:
@@ -124,17 +128,22 @@ def out_of_memory(error: BaseException | None) -> str | None:
     return reason if named or (isinstance(error, RuntimeError) and known) else None
 
 
-def _say(text: str) -> None:
-    """Print to stderr, after what stdout still holds; there is nobody to tell if stderr fails too."""
-    with contextlib.suppress(StdoutError):  # met again at the end
+def _tell(line: str) -> None:
+    """Print a line on stderr, after all that stdout holds back."""
+    with contextlib.suppress(StdoutError):
         sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+
+
+def _raise_stdout_error(error: OSError) -> None:
+    raise StdoutError(error) from None
+
+
+def _drop_unwritten(stream) -> None:
+    """Point a stream that cannot be flushed at nothing: Python would try again at its end, and exit with 120."""
     try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        _discard(sys.stderr)
-
-
-def _discard(stream) -> None:
-    """Point a stream at nothing: Python would otherwise flush it again at its end, and exit with 120."""
-    with open(os.devnull, "w") as nowhere, contextlib.suppress(AttributeError, OSError, ValueError):
-        os.dup2(nowhere.fileno(), stream.fileno())
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        with open(os.devnull, "w") as nowhere, contextlib.suppress(AttributeError, OSError, ValueError):
+            os.dup2(nowhere.fileno(), stream.fileno())

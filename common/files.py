@@ -13,15 +13,18 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
 from Config import UserError
 
-HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:40] or "host"
-UTF8 = ("utf-8", "backslashreplace")  # in JSON this is how a lone surrogate is written
-DAY = 86_400  # seconds
-NOT_SAVED = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # a sync that fails with these has lost something
+# what a file system answers that cannot sync: CIFS, VirtualBox and some FUSE; Windows, for folders
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+HOST = re.sub(r"[^A-Za-z0-9_-]+", "-", socket.gethostname())[:40] or "host"  # in temporary names
+RETRY_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4)  # between attempts to rename
+ABANDONED_SECONDS = 24 * 3600  # without a write: the process on another host has ended
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -48,9 +51,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write lines of text in UTF-8 atomically, each ended by a line feed; a lone surrogate, as in the name of a file
-    that is not UTF-8, is written escaped. Raises UserError as `write_whole`."""
-    write_whole(path, lambda stream: stream.writelines((line + "\n").encode(*UTF8) for line in lines))
+    """Write lines of text in UTF-8 atomically, each ended by a line feed. Raises UserError as `write_whole`.
+
+    A lone surrogate, from a file name that is not UTF-8, is written as \\udcXX, which in JSON means the same.
+    """
+    encoded = ((line + "\n").encode("utf-8", "backslashreplace") for line in lines)
+    write_whole(path, lambda stream: stream.writelines(encoded))
 
 
 def write_jsonl(path: Path, records: Iterable[dict]) -> None:
@@ -71,7 +77,7 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> bool:
                 _sync(stream.fileno())
         sync_folder(temporary)
         try:
-            _retry(os.rename, temporary, folder)
+            rename(temporary, folder, over=False)
         except OSError:
             if not folder.is_dir():
                 raise
@@ -82,58 +88,6 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> bool:
         raise cannot_save(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def temporary_name(path: Path) -> Path:
-    """The name beside `path` under which this process writes it."""
-    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
-
-
-def remove_leftovers(folder: Path, name: str, locked: bool = False) -> None:
-    """Remove what killed processes left half-written in `folder` for names that match the glob `name`.
-
-    `locked`: no other run can be writing there. Else a leftover of this machine goes if its process is dead, and one of
-    another machine, whose processes cannot be seen from here, if nothing was written into it for a day.
-    """
-    for leftover in folder.glob(f".{name}.*.tmp"):
-        if not (locked or _is_abandoned(leftover)):
-            continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def _is_abandoned(leftover: Path) -> bool:
-    host, process = leftover.name.split(".")[-3:-1]
-    if host == HOST and process.isdecimal():
-        return int(process) == os.getpid() or not process_lives(int(process))
-    files = [leftover, *(leftover.iterdir() if leftover.is_dir() else ())]
-    return time.time() - max(file.stat().st_mtime for file in files) > DAY
-
-
-def rename(source: Path, target: Path) -> None:
-    """Rename a file over another one, if need be."""
-    _retry(os.replace, source, target)
-
-
-def _retry(operation: Callable, *arguments) -> None:
-    """Call `operation`; again, up to a second, if it is refused: on Windows a virus scanner or an indexer may have the
-    file open."""
-    for wait in (0.05, 0.1, 0.2, 0.4, 0):
-        try:
-            return operation(*arguments)
-        except PermissionError:
-            if not wait:
-                raise
-            time.sleep(wait)
-
-
-def cannot_save(path: Path, error: Exception) -> UserError:
-    """The message for a write that failed."""
-    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):  # under torch's zip writer
-        error = error.__context__
-    return UserError(f"cannot save {path}: {error}; everything saved before is intact")
 
 
 def sync_folder(folder: Path) -> None:
@@ -149,20 +103,92 @@ def sync_folder(folder: Path) -> None:
 
 
 def _sync(descriptor: int) -> None:
-    """Sync a file or folder to the disk. Some file systems (CIFS, VirtualBox, FUSE) cannot sync folders, or anything:
-    what was written there is written all the same."""
+    """Write a file or folder through to the disk. A file system that cannot do that has written it all the same."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno in NOT_SAVED:
+        if error.errno not in CANNOT_SYNC:
             raise
 
 
+def rename(source: Path, target: Path, over: bool = True) -> None:
+    """Rename a file or folder; with `over`, a file of the new name is replaced.
+
+    A refusal is tried again for about a second: on Windows a virus scanner or an indexer may hold the file.
+    """
+    for seconds in (*RETRY_SECONDS, None):
+        try:
+            return os.replace(source, target) if over else os.rename(source, target)
+        except PermissionError:
+            if seconds is None:
+                raise
+        time.sleep(seconds)
+
+
+def cannot_save(path: Path, error: Exception) -> UserError:
+    """The message for a write that failed."""
+    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):  # under torch's zip writer
+        error = error.__context__
+    return UserError(f"cannot save {path}: {error}; everything saved before is intact")
+
+
 def lfs_pointer(path: Path) -> bool:
-    """True if a file is a Git LFS pointer: git has not fetched what it stands for."""
+    """True if the file is a Git LFS pointer: a few lines of text that stand for a file that is not downloaded yet."""
+    path = Path(path)
+    if not path.is_file():  # a pipe must not be read twice
+        return False
     with contextlib.suppress(OSError), open(path, "rb") as stream:
-        return stream.read(64).startswith(b"version https://git-lfs.github.com/spec/")
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
     return False
+
+
+# ---------------------------------------------------------------------------------------------
+# temporary names, and what killed processes left under them
+
+
+def temporary_name(path: Path) -> Path:
+    """The name beside `path` under which this process writes it."""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path, name: str, locked: bool = False) -> None:
+    """Remove what killed processes left half-written in `folder` for names that match the glob `name`; with `locked`,
+    no other process writes there, and all of it is left over."""
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        owner = _owner(leftover.name, name)
+        if owner is not None and (locked or _is_abandoned(leftover, *owner)):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # it only takes space
+                    leftover.unlink()
+
+
+def _owner(temporary: str, name: str) -> tuple[str | None, int] | None:
+    """(host, process) in the temporary name of a file that matches the glob `name`; None if it is no such name. Earlier
+    versions wrote no host."""
+    rest, _, process = temporary.removeprefix(".").removesuffix(".tmp").rpartition(".")
+    if not process.isdecimal():
+        return None
+    if fnmatchcase(rest, name):
+        return None, int(process)
+    rest, _, host = rest.rpartition(".")
+    return (host, int(process)) if fnmatchcase(rest, name) else None
+
+
+def _is_abandoned(leftover: Path, host: str | None, process: int) -> bool:
+    """True if the process has ended. Where it cannot be asked for, on another host or on Windows, it has if it wrote
+    nothing for a day."""
+    if host in (HOST, None):
+        if process == os.getpid() or not process_lives(process):  # in a container every run may have the same number
+            return True
+        if host and os.name == "posix":
+            return False
+    try:
+        written = max(file.stat().st_mtime for file in (leftover, *leftover.rglob("*")))
+    except OSError:  # files come and go there
+        return False
+    return time.time() - written > ABANDONED_SECONDS
 
 
 def process_lives(pid: int) -> bool:
@@ -172,6 +198,6 @@ def process_lives(pid: int) -> bool:
             os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):
         pass
     return True

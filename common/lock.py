@@ -1,8 +1,9 @@
-"""One training run at a time in an --out_dir: a lock of the operating system, which ends with its process.
+"""One training run at a time in an --out_dir: a lock of the operating system on out_dir/run.lock.
 
-Does not import torch.
+The lock ends with its process, however that ends, so the file may stay; it says who holds the lock.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -11,69 +12,106 @@ import time
 import weakref
 from pathlib import Path
 
+from common.files import cannot_save, process_lives
 from Config import UserError
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
     import msvcrt
 
-TAKEN = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
+IN_USE = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}  # EACCES and EDEADLK: Windows, NFS
 FAR = 1 << 30  # on Windows a locked byte cannot be read: one far behind the text
+READ_ATTEMPTS, READ_SECONDS = 20, 0.05  # for the holder to write who it is
 
 
 class OutDirLock:
-    """The lock of an --out_dir, held as long as this object lives. Its file, run.lock, says who holds it, and stays."""
+    """The lock of an --out_dir, held until nothing refers to this object any more; `is_held` is False where the volume
+    has no locks. Its file, run.lock, stays and says who holds it."""
 
-    _held = weakref.WeakValueDictionary()  # by the file's identity: a process may enter its own folder again
+    # the open ones of this process, by (device, inode): it may enter a folder again, which through a second open file
+    # would be refused; a folder that was made anew has another lock file
+    _open = weakref.WeakValueDictionary()
+
+    @staticmethod
+    def file(out_dir: str) -> Path:
+        """The file that is locked."""
+        return Path(out_dir) / "run.lock"
 
     @classmethod
     def take(cls, out_dir: str, command: str) -> "OutDirLock":
-        """Lock `out_dir`, made if it is not there, for the run of `command`. Where the volume knows no locks, it says
-        so and goes on with `is_held` False. Raises UserError, naming the other run, when the folder is in use, or when
-        it cannot be written."""
-        path = Path(out_dir) / "run.lock"
+        """Make `out_dir` and lock it for the training run `command`.
+
+        Raises UserError when another process has the lock, naming it, and when the folder cannot be made or written.
+        Prints a line where the volume has no locks.
+        """
+        path = cls.file(out_dir)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            status = path.stat()
-            held = cls._held.get((status.st_dev, status.st_ino))
-            if held is None:
-                held = cls(path, command)
-                cls._held[status.st_dev, status.st_ino] = held
-            return held
+            lock = cls(path)
         except OSError as error:
             raise UserError(f"--out_dir {out_dir}: {error}") from None
-
-    def __init__(self, path: Path, command: str):
-        self.is_held = True
-        self.stream = open(path, "rb+", buffering=0)
+        lock = cls._open.setdefault(lock.key, lock)
         try:
-            if fcntl:
-                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                self.stream.seek(FAR)
-                msvcrt.locking(self.stream.fileno(), msvcrt.LK_NBLCK, 1)
+            if not lock.is_held:
+                lock.acquire()
         except OSError as error:
-            if error.errno in TAKEN:
-                raise UserError(f"--out_dir {path.parent}: in use by {_holder(path)}; wait until it has ended, or "
-                                "choose another --out_dir") from None
-            self.is_held = False
-            print(f"--out_dir {path.parent}: this volume knows no file locks ({error.strerror}): start no second run "
+            if error.errno in IN_USE:
+                raise UserError(f"--out_dir {out_dir}: in use by {_holder(path)}; wait for it, or choose another "
+                                "--out_dir") from None
+            print(f"--out_dir {out_dir}: this volume knows no file locks ({error.strerror}): do not start two runs "
                   "there", flush=True)
-        text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "command": command})
-        self.stream.seek(0)
-        self.stream.truncate()
-        self.stream.write(text.encode() + b"\n")
+        try:
+            lock.write(command)
+        except OSError as error:
+            raise cannot_save(path, error) from None
+        return lock
+
+    def __init__(self, path: Path):
+        self.stream, self.is_held = open(path, "a+b", buffering=0), False  # "a": the holder's text stays
+        status = os.fstat(self.stream.fileno())
+        self.key = status.st_dev, status.st_ino
+
+    def acquire(self) -> None:
+        """Take the lock, without waiting. Raises OSError, with one of IN_USE where another process has it."""
+        if os.name == "nt":
+            self.stream.seek(FAR)
+            msvcrt.locking(self.stream.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(self.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.is_held = True
+
+    def write(self, command: str) -> None:
+        """Write who holds the lock."""
+        holder = {"host": socket.gethostname(), "process": os.getpid(), "command": command}
+        self.stream.truncate(0)
+        self.stream.write((json.dumps(holder, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+
+    def __del__(self):
+        if hasattr(self, "stream"):
+            self.stream.close()
+
+    @classmethod
+    def close_in_child(cls) -> None:
+        """Close a forked child's copies of the open files, which would keep the locks when the parent has ended."""
+        for lock in list(cls._open.values()):
+            lock.stream.close()
+        cls._open.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=OutDirLock.close_in_child)
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock, from its file, which its holder may be about to write."""
-    for _ in range(20):
-        try:
-            held = json.loads(path.read_bytes())
-            return f"process {held['process']} on {held['host']}: {held['command']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            time.sleep(0.05)
-    return "another run"
+    """Who has the lock. The holder writes it just after taking the lock; until then there is nothing in the file, or
+    what a process left that has ended."""
+    holder = "another process"
+    for _ in range(READ_ATTEMPTS):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            holder = f"process {found['process']} on {found['host']}: {found['command']}"
+            if found["host"] != socket.gethostname() or process_lives(int(found["process"])):
+                break
+        time.sleep(READ_SECONDS)
+    return holder

@@ -1,13 +1,14 @@
 """The state of one training run: what it starts from, how far it is, what it saves, and how it resumes exactly."""
 
 import math
+import os
 import time
 from bisect import bisect_right
 from pathlib import Path
 
 import torch
 
-from common.checkpoint import DamagedFile, checkpoint_folder, existing_output, newest_state, save, save_state
+from common.checkpoint import checkpoint_folder, existing_output, newest_state, save, save_state
 from common.exits import TrainingStopped
 from common.files import remove_leftovers
 from common.lock import OutDirLock
@@ -36,8 +37,14 @@ class RunState:
         is not given, and when --init_from is not there to start from."""
         self.args, self.ranks = args, ranks
         with ranks.main_first():
-            self.lock = OutDirLock.take(args.out_dir, args.command) if ranks.is_main else None
-        self.resumed = find_resume_state(args, ranks, self.lock)
+            if ranks.is_main:
+                if not os.path.exists(OutDirLock.file(args.out_dir)):  # no run is there: fail before a folder is made
+                    check_new_run(args)
+                self.lock = OutDirLock.take(args.out_dir, args.command)
+                check_new_run(args)
+            self.resumed, self.resumed_from = find_resume_state(args, ranks.is_main)
+            if ranks.is_main:
+                remove_half_written(args.out_dir, args.stage, self.lock.is_held)
         self.steps_done = self.tokens = 0
         self.best_loss, self.val_scores = math.inf, {}
         self.lines: list[str] = []  # for the log
@@ -46,7 +53,7 @@ class RunState:
         if not self.from_scratch and (self.resumed is None or Path(args.init_from).is_file()):
             try:
                 self.start = load_weights(args.init_from)
-            except DamagedFile as error:
+            except UserError as error:
                 if self.resumed is None:
                     raise
                 self.lines.append(f"not needed to resume: {error}")
@@ -98,7 +105,7 @@ class RunState:
                                 "which later stages keep; leave --preset out")
         net = WeakWater(config.for_run(args.max_seq_len, args.dropout))
         if weights is not None:
-            load_strict(net, weights, "the checkpoint" if self.resumed else args.init_from)
+            load_strict(net, weights, self.resumed_from or args.init_from)
         elif args.output_init == "zero":
             net.zero_init_residual()
         self.start = None  # the memory of the weights
@@ -256,33 +263,47 @@ class SaveSchedule:
         self.last = time.monotonic()
 
 
-def find_resume_state(args, ranks, lock: OutDirLock | None) -> dict | None:
-    """The state to resume from, or None to start from the beginning; before anything else is done in out_dir.
+def check_new_run(args) -> None:
+    """Raises UserError when --resume is not given and an earlier run's output is there or --init_from is missing."""
+    if args.resume:
+        return
+    if (earlier := existing_output(args.out_dir, args.stage)) is not None:
+        raise UserError(f"{earlier} is there from an earlier run: add --resume to continue it, "
+                        "or choose another --out_dir")
+    check_init_from(args)
 
-    Raises UserError when an earlier run's output is there and --resume is not given, and when --init_from is missing.
+
+def check_init_from(args) -> None:
+    """Raises UserError when the weights to start from are missing."""
+    if args.init_from != "none" and not Path(args.init_from).is_file():
+        maker = f"; python {args.previous}.py makes it, or name other weights" if args.previous else ""
+        raise UserError(f"{args.init_from}: no such file (--init_from{maker})")
+
+
+def find_resume_state(args, is_main: bool) -> tuple[dict, Path] | tuple[None, None]:
+    """The state to resume from and its path; (None, None) to start from the beginning.
+
+    Raises UserError when all states are damaged or missing, and when --init_from is missing.
     """
-    found = None
-    out, stage = Path(args.out_dir), args.stage
-    weights = out / f"{stage}.pth"
-    with ranks.main_first():
-        if args.resume:
-            found = newest_state(args.out_dir, stage, STATE_KEYS)
-            if found is None and weights.exists() and ranks.is_main:
-                raise UserError(f"--resume: {weights} is there, but there is no checkpoint in "
-                                f"{checkpoint_folder(args.out_dir, stage)}; choose another --out_dir")
-            print(f"resuming from {found[1]}" if found else
-                  f"--resume: no checkpoint of {stage} in {args.out_dir}: starting from the beginning", flush=True)
-        elif (earlier := existing_output(args.out_dir, stage)) is not None and ranks.is_main:
-            raise UserError(f"{earlier} is there from an earlier run: add --resume to continue it, "
-                            "or choose another --out_dir")
-        if found is None and args.init_from != "none" and not Path(args.init_from).is_file():
-            maker = f"; python {args.previous}.py makes it, or name other weights" if args.previous else ""
-            raise UserError(f"{args.init_from}: no such file (--init_from{maker})")
-        if ranks.is_main:
-            for folder, name in ((out, f"{stage}.pth"), (out, f"{stage}_best.pth"),
-                                 (checkpoint_folder(args.out_dir, stage), "*.pth")):
-                remove_leftovers(folder, name, lock.is_held)
-    return found[0] if found else None
+    found, weights = None, Path(args.out_dir) / f"{args.stage}.pth"
+    if args.resume:
+        found = newest_state(args.out_dir, args.stage, STATE_KEYS)
+        if found is None and weights.exists() and is_main:
+            raise UserError(f"--resume: {weights} is there, but there is no checkpoint in "
+                            f"{checkpoint_folder(args.out_dir, args.stage)}; choose another --out_dir")
+        print(f"resuming from {found[1]}" if found else
+              f"--resume: no checkpoint of {args.stage} in {args.out_dir}: starting from the beginning", flush=True)
+    if found is None:
+        check_init_from(args)
+    return found or (None, None)
+
+
+def remove_half_written(out_dir: str, stage: str, locked: bool) -> None:
+    """Remove what killed runs of a stage left half-written in `out_dir`; with `locked`, no other run is there now."""
+    out = Path(out_dir)
+    for folder, name in ((out, f"{stage}.pth"), (out, f"{stage}_best.pth"), (out / "log", f"{stage}.jsonl"),
+                         (checkpoint_folder(out_dir, stage), "*.pth"), (out / f"charts_{stage}", "*.png")):
+        remove_leftovers(folder, name, locked)
 
 
 def _architecture(config: LLMConfig) -> str:

@@ -6,7 +6,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from common.files import UTF8, write_lines, write_whole
+from common.files import write_lines, write_whole
 from common.runtime import peak_flops
 from Config import UserError
 
@@ -48,8 +48,8 @@ class RunLog:
 
     def _append(self, file: Path, line: str) -> None:
         try:
-            with open(file, "ab") as stream:
-                stream.write((line + "\n").encode(*UTF8))
+            with open(file, "a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write(line + "\n")
         except OSError as error:
             raise UserError(f"cannot write {file}: {error}; everything saved before is intact") from None
 

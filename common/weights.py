@@ -5,6 +5,7 @@
 
 import argparse
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,13 +53,13 @@ def load_weights(path: Path, hint: str = "") -> tuple[dict[str, torch.Tensor], L
 
 
 def load_strict(model: WeakWater, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Load a state dict strictly. Raises UserError, naming the file, when names or shapes differ, and when a weight is
-    NaN or infinite, which a training run would blame on its data."""
+    """Load a state dict strictly. Raises UserError, naming the file, when names or shapes differ or a weight is NaN or
+    infinite."""
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise UserError(f"{path}: its weights do not fit its config: {' '.join(str(error).split())[:300]}") from None
-    broken = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]
+    broken = [name for name, tensor in state.items() if not all(map(math.isfinite, tensor.float().aminmax()))]
     if broken:
         raise UserError(f"{path}: NaN or infinity in {len(broken)} of its weight tensors (the first: {broken[0]}): "
                         "they cannot be used")

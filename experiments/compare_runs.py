@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.jsonl:
         try:
             args.jsonl.parent.mkdir(parents=True, exist_ok=True)
-            with open(args.jsonl, "a", encoding="utf-8") as stream:
+            with open(args.jsonl, "a", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.writelines(json.dumps(run, ensure_ascii=False) + "\n" for run in runs)
         except OSError as error:
             raise UserError(f"--jsonl {args.jsonl}: {error}") from None

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.answers import wilson
 from common.exits import run
+from common.files import write_lines
 from common.runtime import describe_machine, pick_device
 from Config import LLMConfig, OneLineParser, UserError
 
@@ -202,7 +203,7 @@ def write_report(args) -> int:
     report = {"seed": args.seed, "smoke": args.smoke, "machine": machine, "seconds": seconds, "targets": control,
               "stages": scores, "gains": {other: gain(scores, other) for other in ("SFT_long", "control")},
               "thresholds": verdicts}
-    (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_lines(out / "report.json", [json.dumps(report, ensure_ascii=False, indent=1)])
     draw(out, scores)
     def judged(met: bool) -> str:
         return "not judged" if args.smoke else "met" if met else "**missed**"
@@ -236,7 +237,7 @@ def write_report(args) -> int:
         table(["what", "at least", "is", ""], [[v["what"], f"{v['least']:.0%}", f"{v['value']:.1%}",
                                                judged(v["met"])] for v in verdicts]), "",
     ]
-    (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    write_lines(out / "report.md", lines[:-1])  # the last is empty
     print("\n".join(line for line in lines if not line.startswith("![")))
     print(f"report: {out / 'report.md'}, report.json, thinking.png, stages.png")
     missed = [v["what"] for v in verdicts if not v["met"]]

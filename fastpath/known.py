@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import model as network
 from common import exits
+from Config import OneLineParser
 
 ALL = ("RMSNorm", "RotaryEmbedding", "apply_rotary", "attention", "Packing", "KVCache", "Attention", "SwiGLU", "Block",
        "Transformer", "WeakWater.__init__", "WeakWater.forward", "WeakWater.loss")
@@ -71,8 +72,9 @@ def edited() -> set[str]:
     return {name for name in ALL if digest(name) != KNOWN.get(name)}
 
 
-def main() -> None:
-    """Print KNOWN as it should be."""
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(prog="python -m fastpath.known", description="Print the hashes of the parts of model.py.")
+    parser.parse_args(argv)
     for name in ALL:
         print(f'    "{name}": "{digest(name)}",')
 

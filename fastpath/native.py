@@ -17,6 +17,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from common.files import rename
+
 FOLDER = Path(__file__).parent
 SOURCES = ("decode.c", "kernels.c")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC"]
@@ -80,4 +82,4 @@ def compile_to(path: Path, command: list[str]) -> None:
             if done.returncode == 0:
                 break
         done.check_returncode()
-        os.replace(made, path)
+        rename(made, path)

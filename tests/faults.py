@@ -17,6 +17,7 @@ project's own code but for the network's, which computes and writes nothing.
 import atexit
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -54,12 +55,15 @@ _helper = None
 
 
 def run(stage: str, argv: list, fault: dict | None = None, **options) -> Ended:
-    """Run `python <stage>.py *argv` in a fork of the helper. `start(…)` with the same arguments does not wait.
+    """Run `python <stage>.py *argv` in a fork of the helper. `start(…)` with the same arguments does not wait. Another
+    script is named by its path; of the options it takes only stdout and encoding.
 
     fault       {"at": moment, "nth": 1, "do": "kill" | "term" | "int" | "enospc" | "none"}
     limit       bytes that a file may grow to (RLIMIT_FSIZE)
     env         environment variables
-    stdout      a file for the standard output, which then ends as that of a real Python does
+    stdout      a file for the standard output, or "closed", a pipe that nobody reads; a stage then ends as a real
+                Python does
+    encoding    that of stdout and stderr when the script starts
     pid         the process number that the run believes to have
     due         steps at which this process's clock says that the state is to be saved
     charts      draw the charts (they take most of the time of a small run, so not by default)
@@ -257,8 +261,14 @@ def _child(job: dict) -> None:
         for descriptor, name in ((1, "out"), (2, "err")):
             file = os.open(Path(job["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, descriptor)
-        if "stdout" in job:
+        if job.get("stdout") == "closed":
+            reading, writing = os.pipe()
+            os.close(reading)
+            os.dup2(writing, 1)
+        elif "stdout" in job:
             os.dup2(os.open(job["stdout"], os.O_WRONLY), 1)
+        for stream in (sys.stdout, sys.stderr) if "encoding" in job else ():
+            stream.reconfigure(encoding=job["encoding"], errors="strict")
         if "pid" in job:
             os.getpid = lambda: job["pid"]
         os.environ.update(job.get("env", {}))
@@ -268,6 +278,8 @@ def _child(job: dict) -> None:
 
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
+        if job["stage"].endswith(".py"):
+            os._exit(_script_code(job))
         import fastpath
         from common import continuation, exits, run_state, runlog
 
@@ -303,6 +315,21 @@ def _child(job: dict) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _script_code(job: dict) -> int:
+    """Run a script as Python does, and end as Python does, without the second that freeing all of torch takes."""
+    sys.argv, sys.stdin, code = [job["stage"], *job["argv"]], None, 0  # stdin is the helper's
+    try:
+        runpy.run_path(str(ROOT / job["stage"]), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = 120
+    return code
 
 
 class Agreed:

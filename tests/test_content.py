@@ -299,6 +299,23 @@ def test_our_tokenizer_loses_nothing(tmp_path, tokenizer):
                and "compare" not in line for line in said)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+def test_git_lfs_pointers_as_tokenizer_and_as_data_are_named(tmp_path, tokenizer_dir):
+    """What they are, and the command that fetches the file."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        folder = tmp_path / name.replace(".json", "")
+        folder.mkdir()
+        for file in tokenizer_dir.iterdir():
+            (folder / file.name).write_bytes(POINTER.encode() if file.name == name else file.read_bytes())
+        with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer.*git lfs pull"):
+            load_tokenizer(str(folder))
+    (tmp_path / "a.jsonl").write_text(POINTER, encoding="utf-8")
+    with pytest.raises(UserError, match="Git LFS pointer.*git lfs pull"):
+        train("pretrain", tmp_path / "a.jsonl", tokenizer_dir, tmp_path / "out", preset="nano", max_steps=1)
+
+
 # ---------------------------------------------------------------------------------------------
 # one long line
 

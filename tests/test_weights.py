@@ -116,6 +116,28 @@ def test_a_damaged_tokenizer_in_the_weights_is_named(out, tmp_path, tokenizer_di
     eval_model.main([*ASK, "--checkpoint", str(path), "--tokenizer_path", str(tokenizer_dir)])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("use", ["--init_from", "--checkpoint", "--resume"])
+def test_weights_that_are_not_finite_are_named(out, text_file, tokenizer_dir, tmp_path, value, use):
+    """By file, number and first name, and not as a fault of the rows of the first step."""
+    folder = shutil.copytree(out, tmp_path / "out")
+    path = folder / ("checkpoints/pretrain/step_00000002.pth" if use == "--resume" else "pretrain.pth")
+    content = torch.load(path, weights_only=True)
+    broken = [name for name in content["model"] if "layers.1." in name and "weight" in name][:3]
+    for name in broken:
+        content["model"][name] = content["model"][name].double()
+        content["model"][name].view(-1)[-1] = value
+    checkpoint.save(content, path)
+    with pytest.raises(UserError) as refused:
+        if use == "--checkpoint":
+            eval_model.main([*ASK, "--checkpoint", str(path)])
+        elif use == "--resume":
+            train("pretrain", text_file, tokenizer_dir, folder, **TINY | dict(max_steps=3, epochs=9), resume=True)
+        else:
+            train("pretrain", text_file, tokenizer_dir, tmp_path / "new", **TINY | dict(preset=False), init_from=path)
+    assert str(refused.value).startswith(f"{path}: NaN or infinity in 3 of its weight tensors (the first: {broken[0]})")
+
+
 # ---------------------------------------------------------------------------------------------
 # the sample printed at each validation
 

@@ -205,9 +205,9 @@ def describe_found(found: dict[str, int], reading: Reading) -> list[str]:
             lines.append(f"{n:,} replies have a thought in reasoning_content: they {become}")
         malformed = sum(n for name, n in found.items() if name.endswith("for a malformed thought"))
         if malformed:
-            lines.append(f"{malformed:,} conversations are cut before a malformed thought, or left out: from cut thoughts a "
-                         "model learns to think without end (--keep_malformed_thoughts keeps them; python -m "
-                         "text.convert adds a missing <answer>)")
+            lines.append(f"{malformed:,} conversations are cut before a malformed thought, or left out: from cut "
+                         "thoughts a model learns to think without end (--keep_malformed_thoughts keeps them; "
+                         "python -m text.convert adds a missing <answer>)")
     if n := found.get("spell control strings"):
         advice = ("--split_documents makes each part between them a document" if reading.kind == "text" else
                   "take them out of the data")
