@@ -295,7 +295,7 @@ def check_losses(losses: dict[str, int], max_text_loss: float, name) -> None:
     if losses["lost"] > max_text_loss * losses["characters"]:
         share = losses["lost"] / losses["characters"]
         raise UserError(f"{name}: the tokenizer loses text: {share:.2%} of the characters in a sample do not come back "
-                        f"from their tokens, {losses['unknown'] / losses['tokens']:.2%} of which are unknown tokens. "
+                        f"from their tokens, {losses['unknown'] / max(1, losses['tokens']):.2%} of which are unknown tokens. "
                         "Use another tokenizer (python train_tokenizer.py makes one that loses nothing), or allow it "
                         f"with --max_text_loss {math.ceil(share * 100) / 100}")
 

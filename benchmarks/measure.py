@@ -181,7 +181,8 @@ def results_in_turns(work: dict[str, Callable[[], dict]], repeats: int) -> dict[
 
 def run_script(script: str, *flags: str) -> None:
     """Run one of the project's scripts. Raises UserError with its stderr when it fails."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, encoding="utf-8",
+                          errors="replace")
     if done.returncode:
         raise UserError(f"{script}: {done.stderr.strip()}")
 
@@ -192,7 +193,7 @@ def alone(benchmark: str, name: str, **flags) -> dict:
     for flag, value in flags.items():
         if value is not False:
             command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True,
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace",
                           env=os.environ | {"BENCHMARK_START": str(time.time())})
     if done.returncode:
         raise RuntimeError(f"{name} failed: {done.stderr[-2000:]}")

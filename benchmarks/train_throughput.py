@@ -348,7 +348,7 @@ def script_to_first_step(args) -> list[float]:
                        "--batch_size", str(args.rows), "--max_seq_len", str(args.max_seq_len), "--max_steps", "2",
                        "--accumulation_steps", "1", "--log_interval", "1", "--device", args.device]
             begin = time.perf_counter()
-            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as run:
                 for line in run.stdout:
                     if line.startswith("Epoch:") and len(seconds) == turn:
                         seconds.append(time.perf_counter() - begin)

@@ -234,6 +234,19 @@ def test_control_strings_in_chats_are_told(tmp_path, tokenizer):
     assert any("2 of 3 documents spell control strings (</s> 1, <think> 1)" in line for line in said)
 
 
+def test_an_empty_system_message_is_none():
+    """It says nothing; the conversation is that without it."""
+    system = {"role": "system", "content": " "}
+    documents, found = read([chat("七", system), chat("七")], Reading("chat"))
+    assert documents[0] == documents[1] and found["empty system messages"] == 1
+
+
+def test_keys_without_end_are_counted_together():
+    """A record whose keys are ids: memory does not grow with the data."""
+    _, found = read([{"text": "甲", str(n): 1} for n in range(1500)], Reading("text"))
+    assert len(found) <= 1001 and sum(n for name, n in found.items() if name.startswith("key: ")) == 1500
+
+
 def test_keys_that_are_not_read_are_counted(tmp_path, tokenizer):
     """Of records and of messages, by name, at most eight of them."""
     records = [chat({"content": "七", "name": "甲"}) | {"system": "你是", "tools": [], "source": "x", "text": "y"}] * 3

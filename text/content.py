@@ -130,6 +130,9 @@ class RecordReader:
         """The turns before the first that nothing can be learned from; [] if there are none."""
         kept, end, reason, spelled = [], 0, None, set()
         for message in conversation:
+            if message["role"] == "system" and is_empty(message["content"]):
+                self.found["empty system messages"] += 1
+                continue
             kept_message, trouble = self._message(message)
             reason = reason or trouble
             if reason:  # the rest is only counted
@@ -178,15 +181,16 @@ class RecordReader:
     def _count_spelled(self, strings: set[str]) -> None:
         self.found["spell control strings"] += 1
         for string in sorted(strings):
-            self._count_name(f"spells: {string}")
+            self._count("spells", string)
 
     def _count_keys(self, record: dict, read: set[str]) -> None:
         for key in record.keys() - read:
-            self._count_name(f"key: {key}")
+            self._count("key", key)
 
-    def _count_name(self, name: str) -> None:
-        if name in self.found or len(self.found) < MOST_NAMES:
-            self.found[name] += 1
+    def _count(self, prefix: str, name: str) -> None:
+        """Count one of the names under a prefix; names without end (ids as keys, say) are counted as others."""
+        known = f"{prefix}: {name}" in self.found or len(self.found) < MOST_NAMES
+        self.found[f"{prefix}: {name if known else 'others'}"] += 1
 
 
 def describe_found(found: dict[str, int], reading: Reading) -> list[str]:
@@ -208,6 +212,8 @@ def describe_found(found: dict[str, int], reading: Reading) -> list[str]:
             lines.append(f"{malformed:,} conversations are cut before a malformed thought, or left out: from cut "
                          "thoughts a model learns to think without end (--keep_malformed_thoughts keeps them; "
                          "python -m text.convert adds a missing <answer>)")
+    if n := found.get("empty system messages"):
+        lines.append(f"{n:,} empty system messages left out")
     if n := found.get("spell control strings"):
         advice = ("--split_documents makes each part between them a document" if reading.kind == "text" else
                   "take them out of the data")
