@@ -293,11 +293,11 @@ def _sample(records: list[dict], is_chat: bool) -> list[str]:
 def check_losses(losses: dict[str, int], max_text_loss: float, name) -> None:
     """Raises UserError when a tokenizer loses more of a sample (TextEncoder.losses) than `max_text_loss`."""
     if losses["lost"] > max_text_loss * losses["characters"]:
-        share = losses["lost"] / losses["characters"]
-        raise UserError(f"{name}: the tokenizer loses text: {share:.2%} of the characters in a sample do not come back "
-                        f"from their tokens, {losses['unknown'] / max(1, losses['tokens']):.2%} of which are unknown tokens. "
-                        "Use another tokenizer (python train_tokenizer.py makes one that loses nothing), or allow it "
-                        f"with --max_text_loss {math.ceil(share * 100) / 100}")
+        lost, unknown = losses["lost"] / losses["characters"], losses["unknown"] / max(1, losses["tokens"])
+        raise UserError(f"{name}: the tokenizer loses text: {lost:.2%} of the characters in a sample do not come back "
+                        f"from their tokens, {unknown:.2%} of which are unknown tokens. Use another tokenizer (python "
+                        "train_tokenizer.py makes one that loses nothing), or allow it with --max_text_loss "
+                        f"{math.ceil(lost * 100) / 100}")
 
 
 class Progress:
