@@ -162,7 +162,7 @@ class FileHashes:
         path = str(file.resolve())
         try:
             stamp = self._stamp(file)
-            if (known := self.known.get(path)) and known[:-1] == stamp:
+            if isinstance(known := self.known.get(path), list) and known[:-1] == stamp:
                 return known[-1]
             digest, begin, progress = hashlib.sha256(), time.time_ns(), Progress(f"reading {file}")
             with open(file, "rb") as stream:
@@ -192,12 +192,13 @@ def _drop_earlier(folder: Path, meta: dict) -> None:
     """Delete the caches of an earlier content of the same files, and name those with another tokenizer or reading."""
     others = []
     for other in folder.parent.glob(CACHE_NAME):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             found = json.loads((other / "meta.json").read_text(encoding="utf-8"))
-            if other == folder or found.get("paths") != meta["paths"]:
+            paths = found.get("paths") or [str(Path(file).resolve()) for file in found["files"]]  # of format 3
+            if other == folder or paths != meta["paths"]:
                 continue
             size = sum(file.stat().st_size for file in other.iterdir()) / 1e6
-            if found["settings"] != meta["settings"]:
+            if found.get("settings") != meta["settings"]:
                 others.append(f"{other} ({size:,.0f} MB)")
                 continue
             shutil.rmtree(other)
