@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from common import exits
 from common.files import write_lines
-from Config import UserError
+from Config import OneLineParser, UserError
 from text.records import MalformedRecord, parse_record, read_lines
 from text.shapes import DECODER, NO_ANSWER, OWN, convert_record, is_message, parse_value, shape_of
 
@@ -377,7 +377,8 @@ def _to_line(value, kind: str | None, notes: Counter) -> tuple[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Convert one file. Raises UserError if --out exists, or nothing can be converted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="python -m text.convert", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSON, JSON lines, CSV or text; plain, .gz, .xz or .zst")
     parser.add_argument("--out", type=Path, required=True, help="the file to make, *.jsonl")
     args = parser.parse_args(argv)
