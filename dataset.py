@@ -408,7 +408,7 @@ class Documents:
                 return
         raise UserError(f"{' '.join(self.names)}: no reply has a thought: distill.py learns from replies of the form "
                         "<think>…</think><answer>…</answer>, or with the thought in reasoning_content; for replies "
-                        "without thoughts there is SFT.py")
+                        f"without thoughts there is SFT.py{explain([f for cache in self.caches for f in cache.files])}")
 
     def fingerprint(self) -> str:
         """SHA-256 of the content that is trained on, wherever the files are."""

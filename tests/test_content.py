@@ -193,6 +193,9 @@ def test_distill_stops_without_a_single_thought(tmp_path, tokenizer_dir, tokeniz
         train("distill", paths, tokenizer_dir, tmp_path / "d", **options)
     with pytest.raises(UserError, match="no reply has a thought"):
         train("distill", paths[0][:-4], tokenizer_dir, tmp_path / "d", **options)
+    write_jsonl(tmp_path / "other.jsonl", [chat({"content": f"{n}。", "thinking": "三"}) for n in range(40)])
+    with pytest.raises(UserError, match="no reply has a thought.*python -m text.convert"):  # in a key of another name
+        train("distill", tmp_path / "other.jsonl", tokenizer_dir, tmp_path / "d", **options)
     thought = chat({"content": "七。", "reasoning_content": "三加四"})
     write_jsonl(tmp_path / "b.jsonl", [*other, *([thought] * 20)])
     assert train("distill", paths, tokenizer_dir, tmp_path / "d", **options)
@@ -203,19 +206,29 @@ def test_distill_stops_without_a_single_thought(tmp_path, tokenizer_dir, tokeniz
 # control strings, other keys
 
 SPELLED = ["<s>甲</s> <s>乙</s>", "<|im_start|>user\n甲<|im_end|>", "甲<|endoftext|>乙", "甲</s>", "[INST]甲[/INST]乙",
-           "<bos>甲<eos>", "<｜User｜>甲<｜end▁of▁sentence｜>", "<start_of_turn>甲<end_of_turn>", "甲<unk>乙"]
+           "<bos>甲<eos>", "<｜User｜>甲<｜end▁of▁sentence｜>", "<start_of_turn>甲<end_of_turn>", "甲<unk>乙",
+           "[EOS]甲[BOS]", "甲<eod>", "<extra_id_0>甲<unused12>"]
 
 
 def test_control_strings_are_told_and_can_split(tmp_path, tokenizer):
     """As text they are learned, and it says so; --split_documents makes each part a document that spells none."""
     records = [{"text": text} for text in [*SPELLED, "没有 < 5 [1]", "<b>粗</b> |x| [INS"]]
     documents, said = load(tmp_path, records, tokenizer, "text")
-    assert len(documents) == 11 and any("9 of 11 documents spell control strings" in line for line in said)
+    assert len(documents) == 14 and any("12 of 14 documents spell control strings" in line for line in said)
     assert any("--split_documents" in line and "</s> 2" in line for line in said)
     split, said = load(tmp_path, records, tokenizer, Reading("text", split_documents=True))
     texts = [tokenizer.decode(split.tokens(d).tolist()[1:-1]) for d in range(len(split))]
-    assert texts[:3] == ["甲", "乙", "user\n甲"] and len(texts) == 15 and not any("<s>" in text for text in texts)
-    assert any("9 lines split" in line for line in said) and split.name(1).endswith(":1")
+    assert texts[:3] == ["甲", "乙", "user\n甲"] and len(texts) == 18 and not any("<s>" in text for text in texts)
+    assert any("12 lines split" in line for line in said) and split.name(1).endswith(":1")
+
+
+def test_tags_in_a_text_are_told_and_do_not_split(tmp_path, tokenizer):
+    """They are no end of a document."""
+    for split in (False, True):
+        documents, said = load(tmp_path, [{"text": "甲<think>乙"}, {"text": "丙"}], tokenizer,
+                               Reading("text", split_documents=split))
+        assert len(documents) == 2 and any("1 of 2 documents spell control strings (<think> 1)" in line
+                                           and "--split_documents" not in line for line in said)
 
 
 def test_a_text_of_control_strings_alone_is_empty(tmp_path, tokenizer):

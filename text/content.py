@@ -15,8 +15,8 @@ TAG_PATTERN = re.compile("|".join(map(re.escape, TAGS)))
 THINK, END_THINK, ANSWER, END_ANSWER = TAGS
 # control strings of other tokenizers: <s>, <|im_end|>, <｜User｜>, [INST], <start_of_turn>, …
 CONTROL_STRING = re.compile(
-    r"</?s>|<\|\w+\|>|<｜[^｜<>]{1,40}｜>|<(?:unk|pad|bos|eos|mask|start_of_turn|end_of_turn)>"
-    r"|\[/?INST\]|<</?SYS>>|\[(?:CLS|SEP|PAD|UNK|MASK|gMASK)\]")
+    r"</?s>|<\|\w+\|>|<｜[^｜<>]{1,40}｜>|<(?:unk|pad|bos|eos|mask|sep|cls|sop|eop|eod|eot|start_of_turn|end_of_turn"
+    r"|(?:extra_id_|reserved_|unused)\d+)>|\[/?INST\]|<</?SYS>>|\[(?:CLS|SEP|PAD|UNK|BOS|EOS|g?MASK|sMASK|TOOL_CALLS)\]")
 KEYS = {"text": {"text", "weight"}, "chat": {"conversations", "weight"}}
 MESSAGE_KEYS = {"role", "content"}
 MOST_NAMES = 1000  # different keys that are counted by name
@@ -215,7 +215,9 @@ def describe_found(found: dict[str, int], reading: Reading) -> list[str]:
     if n := found.get("empty system messages"):
         lines.append(f"{n:,} empty system messages left out")
     if n := found.get("spell control strings"):
-        advice = ("--split_documents makes each part between them a document" if reading.kind == "text" else
+        can_split = reading.kind == "text" and any(
+            name.startswith("spells: ") and name.removeprefix("spells: ") not in TAGS for name in found)
+        advice = ("--split_documents makes each part between them a document" if can_split else
                   "take them out of the data")
         lines.append(f"{n:,} of {found['documents']:,} documents spell control strings ({named('spells: ')}): they are "
                      f"learned as text, and the model may write them; {advice}")
