@@ -66,6 +66,9 @@ def test_empty_texts_and_replies_are_counted_and_left_out(tmp_path, tokenizer):
     assert counts["malformed"] == 0 and counts["left out for an empty reply"] == len(EMPTY)
     assert counts["shortened for an empty reply"] == 1 and counts["left out for an empty question"] == 1
     assert f"empty {len(EMPTY) + 1}" in " ".join(said)
+    _, found = read([chat(" ", {"role": "user", "content": " "}, *good)], Reading("chat"))
+    assert found["left out for an empty question"] == 1  # the first reason, and all replies are counted
+    assert found["reply: empty"] == found[f"reply: {BARE}"] == 1
 
 
 @pytest.mark.parametrize("reading, records", [
@@ -347,7 +350,9 @@ def test_git_lfs_pointers_as_tokenizer_and_as_data_are_named(tmp_path, tokenizer
 
 
 @pytest.mark.parametrize("text", ["我" * 300_000, "a" * 200_001, "第3页：“水”是弱的。\n  So it's said; x=1.\n\n" * 8000,
-                                  " " * 150_000, "😀" * LONG_TEXT + "。", "1" * 100_001])
+                                  " " * 150_000,
+                                  "天地不仁以万物为刍狗圣人不仁以百姓为刍狗水。" * 7000, "😀" * LONG_TEXT + "。",
+                                  "1" * 100_001])
 def test_a_long_text_is_encoded_in_parts(text, tokenizer):
     """The parts are the text; where words end between them, the tokens are those of the whole."""
     encoder, parts = TextEncoder.of(tokenizer), split_long(text)

@@ -18,7 +18,7 @@ import dataset
 from Config import UserError
 from dataset import load_documents, open_cache
 from text.records import MalformedRecord, parse_record, read_lines
-from text.sources import find_files
+from text.sources import find_files, find_sources
 from text.tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------
@@ -169,6 +169,34 @@ def test_find_files(tmp_path):
             find_files(str(tmp_path / missing))
 
 
+def test_a_file_beside_its_packed_copy_is_refused(tmp_path):
+    """In a folder, a glob and a list; hidden files are none."""
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("x.jsonl", "y.jsonl", "._y.jsonl", ".y.jsonl.gz"):
+        (folder / name).touch()
+    assert [file.name for file in find_files(str(folder))] == ["x.jsonl", "y.jsonl"]
+    (folder / "x.jsonl.gz").touch()
+    for path in (folder, folder / "*.jsonl*"):
+        with pytest.raises(UserError, match="x.jsonl and .*x.jsonl.gz are there, the same data twice"):
+            find_files(str(path))
+    with pytest.raises(UserError, match="the same data twice"):
+        find_sources([str(folder / "x.jsonl"), str(folder / "x.jsonl.gz")])
+
+
+def test_a_large_window_of_zstd_is_read(tmp_path):
+    """As of `zstd --long=31`; and frames one after another with frames to be skipped between them."""
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    skipped = (0x184D2A50).to_bytes(4, "little") + (4).to_bytes(4, "little") + b"abcd"
+    packed = writer.compress(b'{"text": "a"}\n') + writer.flush()
+    second = zstandard.compress(b'{"text": "b"}\n')
+    (tmp_path / "a.jsonl.zst").write_bytes(skipped + packed + skipped + second + skipped)
+    assert [line for _, line in read_lines(tmp_path / "a.jsonl.zst")] == [b'{"text": "a"}', b'{"text": "b"}']
+
+
 def test_bad_ratio(tokenizer, tmp_path):
     """Malformed lines are counted over all lines, named by file and number, and stop the run above the ratio."""
     lines = [json.dumps(record) for record in make_texts(2, 97, longest=40)]
@@ -258,8 +286,11 @@ def test_the_key_is_what_the_file_holds(tokenizer, file, tmp_path, monkeypatch, 
     assert documents.caches[0].folder == first and documents.name(0) == f"{copy}:1"
 
 
-def test_an_edit_that_keeps_size_and_time_is_seen(tokenizer, file, tmp_path):
+@pytest.mark.parametrize("remembered", [False, True])
+def test_an_edit_that_keeps_size_and_time_is_seen(tokenizer, file, tmp_path, monkeypatch, remembered):
     """The same size and time of change, but another content, written at once or later."""
+    if remembered:
+        monkeypatch.setattr(dataset.time, "time_ns", lambda: time.monotonic_ns() + 10**19)
     file.write_text('{"conversations": [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]}\n',
                     encoding="utf-8")
     before, status = open_cache([file], tokenizer, "chat", str(tmp_path / "c")).tokens[:].tolist(), file.stat()
