@@ -30,7 +30,7 @@ from Config import FLAGS, UserError
 from text import encode_chat  # noqa: F401  part of the interface of this file
 from text.chat import CONTEXT, REPLY, TAG, ChatEncoder
 from text.content import BARE, Reading, RecordReader, describe_found
-from text.records import MalformedRecord, is_held_out, parse_record, read_lines, text_hash
+from text.records import PACKINGS, MalformedRecord, is_held_out, parse_record, read_lines, text_hash
 from text.sources import Source, explain, find_sources, kind_of
 from text.tokenizer import TextEncoder
 
@@ -115,7 +115,7 @@ def open_cache(files: list[Path], tokenizer, reading: Reading | str, cache_dir: 
     """The token cache of `files`, built if there is none; a `reading` of "text" or "chat" stands for Reading of it.
 
     The folder's name is a fingerprint of what the files hold, the tokenizer and the reading, so a file that is only
-    touched, moved or renamed is not tokenized again. A cache of an earlier content of the same files is deleted. A
+    touched, moved or renamed is not tokenized again. Other caches of the same files are named when one is built. A
     damaged cache is named in a message and built again; a partial one never has the final name.
     Raises UserError when the data cannot be read, holds no record, or changes while it is read, when the tokenizer
     loses more than `max_text_loss` of the text, or the disk is full.
@@ -125,7 +125,8 @@ def open_cache(files: list[Path], tokenizer, reading: Reading | str, cache_dir: 
     contents = FileHashes(parent)
     hashes = [contents.of(file) for file in files]
     settings = _sha256([CACHE_FORMAT, reading.key, encoder.fingerprint, encoder.bos_id, encoder.eos_id])
-    folder = parent / _sha256([settings, hashes])
+    packings = [file.suffix if file.suffix in PACKINGS else "" for file in files]  # decides how the bytes are read
+    folder = parent / _sha256([settings, hashes, packings])
     if folder.is_dir():
         try:
             return TokenCache(folder, files)
@@ -142,7 +143,7 @@ def open_cache(files: list[Path], tokenizer, reading: Reading | str, cache_dir: 
                 raise UserError(f"{file}: changed while it was read: start again")
 
     write_folder(folder, fill)
-    _drop_earlier(folder, meta)
+    _name_others(folder, meta)
     return TokenCache(folder, files)
 
 
@@ -188,24 +189,20 @@ def _sha256(value) -> str:
     return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()[:16]
 
 
-def _drop_earlier(folder: Path, meta: dict) -> None:
-    """Delete the caches of an earlier content of the same files, and name those with another tokenizer or reading."""
+def _name_others(folder: Path, meta: dict) -> None:
+    """Name the other caches of the same files: of an earlier content, another tokenizer or another reading. They are
+    not deleted, since a copy of a file may still use one."""
     others = []
     for other in folder.parent.glob(CACHE_NAME):
         with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             found = json.loads((other / "meta.json").read_text(encoding="utf-8"))
             paths = found.get("paths") or [str(Path(file).resolve()) for file in found["files"]]  # of format 3
-            if other == folder or paths != meta["paths"]:
-                continue
-            size = sum(file.stat().st_size for file in other.iterdir()) / 1e6
-            if found.get("settings") != meta["settings"]:
+            if other != folder and paths == meta["paths"]:
+                size = sum(file.stat().st_size for file in other.iterdir()) / 1e6
                 others.append(f"{other} ({size:,.0f} MB)")
-                continue
-            shutil.rmtree(other)
-            print(f"token cache {other} deleted ({size:,.0f} MB): the files have changed since", flush=True)
     if others:
-        print(f"the same files with another tokenizer or other flags: {', '.join(others)}; delete what is not needed",
-              flush=True)
+        print("older token caches of the same files, of another content, tokenizer or other flags: "
+              f"{', '.join(others)}; delete those that are not needed", flush=True)
 
 
 def _build_cache(files: list[Path], tokenizer, reading: Reading, folder: Path, meta: dict,

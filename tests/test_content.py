@@ -14,7 +14,7 @@ from dataset import load_documents, load_splits
 from text import encode_chat
 from text.content import BARE, EMPTY_THOUGHT, WELL_FORMED, Reading, RecordReader, is_empty, thought_shape
 from text.records import MalformedRecord, parse_record
-from text.sources import find_sources
+from text.sources import find_sources, kind_of
 from text.tokenizer import LONG_TEXT, TextEncoder, load_tokenizer, split_long
 
 QUESTION = {"role": "user", "content": "三加四？"}
@@ -255,6 +255,8 @@ def test_an_empty_system_message_is_none():
     system = {"role": "system", "content": " "}
     documents, found = read([chat("七", system), chat("七")], Reading("chat"))
     assert documents[0] == documents[1] and found["empty system messages"] == 1
+    documents, found = read([{"conversations": [system]}], Reading("chat"))
+    assert not documents and found["empty"] == 1
 
 
 def test_keys_without_end_are_counted_together():
@@ -340,9 +342,13 @@ def test_git_lfs_pointers_as_tokenizer_and_as_data_are_named(tmp_path, tokenizer
             (folder / file.name).write_bytes(POINTER.encode() if file.name == name else file.read_bytes())
         with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer.*git lfs pull"):
             load_tokenizer(str(folder))
-    (tmp_path / "a.jsonl").write_text(POINTER, encoding="utf-8")
-    with pytest.raises(UserError, match="Git LFS pointer.*git lfs pull"):
-        train("pretrain", tmp_path / "a.jsonl", tokenizer_dir, tmp_path / "out", preset="nano", max_steps=1)
+    for suffix in ("", ".gz", ".xz", ".zst"):
+        data = tmp_path / f"a.jsonl{suffix}"
+        data.write_text(POINTER, encoding="utf-8")
+        for use in (lambda data=data: kind_of([data]), lambda data=data: load_documents(
+                str(data), load_tokenizer(str(tokenizer_dir)), "text", str(tmp_path / "c"), 64)):
+            with pytest.raises(UserError, match="Git LFS pointer.*git lfs pull"):
+                use()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -357,9 +363,9 @@ def test_a_long_text_is_encoded_in_parts(text, tokenizer):
     """The parts are the text; where words end between them, the tokens are those of the whole."""
     encoder, parts = TextEncoder.of(tokenizer), split_long(text)
     assert "".join(parts) == text and max(map(len, parts)) <= LONG_TEXT
-    ids, offsets = encoder.encode_with_offsets(text)
+    ids, begins, ends = map(list, zip(*encoder.encode_with_offsets(text), strict=True))
     assert encoder.encode(["甲", text, "乙"]) == [encoder.encode(["甲"])[0], ids, encoder.encode(["乙"])[0]]
-    assert tokenizer.decode(ids) == text and offsets[-1][1] == len(text) and offsets == sorted(offsets)
+    assert tokenizer.decode(ids) == text and ends[-1] == len(text) and begins == sorted(begins)
     if "水" in text or "1" in text[:1]:
         assert ids == encoder.plain.encode(text, add_special_tokens=False).ids
 

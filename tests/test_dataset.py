@@ -260,7 +260,7 @@ def folders(cache_dir) -> list[str]:
 
 
 def test_made_once(tokenizer, file, tmp_path, monkeypatch):
-    """The second time nothing is tokenized; after a change of the file it is, and the cache of before is gone."""
+    """The second time nothing is tokenized; after a change of the file it is."""
     cache_dir = tmp_path / "c"
     first = open_cache([file], tokenizer, "chat", str(cache_dir))
     tokens = first.tokens[:].tolist()
@@ -270,7 +270,7 @@ def test_made_once(tokenizer, file, tmp_path, monkeypatch):
     with open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(make_chats(5, 1)[0]) + "\n")
     assert len(open_cache([file], tokenizer, "chat", str(cache_dir)).tokens) > len(tokens)
-    assert folders(cache_dir) == [open_cache([file], tokenizer, "chat", str(cache_dir)).folder.name]
+    assert len(folders(cache_dir)) == 2
 
 
 def test_the_key_is_what_the_file_holds(tokenizer, file, tmp_path, monkeypatch, capsys):
@@ -315,16 +315,29 @@ def test_a_file_is_read_once_to_know_what_it_holds(tokenizer, file, tmp_path, mo
     assert open_cache([file], tokenizer, "chat", str(cache_dir)).folder == folder
 
 
-def test_caches_do_not_pile_up(tokenizer, file, tmp_path, capsys):
-    """Ten edits leave one cache; a cache with other flags is kept, and named."""
-    cache_dir, lines = tmp_path / "c", file.read_text(encoding="utf-8")
-    open_cache([file], tokenizer, dataset.Reading("chat", thoughts=True), str(cache_dir))
-    for number in range(10):
-        file.write_text(lines + "\n" * number, encoding="utf-8")
-        open_cache([file], tokenizer, "chat", str(cache_dir))
+def test_other_caches_of_a_file_are_named_and_kept(tokenizer, file, tmp_path, capsys):
+    """Of an earlier content and of other flags; a copy of the file may still use them. Those of other files are not."""
+    cache_dir, copy = tmp_path / "c", Path(shutil.copy(file, tmp_path / "copy.jsonl"))
+    other = write_jsonl(tmp_path / "other.jsonl", make_chats(9, 3))
+    before = [open_cache([each], tokenizer, reading, str(cache_dir)).folder for each, reading in (
+        (file, "chat"), (file, dataset.Reading("chat", thoughts=True)), (other, "chat"))]
+    file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    capsys.readouterr()
+    open_cache([file], tokenizer, "chat", str(cache_dir))
     said = capsys.readouterr().out
-    assert len(folders(cache_dir)) == 2 and said.count("deleted") == 9
-    assert "the same files with another tokenizer or other flags: " in said
+    assert "older token caches of the same files" in said
+    assert [str(folder) in said for folder in before] == [True, True, False]
+    assert open_cache([copy], tokenizer, "chat", str(cache_dir)).folder == before[0] and len(folders(cache_dir)) == 4
+
+
+def test_a_file_that_gets_the_right_suffix_is_read_anew(tokenizer, tmp_path):
+    """The suffix decides how the same bytes are read."""
+    wrong = tmp_path / "x.jsonl"
+    wrong.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(UserError, match="malformed"):
+        load_documents(str(wrong), tokenizer, "text", str(tmp_path / "c"), 64)
+    right = wrong.rename(tmp_path / "x.jsonl.gz")
+    assert len(load_documents(str(right), tokenizer, "text", str(tmp_path / "c"), 64)) == 1
 
 
 def test_a_file_that_changes_while_it_is_read(tokenizer, file, tmp_path, monkeypatch):

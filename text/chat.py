@@ -107,7 +107,7 @@ class ChatEncoder:
                 ids.append(tag_id)
                 types.append(TAG)
             elif end > start:
-                for token, (a, b) in zip(*self.text.encode_with_offsets(text[start:end]), strict=True):
+                for token, a, b in self.text.encode_with_offsets(text[start:end]):
                     covered = type_of_char[start + a:max(start + b, start + a + 1)]
                     ids.append(token)
                     types.append(TAG if TAG in covered else covered[0] if covered else REPLY)

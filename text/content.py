@@ -141,7 +141,7 @@ class RecordReader:
             of_user = message["role"] != "assistant"
             end = end if of_user else len(kept)
             spelled |= self._control_strings(kept_message["content"], self.control_or_tag if of_user else self.control)
-        if not conversation:
+        if not kept and not reason:
             self.found["empty"] += 1
         if reason:
             self.found[f"{'shortened' if end else 'left out'} for {reason}"] += 1

@@ -9,8 +9,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.files import lfs_pointer
 from Config import UserError
 
+PACKINGS = (".gz", ".xz", ".zst")
 ROLES = ("system", "user", "assistant")
 TOOL_ROLES = ("tool", "function")  # what a tool returned: no part of our chat format
 TOOL_CALLS = ("tool_calls", "function_call")  # keys of a reply that calls a tool
@@ -29,6 +31,8 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
     Raises UserError, with the number of the last good line, when the file is truncated or damaged.
     """
+    if lfs_pointer(file):
+        raise UserError(f"{file}: a Git LFS pointer, not the file itself: git lfs pull")
     number = 0
     try:
         if file.suffix == ".gz":

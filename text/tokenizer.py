@@ -8,6 +8,7 @@ import re
 import tempfile
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,6 +202,7 @@ class TextEncoder:
         self.plain = Tokenizer.from_str(json.dumps(state | {"added_tokens": []}))
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
+        self.known = list(range(self.vocab_size))  # one object for each id
         self.eos_id = tokenizer.eos_token_id
         if self.eos_id is None:
             raise UserError("the tokenizer has no end token (eos_token in its tokenizer_config.json)")
@@ -229,9 +231,9 @@ class TextEncoder:
 
     def _encode_long(self, text: str) -> list[int]:
         """Ids of a long text, part by part. Equal ids are one object: 8 bytes a token instead of 40."""
-        known, ids = list(range(self.vocab_size)), []
+        ids = []
         for part in split_long(text):
-            ids += [known[i] for i in self.encode([part])[0]]
+            ids += [self.known[i] for i in self.encode([part])[0]]
         return ids
 
     def _encode_split(self, text: str) -> list[int]:
@@ -241,15 +243,14 @@ class TextEncoder:
         encodings = self.plain.encode_batch_fast(pieces, add_special_tokens=False)
         return self.checked([i for encoding in encodings for i in encoding.ids])
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text, and the range (begin, end) of characters that each encodes."""
-        ids, offsets, begin = [], [], 0
+    def encode_with_offsets(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Yield (id, begin, end) of each token of a text: the range of characters that it encodes."""
+        begin = 0
         for part in split_long(text):
             encoding = self.plain.encode(part, add_special_tokens=False)
-            ids += encoding.ids
-            offsets += [(begin + a, begin + b) for a, b in encoding.offsets] if begin else encoding.offsets
+            for token, (a, b) in zip(self.checked(encoding.ids), encoding.offsets, strict=True):
+                yield self.known[token], begin + a, begin + b
             begin += len(part)
-        return self.checked(ids), offsets
 
     def losses(self, texts: list[str]) -> Counter:
         """What becomes of texts that are encoded and decoded again: {"texts", "exact" (texts that come back as they
