@@ -124,6 +124,7 @@ def open_cache(files: list[Path], tokenizer, reading: Reading | str, cache_dir: 
     encoder, parent = TextEncoder.of(tokenizer), Path(cache_dir)
     contents = FileHashes(parent)
     hashes = [contents.of(file) for file in files]
+    contents.save()
     settings = _sha256([CACHE_FORMAT, reading.key, encoder.fingerprint, encoder.bos_id, encoder.eos_id])
     packings = [file.suffix if file.suffix in PACKINGS else "" for file in files]  # decides how the bytes are read
     folder = parent / _sha256([settings, hashes, packings])
@@ -157,6 +158,7 @@ class FileHashes:
             self.known = dict(json.loads(self.memory.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             self.known = {}
+        self.before, self.lasting = dict(self.known), dict(self.known)
 
     def of(self, file: Path) -> str:
         """The hash of a file. Raises UserError when it cannot be read."""
@@ -175,9 +177,14 @@ class FileHashes:
         self.known[path] = [*stamp, digest.hexdigest()]
         # one that was written just now may be written again within the clock's resolution
         if begin - max(stamp[1:]) > 2e9:
-            with contextlib.suppress(UserError):  # a folder that cannot be written costs only time
-                write_lines(self.memory, [json.dumps(self.known)])
+            self.lasting[path] = self.known[path]
         return digest.hexdigest()
+
+    def save(self) -> None:
+        """Remember the hashes for the next run. A folder that cannot be written costs only time."""
+        with contextlib.suppress(UserError):
+            if self.lasting != self.before:
+                write_lines(self.memory, [json.dumps(self.lasting)])
 
     @staticmethod
     def _stamp(file: Path) -> list[int]:

@@ -265,6 +265,13 @@ def test_keys_without_end_are_counted_together():
     assert len(found) <= 1001 and sum(n for name, n in found.items() if name.startswith("key: ")) == 1500
 
 
+def test_a_key_cannot_write_to_the_terminal():
+    """Nor fill it."""
+    _, found = read([{"text": "甲", "\x1b[2J\nerror: " + "x" * 99: 1}], Reading("text"))
+    (name,) = (name for name in found if name.startswith("key: "))
+    assert name.isprintable() and len(name) < 50
+
+
 def test_keys_that_are_not_read_are_counted(tmp_path, tokenizer):
     """Of records and of messages, by name, at most eight of them."""
     records = [chat({"content": "七", "name": "甲"}) | {"system": "你是", "tools": [], "source": "x", "text": "y"}] * 3

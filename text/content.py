@@ -189,6 +189,7 @@ class RecordReader:
 
     def _count(self, prefix: str, name: str) -> None:
         """Count one of the names under a prefix; names without end (ids as keys, say) are counted as others."""
+        name = "".join(char if char.isprintable() else "?" for char in name[:40])  # it is printed
         known = f"{prefix}: {name}" in self.found or len(self.found) < MOST_NAMES
         self.found[f"{prefix}: {name if known else 'others'}"] += 1
 

@@ -37,7 +37,7 @@ def find_sources(arguments: list[str], flag: str = "--data_path") -> list[Source
     split = [_split_share(argument) for argument in arguments]
     if all(share is None for _, share in split):
         files = {file.resolve(): file for path, _ in split for file in find_files(path, flag)}
-        _refuse_packed_copies(list(files.values()), flag)
+        _refuse_packed_copies(list(files), flag)
         return [Source(" ".join(arguments), None, list(files.values()))]
     if any(share is None for _, share in split):
         bare = next(path for path, share in split if share is None)
