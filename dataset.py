@@ -40,7 +40,7 @@ from text.tokenizer import TextEncoder
 DOCUMENT = np.dtype([("start", "<i8"), ("reply", "<i8"), ("hash", "<u8"), ("weight", "<f4"), ("file", "<u4"),
                      ("line", "<i8")])
 REPLIES = np.dtype([("end", "<i8"), ("targets", "<i8"), ("bytes", "<i8")])
-CACHE_FORMAT = 4  # part of the fingerprint: raise it when anything above changes what is stored
+CACHE_FORMAT = 5  # part of the fingerprint: raise it when anything above changes what is stored
 CACHE_NAME = "[0-9a-f]" * 16  # of a folder
 
 
@@ -219,7 +219,7 @@ def _build_cache(files: list[Path], tokenizer, reading: Reading, folder: Path, m
     encoder = TextEncoder.of(tokenizer)
     token_type = np.dtype("<u2" if encoder.vocab_size <= 65536 else "<u4")
     reader, is_chat, losses = RecordReader(reading, encoder.control_strings), reading.kind == "chat", Counter()
-    meta = meta | {"token_type": token_type.str, "lines": 0, "malformed": 0, "examples": []}
+    meta = meta | {"token_type": token_type.str, "lines": 0, "malformed": 0, "examples": [], "not_ours": []}
     names = ["tokens.bin", "documents.bin", "replies.bin"] + (["types.bin"] if is_chat else [])
     out = {name: open(folder / name, "wb") for name in names}
     n_tokens = n_documents = n_replies = 0
@@ -267,6 +267,7 @@ def _record_blocks(files: list[Path], reader: RecordReader, meta: dict, block_by
     """Blocks of (file index, line number, document), about `block_bytes` of JSON each; lines are counted in `meta`."""
     block, size = [], 0
     for index, file in enumerate(files):
+        before = meta["lines"] - meta["malformed"], meta["lines"]
         try:
             for number, line in read_lines(file):
                 meta["lines"] += 1
@@ -284,6 +285,8 @@ def _record_blocks(files: list[Path], reader: RecordReader, meta: dict, block_by
                     block, size = [], 0
         except UserError as error:  # from read_lines: not what its name says, or damaged
             raise UserError(f"{error}{explain([file])}") from None
+        if meta["lines"] - meta["malformed"] == before[0] and meta["lines"] > before[1]:
+            meta["not_ours"].append(index)
     if block:
         yield block
 
@@ -448,6 +451,9 @@ def load_documents(source: Source | str, tokenizer, reading: Reading | str, cach
     if meta["malformed"] > max_bad_ratio * meta["lines"]:
         raise UserError(f"{source.name}: {meta['malformed']:,} of {meta['lines']:,} lines are malformed, more than "
                         f"--max_bad_ratio {max_bad_ratio} (the first: {examples[0]}){explain(source.files)}")
+    if meta["not_ours"] and max_bad_ratio < 1:  # among many good lines it would be lost in silence
+        file = source.files[meta["not_ours"][0]]
+        raise UserError(f"{file}: none of its lines is a record; take it out of {source.name}{explain([file])}")
     for line in describe_found(found, reading):
         say(f"found in {source.name}: {line}")
     if losses:

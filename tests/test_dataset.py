@@ -198,6 +198,32 @@ def test_a_large_window_of_zstd_is_read(tmp_path):
     assert [line for _, line in read_lines(tmp_path / "a.jsonl.zst")] == [b'{"text": "a"}', b'{"text": "b"}']
 
 
+def test_xz_streams_one_after_another(tmp_path):
+    """With zeros between them, as `xz --stdout` and archivers pad; what else follows a stream is damage."""
+    first, second = (lzma.compress(f'{{"text": "{name}"}}\n'.encode()) for name in "ab")
+    file = tmp_path / "a.jsonl.xz"
+    for packed in (first + second, first + bytes(8) + second + bytes(4)):
+        file.write_bytes(packed)
+        assert [line for _, line in read_lines(file)] == [b'{"text": "a"}', b'{"text": "b"}']
+    for packed in (first + second[:-9], first + b"junk", first + second[:8] + b"x" + second[9:]):
+        file.write_bytes(packed)
+        with pytest.raises(UserError, match="cannot be read beyond line [12]: "):
+            list(read_lines(file))
+
+
+@pytest.mark.parametrize("content, words", [
+    ('[{"text": "a"}, {"text": "b"}]', "one array"), ("version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+    ('{"instruction": "a", "output": "b"}', "Alpaca")])
+def test_a_file_without_any_record_is_refused_among_many_good_lines(tokenizer, tmp_path, content, words):
+    """One line of a thousand is below every ratio, but here it is a whole file."""
+    folder = tmp_path / "d"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"text": f"{n}"} for n in range(1000)])
+    (folder / "b.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"b\.jsonl.*{words}"):
+        load_documents(str(folder), tokenizer, "text", str(tmp_path / "c"), 64)
+
+
 def test_bad_ratio(tokenizer, tmp_path):
     """Malformed lines are counted over all lines, named by file and number, and stop the run above the ratio."""
     lines = [json.dumps(record) for record in make_texts(2, 97, longest=40)]

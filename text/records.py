@@ -38,7 +38,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         if file.suffix == ".gz":
             stream = gzip.open(file, "rb")
         elif file.suffix == ".xz":
-            stream = lzma.open(file, "rb")
+            stream = contextlib.closing(_xz_lines(file))
         elif file.suffix == ".zst":
             stream = contextlib.closing(_zst_lines(file))
         else:
@@ -56,6 +56,26 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         if type(error).__name__ == "ZstdError":
             raise UserError(f"{file}: cannot be read beyond line {number}: {error}") from None
         raise
+
+
+def _xz_lines(file: Path) -> Iterator[bytes]:
+    """Lines of a .xz file: streams with zeros between them, which lzma.open takes for its end. Raises EOFError where it
+    ends inside a stream, LZMAError where something else follows."""
+    stream, rest, block = None, b"", b""
+    with open(file, "rb") as packed:
+        while block or (block := packed.read(1 << 16)):
+            if stream is None:
+                block = block.lstrip(b"\0")
+                if not block:
+                    continue
+                stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            *lines, rest = (rest + stream.decompress(block)).split(b"\n")
+            yield from lines
+            stream, block = (None, stream.unused_data) if stream.eof else (stream, b"")
+    if stream is not None:
+        raise EOFError("the file ends inside a compressed stream")
+    if rest:
+        yield rest
 
 
 def _zst_lines(file: Path) -> Iterator[bytes]:
