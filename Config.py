@@ -4,7 +4,6 @@ Nothing here imports the rest of the project, and everything else may import thi
 """
 
 import argparse
-import contextlib
 import math
 import os
 import shlex
@@ -197,8 +196,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse that reports an error in one line and exits with 2."""
 
     def error(self, message: str):
-        with contextlib.suppress(OSError):  # stderr may be closed
-            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr, flush=True)
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
 
 

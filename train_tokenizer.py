@@ -110,7 +110,7 @@ def read_texts(paths: list[str], max_bad_ratio: float, flag: str = "--data_path"
             if texts:
                 yield document_hash, texts
             empty += not texts
-            spelled += any("<" in text and CONTROL_STRING.search(text) for text in texts)
+            spelled += any(map(CONTROL_STRING.search, texts))
             n_chars += sum(map(len, texts))
             progress.show(f"{lines:,} lines, {n_chars:,} characters")
     progress.show(f"{lines:,} lines, {n_chars:,} characters, {malformed:,} malformed, {empty:,} empty", last=True)

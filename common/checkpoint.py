@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import lfs_pointer, rename, write_whole
+from common.files import refuse_lfs_pointer, rename, write_whole
 from Config import UserError
 
 
@@ -44,8 +44,7 @@ def load(path: Path, needed: tuple[str, ...]) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if lfs_pointer(path):
-        raise UserError(f"{path}: a Git LFS pointer, not the file itself: git lfs pull")
+    refuse_lfs_pointer(path)
     try:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about files that are not pickles

@@ -142,6 +142,12 @@ def lfs_pointer(path: Path) -> bool:
     return False
 
 
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises UserError when the file is a Git LFS pointer."""
+    if lfs_pointer(path):
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself: git lfs pull")
+
+
 # ---------------------------------------------------------------------------------------------
 # temporary names, and what killed processes left under them
 

@@ -456,3 +456,16 @@ def test_notes():
     convert_record(RECORDS["OpenAI with tools"][0], notes)
     convert_record(RECORDS["DPO"][0], notes)
     assert sorted(notes.values()) == [1, 1]
+
+
+def test_a_packed_file_is_converted_whole(tmp_path):
+    """Streams one after another, with zeros between them; a cut one is refused."""
+    packed = [lzma.compress(json.dumps({"content": text}).encode() + b"\n") for text in "甲乙"]
+    file, out = tmp_path / "a.jsonl.xz", tmp_path / "b.jsonl"
+    file.write_bytes(packed[0] + bytes(8) + packed[1][:-9])
+    with pytest.raises(UserError, match="cannot be read beyond"):
+        main([str(file), "--out", str(out)])
+    assert not out.exists()
+    file.write_bytes(packed[0] + bytes(8) + packed[1])
+    main([str(file), "--out", str(out)])
+    assert [parse_record(line, "text")["text"] for _, line in read_lines(out)] == ["甲", "乙"]

@@ -101,7 +101,6 @@ class RecordReader:
         own = "|".join(re.escape(name) for name in sorted(set(control_strings) - set(TAGS), key=len, reverse=True))
         self.control = re.compile(f"{own}|{CONTROL_STRING.pattern}" if own else CONTROL_STRING.pattern)
         self.control_or_tag = re.compile(f"{self.control.pattern}|{TAG_PATTERN.pattern}")
-        self.begins = {name[0] for name in control_strings} | set("<[")
 
     def documents(self, record: dict) -> list[dict]:
         """The documents of a record: none, one, or several of a text that is split."""
@@ -113,7 +112,7 @@ class RecordReader:
         return [{"conversations": conversation} | weight] if conversation else []
 
     def _texts(self, text: str) -> list[str]:
-        spelled = self._control_strings(text, self.control_or_tag)
+        spelled = set(self.control_or_tag.findall(text))
         texts = [text]
         if self.reading.split_documents and spelled - set(TAGS):
             texts = [part for part in self.control.split(text) if not is_empty(part)]
@@ -140,7 +139,7 @@ class RecordReader:
             kept.append(kept_message)
             of_user = message["role"] != "assistant"
             end = end if of_user else len(kept)
-            spelled |= self._control_strings(kept_message["content"], self.control_or_tag if of_user else self.control)
+            spelled.update((self.control_or_tag if of_user else self.control).findall(kept_message["content"]))
         if not kept and not reason:
             self.found["empty"] += 1
         if reason:
@@ -173,10 +172,6 @@ class RecordReader:
             if shape not in GOOD_SHAPES and not self.reading.keep_malformed_thoughts:
                 return message, "a malformed thought"
         return {"role": role, "content": content}, None
-
-    def _control_strings(self, text: str, pattern: re.Pattern) -> set[str]:
-        """The control strings that a text spells. Most texts have none of the characters that one begins with."""
-        return set(pattern.findall(text)) if any(character in text for character in self.begins) else set()
 
     def _count_spelled(self, strings: set[str]) -> None:
         self.found["spell control strings"] += 1

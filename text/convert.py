@@ -10,11 +10,9 @@ import argparse
 import codecs
 import contextlib
 import csv
-import gzip
 import io
 import itertools
 import json
-import lzma
 import os
 import re
 import shlex
@@ -28,7 +26,7 @@ from typing import NamedTuple
 from common import exits
 from common.files import write_lines
 from Config import OneLineParser, UserError
-from text.records import MalformedRecord, parse_record, read_lines
+from text.records import MalformedRecord, parse_record, unpack
 from text.shapes import DECODER, NO_ANSWER, OWN, convert_record, is_message, parse_value, shape_of
 
 HEAD = 1_000_000  # bytes that `describe` reads
@@ -228,9 +226,9 @@ def _examine(file: Path) -> Examined:
     names = _names(file)
     packing = next((suffix for suffix, magic in PACKINGS.items() if start.startswith(magic)), "")
     if packing:
-        head, unpacked = b"", _unpack(io.BytesIO(start), packing)
+        head, unpacked = b"", unpack(io.BytesIO(start), packing)
         with contextlib.suppress(Exception):  # each library has errors of its own for a file that ends or is damaged
-            while len(head) < HEAD and (block := unpacked.read(1 << 14)):
+            while len(head) < HEAD and (block := unpacked.read1(1 << 14)):
                 head += block
         if not head and len(start) > 100:
             return Examined(f"damaged: {AGAIN}")
@@ -304,16 +302,6 @@ def _names(file: Path) -> dict[str, str]:
         name: _quote(file.with_name(made[name])) for name in made}
 
 
-def _unpack(stream, packing: str):
-    if packing != ".zst":
-        return {".gz": gzip.open, ".xz": lzma.open}[packing](stream) if packing else stream
-    try:
-        import zstandard  # only where such a file is read
-    except ImportError:
-        raise UserError("reading .zst needs a package: pip install zstandard") from None
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(stream, read_across_frames=True)
-
-
 def _encoding(head: bytes) -> str | None:
     """UTF-16 by its byte order mark or its zeros; else UTF-8 or GB18030, if all but a few characters are in it."""
     if (detected := json.detect_encoding(head)) not in ("utf-8", "utf-8-sig"):
@@ -328,15 +316,12 @@ def _encoding(head: bytes) -> str | None:
 def _read(file: Path, packing: str, encoding: str, reader: Callable) -> Iterator[tuple[str, object]]:
     """What `reader` yields of the file. Raises UserError where the file cannot be read further."""
     where = "its beginning"
-    if packing == ".zst":  # zstandard's own reader takes a file that was cut for a whole one
-        for _ in read_lines(file):
-            pass
     errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"  # then refused by record
     try:
-        with open(file, "rb") as packed, _unpack(packed, packing) as stream:
+        with open(file, "rb") as packed, unpack(packed, packing) as stream:
             for where, value in reader(io.TextIOWrapper(stream, encoding, errors)):
                 yield where, value
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise UserError(f"{file}: cannot be read beyond {where}: {error}") from None
 
 

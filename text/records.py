@@ -1,15 +1,17 @@
 """Data files: their lines and the records in them."""
 
-import contextlib
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
-from common.files import lfs_pointer
+from common.files import refuse_lfs_pointer
 from Config import UserError
 
 PACKINGS = (".gz", ".xz", ".zst")
@@ -31,80 +33,84 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
     Raises UserError, with the number of the last good line, when the file is truncated or damaged.
     """
-    if lfs_pointer(file):
-        raise UserError(f"{file}: a Git LFS pointer, not the file itself: git lfs pull")
+    refuse_lfs_pointer(file)
     number = 0
     try:
-        if file.suffix == ".gz":
-            stream = gzip.open(file, "rb")
-        elif file.suffix == ".xz":
-            stream = contextlib.closing(_xz_lines(file))
-        elif file.suffix == ".zst":
-            stream = contextlib.closing(_zst_lines(file))
-        else:
-            stream = open(file, "rb")
-        with stream as lines:
+        with open(file, "rb") as packed, unpack(packed, file.suffix) as lines:
             for number, line in enumerate(lines, start=1):
                 line = line.rstrip(b"\r\n")
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is not text
                 if line.strip():
                     yield number, line
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read beyond line {number}: {error}") from None
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise UserError(f"{file}: cannot be read beyond line {number}: {error}") from None
-        raise
-
-
-def _xz_lines(file: Path) -> Iterator[bytes]:
-    """Lines of a .xz file: streams with zeros between them, which lzma.open takes for its end. Raises EOFError where it
-    ends inside a stream, LZMAError where something else follows."""
-    stream, rest, block = None, b"", b""
-    with open(file, "rb") as packed:
-        while block or (block := packed.read(1 << 16)):
-            if stream is None:
-                block = block.lstrip(b"\0")
-                if not block:
-                    continue
-                stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-            *lines, rest = (rest + stream.decompress(block)).split(b"\n")
-            yield from lines
-            stream, block = (None, stream.unused_data) if stream.eof else (stream, b"")
-    if stream is not None:
-        raise EOFError("the file ends inside a compressed stream")
-    if rest:
-        yield rest
-
-
-def _zst_lines(file: Path) -> Iterator[bytes]:
-    """Lines of a .zst file. Raises EOFError where it ends inside a frame, which zstandard's own reader ignores."""
-    try:
-        import zstandard  # only where such a file is read
     except ImportError:
         raise UserError(f"{file}: reading .zst needs a package: pip install zstandard") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: cannot be read beyond line {number}: {error}") from None
 
-    frame, rest = None, b""
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 16):
-            while block:
-                # the largest window of `zstd --long=31`: the default limit refuses such files
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-                *lines, rest = (rest + frame.decompress(block)).split(b"\n")
-                yield from lines
-                frame, block = (None, frame.unused_data) if frame.eof else (frame, b"")
-    if frame is not None:
-        raise EOFError("the file ends inside a compressed frame")
-    if rest:
-        yield rest
+
+def unpack(packed: BinaryIO, suffix: str) -> BinaryIO:
+    """The content of an open file whose packing has this suffix (one of PACKINGS; any other: not packed).
+
+    Raises ImportError where .zst needs a package; reading raises OSError, EOFError or zlib.error when it is damaged.
+    """
+    if suffix == ".gz":
+        return gzip.open(packed, "rb")
+    if suffix == ".xz":
+        frames = _Frames(packed, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), lzma.LZMAError, padding=b"\0")
+    elif suffix == ".zst":
+        import zstandard  # only where such a file is read
+
+        # the largest window of `zstd --long=31`: the default limit refuses such files
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        frames = _Frames(packed, decompressor.decompressobj, zstandard.ZstdError)
+    else:
+        return packed
+    return io.BufferedReader(frames, 1 << 16)
+
+
+class _Frames(io.RawIOBase):
+    """What the frames of a .zst file, or the streams of a .xz file, hold one after another. The libraries' own readers
+    take an end inside a frame, or zeros between two streams, for the end of the file.
+
+    Reading raises EOFError where the file ends inside a frame, and OSError where it is damaged.
+    """
+
+    def __init__(self, packed: BinaryIO, new_frame: Callable, damaged: type[Exception], padding: bytes = b""):
+        self.packed, self.new_frame, self.damaged, self.padding = packed, new_frame, damaged, padding
+        self.frame, self.block, self.content = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.content:
+            self.block = self.block or self.packed.read(1 << 16)
+            if not self.block:
+                if self.frame is not None:
+                    raise EOFError("the file ends inside a compressed frame")
+                return 0
+            if self.frame is None:
+                self.block = self.block.lstrip(self.padding)
+                if not self.block:
+                    continue
+                self.frame = self.new_frame()
+            try:
+                self.content = memoryview(self.frame.decompress(self.block))
+            except self.damaged as error:
+                raise OSError(str(error)) from None
+            self.frame, self.block = (None, self.frame.unused_data) if self.frame.eof else (self.frame, b"")
+        size = min(len(buffer), len(self.content))
+        buffer[:size], self.content = self.content[:size], self.content[size:]
+        return size
 
 
 # ---------------------------------------------------------------------------------------------
 # records
 
 
-def _unique_keys(pairs: list) -> dict:
+def unique_keys(pairs: list) -> dict:
+    """The object of JSON that has these pairs. Raises MalformedRecord when a key is there twice."""
     record = dict(pairs)
     if len(record) != len(pairs):
         raise MalformedRecord("duplicate key in one object")
@@ -118,7 +124,7 @@ def _no_constant(name: str):
 def parse_object(line: bytes) -> dict:
     """One line as a JSON object without duplicate keys. Raises MalformedRecord with the reason."""
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise MalformedRecord(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:

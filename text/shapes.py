@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from text.records import ROLES, MalformedRecord, check_conversation, check_text
+from text.records import ROLES, MalformedRecord, check_conversation, check_text, unique_keys
 
 # ---------------------------------------------------------------------------------------------
 # words and keys
@@ -41,14 +41,7 @@ NO_ANSWER = re.compile(r"[\s。.!?,;:、！？，；：．…]*")  # evaluate.py
 CUT = "conversations end before their first tool call, tool result or image"
 
 
-def _unique_keys(pairs: list) -> dict:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        raise MalformedRecord("duplicate key in one object")
-    return record
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=lambda _: None)  # pandas' NaN: no value
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=lambda _: None)  # pandas' NaN: no value
 
 
 def parse_value(text: str):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from Config import UserError
-from text.convert import describe
 from text.records import read_lines
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
@@ -102,8 +101,7 @@ def _others(folder: str) -> str:
     files = sorted(p for p in Path(folder).iterdir() if p.name[0] != "." and p.is_file())
     if not files:
         return f" (subfolders are read when named: '{os.path.join(folder, '**', '*.jsonl')}')"
-    named = next(((file, what) for file in files[:20] if (what := describe(file))), None)
-    return f"; {named[0]}: {named[1]}" if named else f"; name one of its files: {files[0]}"
+    return explain(files[:20]) or f"; name one of its files: {files[0]}"
 
 
 def _refuse_packed_copies(files: list[Path], flag: str) -> None:
@@ -153,4 +151,6 @@ def kind_of(files: list[Path], among: tuple[str, ...] = tuple(KINDS)) -> str:
 
 def explain(files: list[Path]) -> str:
     """"; FILE is …" for the first of the files that is in another form than ours, or "" where none is."""
+    from text.convert import describe  # here: only an error needs it
+
     return next((f"; {file} is {what}" for file in files if (what := describe(file))), "")

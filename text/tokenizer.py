@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import lfs_pointer
+from common.files import refuse_lfs_pointer
 from Config import LLMConfig, UserError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -80,6 +80,8 @@ def load_tokenizer(path: str):
     name = f"--tokenizer_path {path}"
     if not os.path.isdir(path):
         raise UserError(f"{name}: no such folder (python train_tokenizer.py makes it)")
+    for file in FILES:
+        refuse_lfs_pointer(Path(path, file))
     others = ("special_tokens_map.json", "added_tokens.json")  # which transformers would read too
     if not any(Path(path, other).exists() for other in others):
         settings = {}
@@ -87,15 +89,10 @@ def load_tokenizer(path: str):
             settings = {FILES[1]: _read(path, FILES[1])}
         if OurTokenizer.is_ours(settings):
             return _checked(lambda: OurTokenizer({file: _read(path, file) for file in FILES}), name)
-    for file in FILES:
-        if lfs_pointer(Path(path, file)):
-            raise UserError(f"{name}: {file}: a Git LFS pointer, not the file itself: git lfs pull")
     return _checked(lambda: _load_with_transformers(path), name)
 
 
 def _read(folder: str, file: str) -> str:
-    if lfs_pointer(Path(folder, file)):
-        raise UserError(f"{file}: a Git LFS pointer, not the file itself: git lfs pull")
     try:
         return Path(folder, file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
