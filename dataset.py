@@ -124,11 +124,11 @@ def open_cache(files: list[Path], tokenizer, reading: Reading | str, cache_dir: 
     encoder, parent = TextEncoder.of(tokenizer), Path(cache_dir)
     contents = FileHashes(parent)
     hashes = [contents.of(file) for file in files]
-    contents.save()
     settings = _sha256([CACHE_FORMAT, reading.key, encoder.fingerprint, encoder.bos_id, encoder.eos_id])
     packings = [file.suffix if file.suffix in PACKINGS else "" for file in files]  # decides how the bytes are read
     folder = parent / _sha256([settings, hashes, packings])
     if folder.is_dir():
+        contents.save()
         try:
             return TokenCache(folder, files)
         except UserError as error:
@@ -144,52 +144,47 @@ def open_cache(files: list[Path], tokenizer, reading: Reading | str, cache_dir: 
                 raise UserError(f"{file}: changed while it was read: start again")
 
     write_folder(folder, fill)
+    contents.save()
     _name_others(folder, meta)
     return TokenCache(folder, files)
 
 
 class FileHashes:
     """SHA-256 of what files hold. It is remembered beside the token caches by path, size and times, so that a file is
-    read only when one of them has changed."""
+    read only when one of them has changed, or when it was read within two seconds of a change: it may then have been
+    written again within the clock's resolution."""
 
     def __init__(self, cache_dir: Path):
-        self.memory = cache_dir / "contents.json"
-        try:
+        self.memory, self.is_new = cache_dir / "contents.json", False
+        try:  # path -> [size, time of change, of the inode's change, when it was read, hash]
             self.known = dict(json.loads(self.memory.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             self.known = {}
-        self.before, self.lasting = dict(self.known), dict(self.known)
 
     def of(self, file: Path) -> str:
         """The hash of a file. Raises UserError when it cannot be read."""
-        path = str(file.resolve())
+        path, now, progress = str(file.resolve()), time.time_ns(), Progress(f"reading {file}")
         try:
-            stamp = self._stamp(file)
-            if isinstance(known := self.known.get(path), list) and known[:-1] == stamp:
-                return known[-1]
-            digest, begin, progress = hashlib.sha256(), time.time_ns(), Progress(f"reading {file}")
+            status = file.stat()
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            known = self.known.get(path)
+            if isinstance(known, list) and len(known) == 5 and known[:3] == stamp and known[3] - max(stamp[1:]) > 2e9:
+                return known[4]
+            digest = hashlib.sha256()
             with open(file, "rb") as stream:
                 while block := stream.read(1 << 22):
                     digest.update(block)
                     progress.show(f"{stream.tell() / 1e6:,.0f} MB")
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error}") from None
-        self.known[path] = [*stamp, digest.hexdigest()]
-        # one that was written just now may be written again within the clock's resolution
-        if begin - max(stamp[1:]) > 2e9:
-            self.lasting[path] = self.known[path]
+        self.known[path], self.is_new = [*stamp, now, digest.hexdigest()], True
         return digest.hexdigest()
 
     def save(self) -> None:
         """Remember the hashes for the next run. A folder that cannot be written costs only time."""
-        with contextlib.suppress(UserError):
-            if self.lasting != self.before:
-                write_lines(self.memory, [json.dumps(self.lasting)])
-
-    @staticmethod
-    def _stamp(file: Path) -> list[int]:
-        status = file.stat()
-        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        if self.is_new:
+            with contextlib.suppress(UserError):
+                write_lines(self.memory, [json.dumps(self.known)])
 
 
 def _sha256(value) -> str:
@@ -267,14 +262,14 @@ def _record_blocks(files: list[Path], reader: RecordReader, meta: dict, block_by
     """Blocks of (file index, line number, document), about `block_bytes` of JSON each; lines are counted in `meta`."""
     block, size = [], 0
     for index, file in enumerate(files):
-        before = meta["lines"] - meta["malformed"], meta["lines"]
+        n_lines = n_malformed = 0
         try:
             for number, line in read_lines(file):
-                meta["lines"] += 1
+                n_lines += 1
                 try:
                     record = parse_record(line, reader.reading.kind)
                 except MalformedRecord as error:
-                    meta["malformed"] += 1
+                    n_malformed += 1
                     if len(meta["examples"]) < 5:
                         meta["examples"].append([index, number, str(error)[:300]])
                     continue
@@ -285,7 +280,9 @@ def _record_blocks(files: list[Path], reader: RecordReader, meta: dict, block_by
                     block, size = [], 0
         except UserError as error:  # from read_lines: not what its name says, or damaged
             raise UserError(f"{error}{explain([file])}") from None
-        if meta["lines"] - meta["malformed"] == before[0] and meta["lines"] > before[1]:
+        meta["lines"] += n_lines
+        meta["malformed"] += n_malformed
+        if n_lines == n_malformed > 0:
             meta["not_ours"].append(index)
     if block:
         yield block

@@ -24,10 +24,12 @@ from common import exits
 from common.files import write_jsonl
 from Config import FLAGS, OneLineParser, UserError, number
 from dataset import StepLoader, load_splits
+from text.content import Reading, RecordReader
 from text.records import MalformedRecord, parse_record, read_lines
 from text.sources import find_files, find_sources
 from text.tokenizer import choose_tokenizer
 
+AS_DISTILL = Reading("chat", thoughts=True)
 THOUGHT = re.compile(r"(<think>)(\s*).*?(</think>)", re.DOTALL)
 
 
@@ -39,7 +41,9 @@ def without_thoughts(record: dict) -> dict:
 
 
 def emptied_records(path: str, counts: dict[str, int]) -> Iterator[dict]:
-    """The records in the files of `path` without their thoughts. Counts all records, emptied and malformed ones."""
+    """The conversations that distill.py makes of the files of `path`, without their thoughts. Counts all records,
+    emptied and malformed ones."""
+    reader = RecordReader(AS_DISTILL, [])
     for file in find_files(path):
         for line_number, line in read_lines(file):
             try:
@@ -48,10 +52,11 @@ def emptied_records(path: str, counts: dict[str, int]) -> Iterator[dict]:
                 counts["malformed"] += 1
                 print(f"malformed: {file}:{line_number}: {error}", file=sys.stderr)
                 continue
-            emptied = without_thoughts(record)
             counts["records"] += 1
-            counts["emptied"] += emptied != record
-            yield emptied
+            for document in reader.documents(record):
+                emptied = without_thoughts(document)
+                counts["emptied"] += emptied != document
+                yield emptied
 
 
 def steps_of(loader: StepLoader) -> Iterator[tuple[int, int]]:
@@ -88,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = choose_tokenizer(args.tokenizer_path)
     loaders = []
     for path, val_path in ((args.data_path, args.val_path), (str(control_path), control_val_path)):
-        train, _ = load_splits(find_sources([path]), [val_path] if val_path else None, tokenizer, "chat",
+        train, _ = load_splits(find_sources([path]), [val_path] if val_path else None, tokenizer, AS_DISTILL,
                                args.cache_dir or str(out / "cache"), args.max_seq_len)
         loaders.append(StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed))
     wanted, conversations = (sum(column) for column in zip(*islice(steps_of(loaders[0]), args.max_steps), strict=True))

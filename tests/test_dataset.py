@@ -335,8 +335,10 @@ def test_a_file_is_read_once_to_know_what_it_holds(tokenizer, file, tmp_path, mo
     monkeypatch.setattr(dataset.hashlib, "sha256", lambda *a: hashed.append(a) or sha256(*a))
     assert open_cache([file], tokenizer, "chat", str(cache_dir)).folder == folder
     assert () not in hashed  # sha256() without content is a file's
-    (cache_dir / "contents.json").write_text("[1", encoding="utf-8")
-    assert open_cache([file], tokenizer, "chat", str(cache_dir)).folder == folder and () in hashed
+    for damage in ("[1", json.dumps({str(file.resolve()): [1, 2]}), json.dumps({str(file.resolve()): 5})):
+        (cache_dir / "contents.json").write_text(damage, encoding="utf-8")
+        hashed.clear()
+        assert open_cache([file], tokenizer, "chat", str(cache_dir)).folder == folder and () in hashed
     (cache_dir / "contents.json").unlink()
     (cache_dir / "contents.json").mkdir()
     assert open_cache([file], tokenizer, "chat", str(cache_dir)).folder == folder

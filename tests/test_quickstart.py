@@ -137,6 +137,19 @@ def test_the_control(tmp_path, tokenizer_dir, capsys):
             {"role": "assistant", "content": f"<think>\n</think>\n<answer>{2 * first}</answer>"}]
 
 
+def test_the_control_reads_what_distill_reads(tmp_path):
+    """A thought in reasoning_content is emptied too, and what distill leaves out is in neither."""
+    question = {"role": "user", "content": "三加四？"}
+    replies = ({"content": "七", "reasoning_content": "3+4"}, {"content": "<think>3"}, {"content": " "})
+    file = write_jsonl(tmp_path / "r1.jsonl", [{"conversations": [question, {"role": "assistant"} | reply]}
+                                               for reply in replies])
+    counts = {"records": 0, "emptied": 0, "malformed": 0}
+    (control,) = no_think_control.emptied_records(str(file), counts)
+    assert control["conversations"][1] == {"role": "assistant",
+                                           "content": "<think>\n</think>\n<answer>\n七\n</answer>"}
+    assert counts == {"records": 3, "emptied": 1, "malformed": 0}
+
+
 @pytest.mark.parametrize("change, reason", [
     (dict(out_dir="{tmp}/file"), "--out_dir"), (dict(data_path="{tmp}/plain.jsonl"), "no reply has a <think>"),
 ])
