@@ -40,7 +40,7 @@ from text.tokenizer import TextEncoder
 DOCUMENT = np.dtype([("start", "<i8"), ("reply", "<i8"), ("hash", "<u8"), ("weight", "<f4"), ("file", "<u4"),
                      ("line", "<i8")])
 REPLIES = np.dtype([("end", "<i8"), ("targets", "<i8"), ("bytes", "<i8")])
-CACHE_FORMAT = 5  # part of the fingerprint: raise it when anything above changes what is stored
+CACHE_FORMAT = 6  # part of the fingerprint: raise it when anything above changes what is stored
 CACHE_NAME = "[0-9a-f]" * 16  # of a folder
 
 
@@ -225,7 +225,8 @@ def _build_cache(files: list[Path], tokenizer, reading: Reading, folder: Path, m
             losses.update(encoder.losses(_sample(records, is_chat)))
             check_losses(losses, max_text_loss, files[0])
             if is_chat:
-                encoded = ChatEncoder.of(tokenizer).encode([record["conversations"] for record in records])
+                encoded = ChatEncoder.of(tokenizer).encode([record["conversations"] for record in records],
+                                                           thinking=reading.thoughts)
             else:
                 encoded = encoder.encode_texts([record["text"] for record in records])
             documents, replies = np.zeros(len(block), DOCUMENT), []

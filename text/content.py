@@ -12,7 +12,7 @@ from text.tokenizer import TAGS
 VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
                      r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffc]")
 TAG_PATTERN = re.compile("|".join(map(re.escape, TAGS)))
-THINK, END_THINK, ANSWER, END_ANSWER = TAGS
+OPEN_THINK, CLOSE_THINK, OPEN_ANSWER, CLOSE_ANSWER = TAGS
 # control strings of other tokenizers: <s>, <|im_end|>, <｜User｜>, [INST], <start_of_turn>, …
 CONTROL_STRING = re.compile(
     r"</?s>|<\|\w+\|>|<｜[^｜<>]{1,40}｜>|<(?:unk|pad|bos|eos|mask|sep|cls|sop|eop|eod|eot|start_of_turn|end_of_turn"
@@ -49,25 +49,26 @@ def thought_shape(reply: str) -> str:
         if is_empty(answer):
             return "empty <answer>"
         return EMPTY_THOUGHT if is_empty(thought) else WELL_FORMED
-    if tags == (THINK, END_THINK) and not is_empty(parts[1]):
+    if tags == (OPEN_THINK, CLOSE_THINK) and not is_empty(parts[1]):
         return EMPTY_THOUGHT if is_empty(before + parts[0]) else "no <answer>"
     count = Counter(tags)
-    if count[THINK] > count[END_THINK] or count[ANSWER] > count[END_ANSWER]:
+    if count[OPEN_THINK] > count[CLOSE_THINK] or count[OPEN_ANSWER] > count[CLOSE_ANSWER]:
         return "cut"
-    if count[THINK] < count[END_THINK] or count[ANSWER] < count[END_ANSWER]:
+    if count[OPEN_THINK] < count[CLOSE_THINK] or count[OPEN_ANSWER] < count[CLOSE_ANSWER]:
         return "not opened"
     if max(count.values()) > 1:
         return "tags repeated"
-    if not count[THINK]:
+    if not count[OPEN_THINK]:
         return "no <think>"
-    return "no <answer>" if not count[ANSWER] else "<answer> before <think>"
+    return "no <answer>" if not count[OPEN_ANSWER] else "<answer> before <think>"
 
 
 @dataclass(frozen=True)
 class Reading:
     """How records become documents; part of the token cache's fingerprint.
 
-    kind: "text" or "chat" · thoughts: reasoning_content becomes a <think> (distill), else it is left out ·
+    kind: "text" or "chat" · thoughts: conversations are in the thinking format (text/chat.py; distill), and
+    reasoning_content becomes a <think>; else it is left out ·
     split_documents: a text is split at control strings · keep_malformed_thoughts: replies of any shape are trained on.
     """
 
@@ -146,6 +147,10 @@ class RecordReader:
             self.found[f"{'shortened' if end else 'left out'} for {reason}"] += 1
             kept = kept[:end]
         self.found["documents"] += bool(kept)
+        if self.reading.thoughts:
+            earlier = [m["content"] for m in kept if m["role"] == "assistant"][:-1]
+            if n := sum(thought_shape(text) == WELL_FORMED for text in earlier):
+                self.found["thoughts of earlier turns"] += n
         if kept and spelled:
             self._count_spelled(spelled)
         return kept
@@ -166,7 +171,7 @@ class RecordReader:
             if not is_empty(thought):
                 self.found["thoughts in reasoning_content"] += 1
                 if self.reading.thoughts and not TAG_PATTERN.search(content):
-                    content = f"{THINK}\n{thought}\n{END_THINK}\n{ANSWER}\n{content}\n{END_ANSWER}"
+                    content = f"{OPEN_THINK}\n{thought}\n{CLOSE_THINK}\n{OPEN_ANSWER}\n{content}\n{CLOSE_ANSWER}"
             shape = thought_shape(content)
             self.found[f"reply: {shape}"] += 1
             if shape not in GOOD_SHAPES and not self.reading.keep_malformed_thoughts:
@@ -203,6 +208,8 @@ def describe_found(found: dict[str, int], reading: Reading) -> list[str]:
         if n := found.get("thoughts in reasoning_content"):
             become = "become <think>…</think><answer>…</answer>" if reading.thoughts else "are left out in this stage"
             lines.append(f"{n:,} replies have a thought in reasoning_content: they {become}")
+        if n := found.get("thoughts of earlier turns"):
+            lines.append(f"{n:,} thoughts are not of the last turn: they become empty, as in a chat")
         malformed = sum(n for name, n in found.items() if name.endswith("for a malformed thought"))
         if malformed:
             lines.append(f"{malformed:,} conversations are cut before a malformed thought, or left out: from cut "
