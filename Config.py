@@ -171,6 +171,7 @@ FLAGS = {
     "dropout": Flag(float, 0.0, "dropout on the embedding and each residual branch", trajectory=True, low=0, high=0.99),
     "tag_weight": Flag(float, 1.0, "loss weight of <think> </think> <answer> </answer>", trajectory=True, low=0),
     "think_weight": Flag(float, 1.0, "loss weight of the text inside <think>", trajectory=True, low=0),
+    "without_thoughts": Flag(bool, False, "train on data in which no reply has a thought too: the control of the thinking gain"),
     "seed": Flag(int, 42, "seed of weights, order and dropout", trajectory=True, low=0, high=2**63 - 1),
     # machine
     "dtype": Flag(str, "auto", "precision of the matmuls", choices=("auto", "bf16", "fp16", "fp32")),
@@ -188,7 +189,7 @@ FLAGS = {
     "wandb_project": Flag(str, "weakwater", "Weights & Biases project"),
 }
 
-DISTILL_ONLY = ("tag_weight", "think_weight")
+DISTILL_ONLY = ("tag_weight", "think_weight", "without_thoughts")
 CHAT_ONLY = ("min_tokens", "max_tokens", "keep_malformed_thoughts")
 
 
@@ -217,9 +218,10 @@ def parse_args(stage: str, description: str, argv: list[str] | None = None, prev
                leave_out: tuple = (), **defaults):
     """The arguments of one training stage as a namespace.
 
-    `defaults` are the stage's own default values; `leave_out` names flags that do not apply to it. Without
-    --init_from it starts from the weights of the `previous` stage in --out_dir, or from random weights.
-    The namespace also carries `stage`, `previous` and `command`, the line that would run the same again.
+    `defaults` are the stage's own default values, that of data_path as it would stand on the command line; `leave_out`
+    names flags that do not apply to it. Without --init_from it starts from the weights of the `previous` stage in
+    --out_dir, or from random weights. The namespace also carries `stage`, `previous`, `command`, the line that would
+    run the same again, and `default_data`: True without --data_path.
     Exits with 2, after one line on stderr, on an unknown flag or a value out of range.
     """
     parser = OneLineParser(prog=f"{stage}.py", usage="%(prog)s [flags]", description=description, allow_abbrev=False,
@@ -236,8 +238,10 @@ def parse_args(stage: str, description: str, argv: list[str] | None = None, prev
             group.add_argument(f"--{name}", action="store_true", help=flag.help)
             continue
         shown = f"{previous}.pth in out_dir" if name == "init_from" and previous else default
+        if name == "data_path" and default and " " in default:
+            shown = f"{default}: the first, and those of the others that are in data/"
         group.add_argument(f"--{name}", type=flag.kind, choices=flag.choices or None, nargs="+" if flag.several else None,
-                           default=[default] if flag.several and default else default,
+                           default=None if flag.several else default,
                            help=flag.help if shown is None else f"{flag.help} (default: {shown})",
                            metavar=None if flag.choices else "PATH" if flag.several else flag.kind.__name__.upper())
     advanced.add_argument("-h", "--help", action="help", help="show this message and exit")
@@ -252,7 +256,8 @@ def parse_args(stage: str, description: str, argv: list[str] | None = None, prev
             parser.error(f"--{name} {value}: must be {limits}")
     if getattr(args, "max_tokens", None) is not None and args.min_tokens > args.max_tokens:
         parser.error(f"--min_tokens {args.min_tokens} is greater than --max_tokens {args.max_tokens}")
-    args.stage, args.previous = stage, previous
+    args.stage, args.previous, args.default_data = stage, previous, args.data_path is None
+    args.data_path = args.data_path or (defaults["data_path"].split() if "data_path" in defaults else None)
     args.cache_dir = args.cache_dir or os.path.join(args.out_dir, "cache")
     args.init_from = args.init_from or (os.path.join(args.out_dir, f"{previous}.pth") if previous else "none")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -4,9 +4,10 @@ one GPU      python SFT.py
 two cores    python SFT.py --batch_size 8
 resume       the same command with --resume
 
-Reads {"conversations": [...]} lines, starts from out/pretrain.pth and writes out/SFT.pth, which SFT_long.py starts
-from. Only the assistant's words and the `</s>` that ends them have a loss. Whole conversations are packed end to end
-without padding; attention stays inside each conversation.
+Reads {"conversations": [...]} lines, and beside them some pretraining text, without which what was learned from it
+fades: 0.9 and 0.1 of the tokens. Starts from out/pretrain.pth and writes out/SFT.pth, which SFT_long.py starts from.
+Only the assistant's words and the `</s>` that ends them have a loss, and all of the text. Whole conversations are
+packed end to end without padding; attention stays inside each conversation.
 """
 
 import math
@@ -25,21 +26,21 @@ from Config import DISTILL_ONLY, parse_args
 from dataset import StepLoader, load_splits
 from fastpath import accelerate
 from text.content import Reading
-from text.sources import find_sources
+from text.sources import find_mixture
 
 
 def main(argv: list[str] | None = None, stage: str = "SFT", description: str = __doc__, previous: str = "pretrain",
          **defaults) -> None:
     # ---- arguments, device, precision, seed ---------------------------------------------------
-    defaults = dict(data_path="sft_512", max_seq_len=512, min_tokens=0, max_tokens=512, batch_size=32,
+    defaults = dict(data_path="sft_512=0.9 pretrain=0.1", max_seq_len=512, min_tokens=0, max_tokens=512, batch_size=32,
                     learning_rate=1e-3) | defaults
     args = parse_args(stage, description, argv, previous, leave_out=DISTILL_ONLY, **defaults)
-    sources = find_sources(args.data_path)
+    sources, mixture = find_mixture(args.data_path, args.default_data)
     ranks = runtime.Distributed()
     device, dtype, lines = runtime.set_up(args, ranks)
     run = RunState(args, ranks)
     log = RunLog(args.out_dir, args.stage, ranks.is_main)
-    log.print("\n".join(lines))
+    log.print("\n".join(lines + mixture))
 
     # ---- tokenizer and data -------------------------------------------------------------------
     tokenizer = run.choose_tokenizer()
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None, stage: str = "SFT", description: str = _
         train, val = load_splits(sources, args.val_path, tokenizer, reading, args.cache_dir,
                                  args.max_seq_len, args.min_tokens, args.max_tokens, args.max_bad_ratio, log.print,
                                  args.max_text_loss)
+    train.own_first = args.default_data  # an epoch is then one pass over the stage's own data
+    if not args.default_data:
+        train.say_what_fades(reading, log.print)
     loader = StepLoader(train, args.max_seq_len, args.batch_size, args.accumulation_steps, args.seed, args.order,
                         ranks.rank, ranks.world_size)
 

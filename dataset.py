@@ -29,7 +29,7 @@ from common.files import remove_leftovers, write_folder, write_lines
 from Config import FLAGS, UserError
 from text import encode_chat  # noqa: F401  part of the interface of this file
 from text.chat import CONTEXT, REPLY, TAG, ChatEncoder
-from text.content import BARE, Reading, RecordReader, describe_found
+from text.content import BARE, EMPTY_THOUGHT, Reading, RecordReader, describe_found
 from text.records import PACKINGS, MalformedRecord, is_held_out, parse_record, read_lines, text_hash
 from text.sources import Source, explain, find_sources, kind_of
 from text.tokenizer import TextEncoder
@@ -331,7 +331,8 @@ class Documents:
 
     source: which source, and so which cache · index: number in its cache · length: tokens kept, from its start ·
     targets, bytes: of what is kept · weight: the record's own · hash: of its text. By source: `names`, `shares` (of
-    the tokens; None where there are none) and `counts`, which say what became of the other documents.
+    the tokens; None where there are none) and `counts`, which say what became of the other documents. `own_first`: an
+    epoch ends when the first source, a stage's own data, has been seen once.
     """
 
     caches: list[TokenCache]
@@ -345,6 +346,7 @@ class Documents:
     names: list[str] = field(default_factory=lambda: [""])
     shares: list[float] | None = None
     counts: list[dict[str, int]] = field(default_factory=list)
+    own_first: bool = False
 
     ARRAYS = ("source", "index", "length", "targets", "bytes", "weight", "hash")
 
@@ -415,6 +417,18 @@ class Documents:
                         "<think>…</think><answer>…</answer>, or with the thought in reasoning_content; for replies "
                         f"without thoughts there is SFT.py{explain([f for cache in self.caches for f in cache.files])}")
 
+    def say_what_fades(self, reading: Reading, say) -> None:
+        """Say, in one line, that earlier skills fade where the sources lack what keeps them: text, and in distillation
+        also replies without thoughts."""
+        lacking, found = {}, {name for cache in self.caches for name in cache.meta["found"]}
+        if reading.thoughts and not found & {f"reply: {shape}" for shape in (BARE, EMPTY_THOUGHT)}:
+            lacking["chats without thoughts"] = "sft_512=0.2"
+        if all(cache.is_chat for cache in self.caches):
+            lacking["text"] = "pretrain=0.1"
+        if lacking:
+            say(f"earlier skills fade: --data_path names no {' and no '.join(lacking)}; add some with a share, such as "
+                f"{' '.join(lacking.values())}")
+
     def fingerprint(self) -> str:
         """SHA-256 of the content that is trained on, wherever the files are."""
         digest = hashlib.sha256()
@@ -422,6 +436,7 @@ class Documents:
             digest.update(array.astype(dtype).tobytes())
         if self.shares is not None:  # which source a document is in decides the order
             digest.update(self.source.tobytes())
+            digest.update(b"own first" * self.own_first)
         return digest.hexdigest()
 
 
@@ -611,7 +626,8 @@ def epoch_order(documents: Documents, seed: int, epoch: int, order: str) -> tupl
     With shares: each source has its own order, and the next document comes from the source furthest behind its share,
     measured as (tokens of the source so far) / share. A document's sort key is this measure before it, so the order
     is a merge of the sources. A source that is used up starts again (shuffled: in another order). The epoch ends
-    when the source that lasts longest at its share has been seen once.
+    when the source that lasts longest at its share has been seen once; with `own_first`, when the first has: beside a
+    large source, one epoch would else be many passes over a small one.
     """
     def passes_over(n: int, n_passes: int, source: int) -> np.ndarray:
         numbers = np.tile(np.arange(n, dtype=np.uint32), (n_passes, 1))
@@ -628,7 +644,7 @@ def epoch_order(documents: Documents, seed: int, epoch: int, order: str) -> tupl
     begins = np.append(0, ends[:-1])
     ranges = list(zip(begins, ends, documents.shares, strict=True))
     lasts = [int(documents.length[begin:end].sum()) / share for begin, end, share in ranges]
-    epoch_end = max(lasts) * (1 - 1e-9)  # for rounding: sources that last equally long are each seen once
+    epoch_end = (lasts[0] if documents.own_first else max(lasts)) * (1 - 1e-9)  # for rounding: sources that last equally long are each seen once
     numbers, passes, places = [], [], []
     for source, (begin, end, share) in enumerate(ranges):
         n = end - begin

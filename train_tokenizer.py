@@ -167,15 +167,19 @@ def collect(data_path: list[str], val_path: list[str] | None, sample_bytes: int,
     return train, held_out
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int, tags: tuple[str, ...] = TAGS) -> Tokenizer:
+def train_bpe(texts: Iterator[str], vocab_size: int, tags: tuple[str, ...] = TAGS,
+              single_hanzi: bool = False) -> Tokenizer:
     """Train a byte-level BPE tokenizer.
 
     Its entries are CONTROL, `tags`, the 256 bytes, and merges until there are `vocab_size` entries or no pair occurs
     twice. No merge can spell a control string or a tag: the split cuts each of them before its `>`. Each role name
-    becomes one entry, even if it is rare in the texts, because every chat message begins with one.
+    becomes one entry, even if it is rare in the texts, because every chat message begins with one. With `single_hanzi`
+    no entry joins two hanzi: in training each is a word of its own. The split that is saved is the same, since bytes of
+    two hanzi are then merged nowhere.
     """
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
-    bound = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_WORD_CHARS}}}"), "isolated")
+    word = r"\p{Han}" if single_hanzi else rf"[\s\S]{{1,{MAX_WORD_CHARS}}}"
+    bound = pre_tokenizers.Split(Regex(word), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bound, to_bytes])
@@ -292,6 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--sample_bytes", type=int, default=6_000_000, help="bytes of text to train on (default: %(default)s)")
     add("--seed", type=int, default=42, help="seed of the sample (default: %(default)s)")
     add("--no_think_tokens", action="store_true", help="treat <think> </think> <answer> </answer> as ordinary text")
+    add("--single_hanzi", action="store_true", help="no entry joins two hanzi: more tokens a text, but a small model copies "
+        "words better that it has rarely seen")
     add("--max_bad_ratio", type=float, default=0.01,
         help="stop when more than this share of lines is malformed (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -307,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     train, held_out = collect(args.data_path, args.val_path, args.sample_bytes, args.seed, args.max_bad_ratio)
     begin, sampled_bytes = time.monotonic(), sum(len(segment) for _, segment, _ in train.heap)
     print(f"training on {len(train.heap):,} segments, {sampled_bytes:,} bytes", flush=True)
-    tokenizer = train_bpe(train.pop_texts(), args.vocab_size, tags)
+    tokenizer = train_bpe(train.pop_texts(), args.vocab_size, tags, args.single_hanzi)
     print(f"trained: {tokenizer.get_vocab_size():,} entries, {time.monotonic() - begin:.1f} s", flush=True)
     if tokenizer.get_vocab_size() < args.vocab_size:
         print(f"warning: too little text for --vocab_size {args.vocab_size}: the tokenizer has fewer entries",

@@ -3,6 +3,7 @@
 import math
 import re
 import unicodedata
+from collections.abc import Iterable
 from fractions import Fraction
 
 BEFORE_NFKC = [(re.compile(pattern), by) for pattern, by in (
@@ -68,6 +69,8 @@ LARGEST_EXPONENT = 100  # 1e999999999 would be an integer that fills the memory
 THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 TAG = re.compile("(</?(?:think|answer)>)")
+# a reply that says one of these does not know the answer, or cannot give it
+DECLINES = ("不知道", "不清楚", "不认识", "没听说过", "不了解", "答不上来", "没学过", "回答不了", "看不到", "不会")
 
 
 class Scaled(Fraction):
@@ -189,6 +192,26 @@ def same_answer(expected: Fraction | str, read: Fraction | str | None) -> bool:
             read, Scaled) or getattr(expected, "bare", expected) != getattr(read, "bare", read):
         return False
     return isinstance(expected, Scaled) or abs(expected) > 1 or abs(read) > abs(expected)
+
+
+def given_in(reply: str, names: Iterable[str] = ()) -> str | None:
+    """The first number in the reply's answer, else the first of `names` that is in it; None if it has neither."""
+    text = answer_of(reply)
+    if number := NUMBER.search(for_numbers(text)):
+        value = to_fraction(number)
+        return number.group() if value is None else str(value)
+    return next((name for name in names if normalize(name) in text), None)
+
+
+def phrase_of(reply: str) -> str | None:
+    """The first of DECLINES that the reply's answer says, or None."""
+    text = answer_of(reply)
+    return next((phrase for phrase in DECLINES if phrase in text), None)
+
+
+def declines(reply: str, names: Iterable[str] = ()) -> bool:
+    """True if the reply's answer says one of DECLINES, and gives no number and none of `names`."""
+    return phrase_of(reply) is not None and given_in(reply, names) is None
 
 
 def is_well_formed(reply: str) -> bool:

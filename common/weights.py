@@ -113,6 +113,11 @@ class Loaded:
         """True for pretraining weights, which have no chat format."""
         return self.stage == "pretrain"
 
+    @property
+    def thinks(self) -> bool:
+        """True for distill's weights, whose conversations are in the thinking format (text/chat.py)."""
+        return self.stage == "distill"
+
     def generator(self, seed: int) -> torch.Generator:
         """A random generator on the model's device."""
         return torch.Generator(self.device).manual_seed(seed)

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.answers import is_well_formed, read_answer, read_reply, same_answer
+from common.answers import (
+    DECLINES,
+    declines,
+    given_in,
+    is_well_formed,
+    phrase_of,
+    read_answer,
+    read_reply,
+    same_answer,
+)
 
 NUMBERS = [
     ("40+18=<<40+18=58>>58\n#### 58", 58), ("He has $1,080.\n#### 1,080", 1080), ("#### -3", -3), ("####58", 58),
@@ -113,6 +122,28 @@ def test_texts_are_read_from_replies(reply, text):
     assert read_reply(reply, is_number=False) == text
 
 
+@pytest.mark.parametrize("phrase", DECLINES)
+def test_every_phrase_declines(phrase):
+    for reply in (f"这个我{phrase}。", f"<think>7个，小红</think>我{phrase}",
+                  f"<think>7</think><answer>{phrase}</answer>"):
+        assert declines(reply) and declines(reply, ["小红"]) and phrase_of(reply) == phrase
+    for reply in (f"<think>我{phrase}</think>小红", f"<think>我{phrase}", f"{phrase[0]}，{phrase[1:]}"):
+        assert phrase_of(reply) is None and not declines(reply)
+
+
+@pytest.mark.parametrize("reply, given", [
+    ("我不知道。", None), ("", None), ("不知道，可能是7个", "7"), ("７％吧，不清楚", "7/100"),
+    ("不知道4分之3是几", "3/4"), ("一共7个。答案：不知道", "7"),  # a number before a marker is given too
+    ("不知道，也许是小红或小明", "小明"), ("不知道是小 红还是别人", None), ("不知道，小红有7个", "7"),
+    ("不知道，在ＡＢ", "AB"), ("不知道，在CD", "ＣＤ"), ("<think>小红有7个</think>不知道", None),
+    ("不知道" + "9" * 5000, "9" * 5000),
+])
+def test_a_number_or_a_name_is_no_decline(reply, given):
+    names = ["小明", "小红", "AB", "ＣＤ"]
+    assert given_in(reply, names) == given
+    assert declines(reply, names) is (given is None and reply != "")
+
+
 @pytest.mark.parametrize("gold, reply, correct", [
     ("20 %", "20", True), ("20", "20 %", True), ("20%", "0.2", True), ("20%", "1/5", True), ("0.2", "20%", True),
     ("20%", "百分之20", True), ("-5", "-5%", True), ("0.5%", "0.5", True), ("0%", "0", True), ("100", "100%", True),
@@ -167,7 +198,8 @@ def test_reading_takes_linear_time(run):
     half = run * (50_000 // len(run))
     for text in (half + "x" + half, "1" + half + "1" + half):
         for read in (lambda text: read_reply(text, is_number=True), lambda text: read_reply(text, is_number=False),
-                     read_answer, lambda text: is_well_formed(f"<think>{text}</think><answer>{text}</answer>x")):
+                     read_answer, lambda text: declines(text, ["小明"]),
+                     lambda text: is_well_formed(f"<think>{text}</think><answer>{text}</answer>x")):
             begin = time.process_time()
             read(text)
             assert time.process_time() - begin < 1

@@ -17,7 +17,7 @@ from test_evaluate import save_nano
 
 import eval_model
 from common import checkpoint, exits
-from common.weights import load_weights, model_parser, open_weights, save_weights
+from common.weights import load_model, load_weights, model_parser, open_weights, save_weights
 from Config import LLMConfig, UserError
 from eval_model import DIM, PLAIN, Display, make_prompt
 from model import WeakWater
@@ -25,11 +25,14 @@ from text.chat import encode_chat
 from text.tokenizer import TextEncoder
 
 REPLY = "<think>嗯</think><answer>鳄🐊</answer>"  # save_nano requires that no token occurs twice
+THOUGHT, PLAIN_REPLY = "<think>嗯</think>鳄🐊", "鳄🐊"  # what thinker.pth answers with and without thinking
+EMPTY = "<think>\n\n</think>\n"
 
 
 @pytest.fixture(scope="module")
 def out_dir(tmp_path_factory, tokenizer):
-    """Weights of three stages: SFT always answers REPLY; distill and pretrain are untrained."""
+    """Weights of three stages: SFT always answers REPLY; distill and pretrain are untrained; thinker.pth is distill's
+    and answers PLAIN_REPLY, or THOUGHT behind an opened <think>."""
     folder = tmp_path_factory.mktemp("out")
     ids = encode_chat(tokenizer, [{"role": "assistant", "content": REPLY}])[0]
     header = encode_chat(tokenizer, [], add_generation_prompt=True)[0]
@@ -37,6 +40,15 @@ def out_dir(tmp_path_factory, tokenizer):
     save_nano(folder / "SFT.pth", tokenizer, "SFT", content)
     save_nano(folder / "distill.pth", tokenizer, "distill")
     save_nano(folder / "pretrain.pth", tokenizer, "pretrain")
+    encoder = TextEncoder.of(tokenizer)
+    plain, tags = encoder.encode([PLAIN_REPLY])[0], encoder.tag_ids
+    model, meta = load_model(save_nano(folder / "thinker.pth", tokenizer, "distill", plain))
+    chain = [tags["<think>"], *encoder.encode(["嗯"])[0], tags["</think>"], plain[0]]
+    assert len({*chain, *plain}) == len(chain) + len(plain) - 1
+    with torch.no_grad():  # a second way to the same end; see save_nano
+        for before, after in zip(chain, chain[1:], strict=False):
+            model.lm_head.weight[after] += model.model.embed_tokens.weight[before]
+    save_weights(folder / "thinker.pth", model, meta)
     return folder
 
 
@@ -95,6 +107,8 @@ def test_a_seed_repeats_an_answer(flags, capsys):
     (["--model_mode", "3", "--prompt", "a"], "SFT_long.pth: no such file .python SFT_long.py makes it"),
     (["--checkpoint", "nowhere.pth", "--prompt", "a"], "nowhere.pth: no such file"),
     (["--model_mode", "0", "--system", "a", "--prompt", "a"], "continue text and have no system message"),
+    (["--model_mode", "1", "--no_think", "--prompt", "a"], "^error: --no_think: SFT weights do not think: only dis"),
+    (["--model_mode", "0", "--no_think"], "--no_think: pretrain weights do not think"),
     (["--model_mode", "1", "--temperature", "-1"], "--temperature -1.0: must be at least 0"),
 ])
 def test_a_user_error_is_one_line_and_exit_2(flags, capsys, argv, reason):
@@ -141,8 +155,8 @@ def test_a_conversation(monkeypatch, capsys, flags):
 def test_the_history_of_a_conversation(monkeypatch, flags, tokenizer):
     seen = []
 
-    def answer(loaded, ids, args, generator, color):
-        seen.append(tokenizer.decode(ids))
+    def answer(loaded, ids, args, generator, color, opened):
+        seen.append(tokenizer.decode(ids) + opened)
         return f"<think>想{len(seen)}</think>", len(seen) == 1  # the first is interrupted: its text is kept
 
     monkeypatch.setattr(eval_model, "answer", answer)
@@ -160,15 +174,15 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full(load, tokenizer):
     loaded = load(1)
     turn = [{"role": "user", "content": "问" * 4}, {"role": "assistant", "content": "答" * 4}]
     system = [{"role": "system", "content": "助手"}]
-    ids, dropped = make_prompt(loaded, system, turn * 9, "新", max_new_tokens=40)
+    ids, dropped = make_prompt(loaded, system, turn * 9, "新", max_new_tokens=40, thinking=None)
     assert 0 < dropped < 9 and len(ids) + 40 <= 128
     assert ids == encode_chat(tokenizer, system + turn * (9 - dropped) + [{"role": "user", "content": "新"}], True)[0]
     one_more = encode_chat(tokenizer, system + turn * (10 - dropped) + [{"role": "user", "content": "新"}], True)[0]
     assert len(one_more) + 40 > 128
     # a limit above the context does not drop the whole history
-    assert make_prompt(loaded, [], turn, "新", max_new_tokens=10_000)[1] == 0
+    assert make_prompt(loaded, [], turn, "新", max_new_tokens=10_000, thinking=None)[1] == 0
     # a long message may leave less room than max_new_tokens
-    ids, dropped = make_prompt(loaded, [], turn, "新" * 25, max_new_tokens=100)
+    ids, dropped = make_prompt(loaded, [], turn, "新" * 25, max_new_tokens=100, thinking=None)
     assert dropped == 1 and 64 < len(ids) <= 112
 
 
@@ -183,10 +197,123 @@ def test_dropped_turns_and_long_messages_are_reported(monkeypatch, capsys, flags
 def test_pretraining_weights_continue_text(monkeypatch, capsys, load, flags, out_dir, tokenizer):
     encoder = TextEncoder.of(tokenizer)
     expected = [encoder.bos_id, *encoder.encode(["</s>你好"])[0]]
-    assert make_prompt(load(0), [], [], "</s>你好", 10) == (expected, 0)
+    assert make_prompt(load(0), [], [], "</s>你好", 10, None) == (expected, 0)
     assert encoder.eos_id not in expected
     code = chat(monkeypatch, "你好\n", "--checkpoint", out_dir / "pretrain.pth", "--max_new_tokens", 5, *flags)
     assert code == 0 and "text to continue" in capsys.readouterr().err
+
+
+# ---- thinking -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """The ids of the prompts that are answered, as they come."""
+    seen, answer = [], eval_model.answer
+    monkeypatch.setattr(eval_model, "answer", lambda loaded, ids, *rest: seen.append(ids) or answer(loaded, ids, *rest))
+    return seen
+
+
+@pytest.fixture
+def thinker(out_dir, flags):
+    """The flags to chat with weights that think."""
+    return ["--checkpoint", str(out_dir / "thinker.pth"), "--temperature", "0", *flags]
+
+
+def turns(*texts: str) -> list[dict]:
+    """A conversation of user, assistant, user, …"""
+    return [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("no_think", [False, True])
+def test_one_prompt_with_and_without_thinking(thinker, prompts, capsys, tokenizer, no_think):
+    """The opened <think> is part of the answer; the empty thought of --no_think is not."""
+    assert eval_model.main([*thinker, "--prompt", "你好", *["--no_think"] * no_think]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == (PLAIN_REPLY if no_think else THOUGHT) + "\n"
+    assert f"seed 42, thinking {'off' if no_think else 'on'}\n" in shown.err
+    assert tokenizer.decode(prompts[0]) == "<s>user\n你好</s>\n<s>assistant\n" + (EMPTY if no_think else "<think>")
+    assert prompts == [encode_chat(tokenizer, turns("你好"), True, thinking=not no_think)[0]]
+
+
+def test_thinking_is_switched_inside_a_conversation(monkeypatch, capsys, thinker, prompts, tokenizer):
+    """/think and /no_think decide how the next prompt ends. An earlier reply that thought stands as an empty thought
+    and the plain answer, one that did not behind an empty thought: the same, whatever is switched on."""
+    assert chat(monkeypatch, "一\n/no_think\n二\n /think \n三\n/help\n", *thinker) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{THOUGHT}\n{PLAIN_REPLY}\n{THOUGHT}\n"
+    assert re.findall(r"^\[.*> .*$|^thinking .*$", shown.err, re.MULTILINE) == [
+        "[think] > 一", "thinking off", "[no think] > 二", "thinking on", "[think] > 三"]
+    assert shown.err.count("/think and /no_think switch") == 2  # at the beginning and for /help
+    asked = "<s>user\n{}</s>\n<s>assistant\n".format
+    replied = f"{EMPTY}{PLAIN_REPLY}</s>\n"
+    assert list(map(tokenizer.decode, prompts)) == [
+        asked("一") + "<think>", asked("一") + replied + asked("二") + EMPTY,
+        asked("一") + replied + asked("二") + replied + asked("三") + "<think>"]
+    assert prompts == [encode_chat(tokenizer, turns(*texts), True, thinking)[0] for texts, thinking in [
+        (["一"], True), (["一", THOUGHT, "二"], False), (["一", THOUGHT, "二", PLAIN_REPLY, "三"], True)]]
+
+
+def test_no_think_holds_until_it_is_switched(monkeypatch, capsys, thinker, prompts, tokenizer):
+    assert chat(monkeypatch, "一\n/no_think\n/clear\n二\n/think\n/clear\n三\n", *thinker, "--no_think") == 0
+    assert capsys.readouterr().out == f"{PLAIN_REPLY}\n{PLAIN_REPLY}\n{THOUGHT}\n"
+    assert prompts == [encode_chat(tokenizer, turns(text), True, thinking)[0]
+                       for text, thinking in (("一", False), ("二", False), ("三", True))]
+
+
+def test_a_thought_that_is_cut(monkeypatch, capsys, thinker, prompts, tokenizer):
+    """Cut by --max_new_tokens, which does not count the opened <think>, or by Ctrl-C before the first token: what there
+    is is shown, and in the history only an empty thought is left of it."""
+    most = len(TextEncoder.of(tokenizer).encode(["嗯"])[0])
+    chat(monkeypatch, "一\n二\n", *thinker, "--max_new_tokens", most)
+    shown = capsys.readouterr()
+    assert shown.out == "<think>嗯\n" * 2 and shown.err.count(f"[{most} tokens, ") == 2
+    assert shown.err.count(f"stopped at --max_new_tokens {most}]") == 2
+    cut = f"<s>user\n一</s>\n<s>assistant\n{EMPTY}</s>\n<s>user\n二</s>\n<s>assistant\n<think>"
+    assert tokenizer.decode(prompts[1]) == cut
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    prompts.clear()
+    monkeypatch.setattr(eval_model, "stream", interrupted)
+    chat(monkeypatch, "一\n二\n", *thinker)
+    shown = capsys.readouterr()
+    assert shown.out == "<think>\n" * 2 and shown.err.count("[0 tokens, ") == 2
+    assert tokenizer.decode(prompts[1]) == cut
+
+
+@pytest.mark.parametrize("mode, stage", [(0, "pretrain"), (1, "SFT")])
+def test_weights_that_do_not_think(monkeypatch, capsys, flags, prompts, mode, stage):
+    """/think and /no_think are never sent to them; each is one note."""
+    assert chat(monkeypatch, "/think\n /no_think\n/help\n你好\n", "--model_mode", mode, "--max_new_tokens", 30,
+                *flags) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert len(prompts) == 1 and "> 你好" in notes
+    reason = f"{stage} weights do not think: only distill's have learned to"
+    assert [line for line in notes if "think" in line] == [f"/think: {reason}", f"/no_think: {reason}"]
+
+
+class Terminal(io.StringIO):
+    """Lines that are typed."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_the_state_and_dims_the_thought(monkeypatch, capsys, thinker, flags):
+    monkeypatch.setitem(sys.modules, "readline", None)  # as where Python has none
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdin", Terminal("一\n/no_think\n二\n"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert eval_model.main(thinker) == 0
+    shown = capsys.readouterr()
+    assert shown.out == (f"[think] > {DIM}嗯{PLAIN}{PLAIN_REPLY}{PLAIN}\n[think] > [no think] > {PLAIN_REPLY}{PLAIN}\n"
+                         "[no think] > ")
+    assert "> 一" not in shown.err
+    monkeypatch.setattr(sys, "stdin", Terminal("/think\n"))
+    assert eval_model.main(["--model_mode", "1", *flags]) == 0
+    assert capsys.readouterr().out == "> > "
 
 
 # ---- the screen -----------------------------------------------------------------------------

@@ -101,10 +101,54 @@ def test_wilson_interval():
     (b"{", "not JSON"), (b"[1]", "not an object"), (b'{"question": "q"}', 'no "answer"'), (b"\xff", "not UTF-8"),
     (b'{"question": "", "answer": "1"}', 'no "question"'), (b'{"question": "q", "answer": true}', 'no "answer"'),
     (b'{"question": "\\ud83d", "answer": "1"}', "surrogate"), (b'{"question": "q", "answer": "?"}', "punctuation"),
+    (b'{"question": "q", "decline": 1}', '"decline" is not true or false'),
+    (b'{"question": "q", "decline": true, "answer": "1"}', '"answer" and "decline" in one record'),
+    (b'{"question": "q", "decline": false}', 'no "answer"'), (b'{"question": " ", "decline": true}', 'no "question"'),
+    (b'{"question": "q", "decline": true, "choices": [1]}', "not a list of texts"),
 ])
 def test_malformed_questions(line, reason):
     with pytest.raises(MalformedRecord, match=reason):
         evaluate.parse_question(line)
+
+
+def said(*turns):
+    """Messages whose roles are given by a letter: s("system"), u("user"), a("assistant")."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[turn[0]], "content": turn[1:]} for turn in turns]
+
+
+@pytest.mark.parametrize("history, reason", [
+    (said("u问", "a答"), None), (said("s短", "u问", "a答", "u问", "a答"), None),
+    ("问", "not a list of messages"), (None, "not a list of messages"), ([], "does not end with a reply"),
+    (said("s短"), "does not end with a reply"), (said("u问"), "does not end with a reply"),
+    (said("u问", "a答", "u问"), "does not end with a reply"), (said("a答"), "message 1 is not of the user"),
+    (said("s短", "a答"), "message 2 is not of the user"),
+    (said("u问", "u问", "a答"), "message 2 is not of the assistant"),
+    (said("u问", "a答", "a答"), "message 3 is not of the user"), (said("u问", "a答", "s短"), "may only come first"),
+    (said("u问", "a "), "message 2 is empty"),
+    ([{"role": "user"}], 'message 1 is not an object with "role" and "content"'),
+    ([{"role": "tool", "content": "7"}], "role 'tool' is not one of"), (said("u问", "a\ud83d"), "lone surrogate"),
+])
+def test_histories(history, reason):
+    for rest in ({"answer": "7"}, {"decline": True}):
+        line = json.dumps({"history": history, "question": "几个？", **rest}).encode()
+        if reason is None:
+            assert evaluate.parse_question(line)["history"] == history
+        else:
+            with pytest.raises(MalformedRecord, match=f'"history".*{reason}'):
+                evaluate.parse_question(line)
+
+
+def test_files_of_each_form_are_questions(tmp_path):
+    forms = [{"question": "q", "answer": "7"}, {"question": "q", "decline": True}, {"question": "q", "decline": False},
+             {"history": said("u问", "a答"), "question": "q", "answer": "7"}]
+    for form in forms:
+        assert kind_of([write_jsonl(tmp_path / "x.jsonl", [form])]) == "question"
+    # "question" alone does not make a question of a text or a chat
+    assert kind_of([write_jsonl(tmp_path / "x.jsonl", [{"question": "q", "text": "t"}])]) == "text"
+    assert kind_of([write_jsonl(tmp_path / "x.jsonl", [{"question": "q", "conversations": []}])]) == "chat"
+    with pytest.raises(UserError, match='no record with "answer" and "question" or "decline" and "question" or "conv'):
+        kind_of([write_jsonl(tmp_path / "x.jsonl", [{"question": "q"}])])
 
 
 def test_malformed_lines_are_counted_and_printed(tmp_path, capsys):
@@ -129,6 +173,75 @@ def test_answers_that_are_compared_as_text_are_counted(tmp_path, capsys):
         assert line in capsys.readouterr().out.splitlines()
 
 
+def test_questions_without_an_answer_are_counted(tmp_path, capsys):
+    rows = [{"question": "几个？", "answer": "7"}, {"question": "谁？", "decline": True, "choices": ["小明", "小"]}]
+    evaluate.read_questions([write_jsonl(tmp_path / "q.jsonl", rows)], 0)
+    assert ("questions: 2 lines, 0 malformed; 0 answers are no numbers and are compared as text; 1 have no answer: a "
+            "correct reply declines") in capsys.readouterr().out.splitlines()
+
+
+def compared(questions, replies, thinking=None, reason="eos"):
+    loaded = SimpleNamespace(tokenizer=SimpleNamespace(decode="".join))
+    return evaluate.compare(loaded, questions, [Generation(list(reply), reason) for reply in replies], thinking)
+
+
+@pytest.mark.parametrize("reply, read, correct", [
+    ("我不知道。", "不知道", True), ("没听说过小明。", "没听说过", True),  # the name that the question has
+    ("<think>小红？7？</think>不清楚", "不清楚", True), ("小红", "小红", False), ("不知道，是小红吧", "小红", False),
+    ("不知道，7岁", "7", False), ("他很好", None, False), ("", None, False),
+])
+def test_questions_to_be_declined(reply, read, correct):
+    question = {"question": "小明的妹妹是谁？", "decline": True, "choices": ["小明", "小红"], "source": "made up",
+                "line": 3}
+    [record] = compared([question], [reply])
+    assert (record["read"], record["correct"]) == (read, correct)
+    assert {key: record[key] for key in ("question", "decline", "source", "line")}.items() <= question.items()
+    assert "answer" not in record and "declined" not in record
+
+
+@pytest.mark.parametrize("question, reply, correct, declined", [
+    ({"answer": "7"}, "我不知道。", False, True), ({"answer": "7"}, "不知道，8", False, False),
+    ({"answer": "7"}, "不知道，7", True, False), ({"answer": "小红"}, "不清楚", False, True),
+    ({"answer": "不会"}, "不会。", True, False),  # the answer is one of the phrases
+    ({"answer": "小红", "choices": ["小红", "小兰"]}, "不知道，小兰", False, False),
+    ({"answer": "小红", "choices": ["小红", "小兰"]}, "不知道", False, True),
+    ({"answer": "小红", "choices": ["小红", "小明"]}, "不知道小明的事", False, True),  # repeats the question
+    ({"answer": "小红"}, "小兰", False, False),
+])
+def test_declined_answers(question, reply, correct, declined):
+    [record] = compared([{"question": "小明的妹妹是谁？"} | question], [reply])
+    assert (record["correct"], record["declined"]) == (correct, declined)
+
+
+def test_declined_shares():
+    """Over the questions that have an answer, in all and by source."""
+    fact, unknown = {"question": "谁？", "answer": "小红", "source": "fact"}, {"question": "谁？", "decline": True}
+    questions = [fact, fact, fact | {"source": "other"}, unknown | {"source": "none"}, unknown]
+    exact = evaluate.summary(compared(questions, ["不知道", "小红", "小兰", "不知道", "小红"]))
+    assert (exact["questions"], exact["correct"], exact["declined"], exact["thinking"]) == (5, 2, 1 / 3, None)
+    assert {source: (part["questions"], part["correct"], part["declined"]) for source, part in
+            exact["by_source"].items()} == {"fact": (2, 1, 0.5), "none": (1, 1, None), "other": (1, 0, 0.0)}
+    assert evaluate.summary(compared([unknown], ["不知道"]))["declined"] is None
+
+
+@pytest.mark.parametrize("thinking, reply, text, tidy", [
+    (None, "<think>a</think><answer>7</answer>", "<think>a</think><answer>7</answer>", True), (None, "7", "7", False),
+    (True, "a</think><answer>7</answer>", "<think>a</think><answer>7</answer>", True),
+    (True, "<think>a</think><answer>7</answer>", "<think><think>a</think><answer>7</answer>", False),
+    (True, "a</think>7", "<think>a</think>7", False), (False, "7", "7", True),
+    (False, "<answer>7</answer>", None, False), (False, "</think>7", None, False),
+    (False, "<think>a</think><answer>7</answer>", None, False),
+])
+def test_replies_of_each_mode(thinking, reply, text, tidy):
+    """<think> is part of the reply where the prompt opens it."""
+    question = {"question": "?", "answer": "7"}
+    for reason in ("eos", "length"):
+        [record] = compared([question], [reply], thinking, reason)
+        assert (record["reply"], record["thinking"]) == (text or reply, thinking)
+        assert record["correct"] and record["tokens"] == len(reply)
+        assert record["well_formed"] is (tidy and reason == "eos")
+
+
 def test_replies_are_compared():
     loaded = SimpleNamespace(tokenizer=SimpleNamespace(decode="".join))
     cases = [("20 %", "20", "20", True), ("20", "20%", "1/5", True), ("0.2", "0.2%", "1/500", False),
@@ -143,8 +256,9 @@ def test_replies_are_compared():
 # ---- runs -----------------------------------------------------------------------------------
 
 
-def save_nano(path, tokenizer, stage, reply=()):
-    """Save weights for tests. With `reply` the model answers any prompt with these ids.
+def save_nano(path, tokenizer, stage, reply=(), thought=()):
+    """Save weights for tests. With `reply` the model answers any prompt with these ids; with `thought` it continues a
+    prompt that ends in <think> with those.
 
     Then no information passes between positions: the output of every block is 0, and the embedding of each id
     matches the output row of the id that follows it.
@@ -161,11 +275,14 @@ def save_nano(path, tokenizer, stage, reply=()):
                 block.mlp.down_proj.weight.zero_()
             model.model.embed_tokens.weight.normal_()
             model.lm_head.weight.zero_()
-            # the prompt's last token is the header's newline
-            chain = [*ChatEncoder.of(tokenizer).newline[-1:], *reply, encoder.eos_id]
-            assert len(set(chain)) == len(chain)
-            for before, after in zip(chain, chain[1:], strict=False):
-                model.lm_head.weight[after] = model.model.embed_tokens.weight[before]
+            # the prompt's last token is the newline of the header or of the empty thought
+            chains = [[*ChatEncoder.of(tokenizer).newline[-1:], *reply]]
+            if thought:
+                chains.append([encoder.tag_ids["<think>"], *thought])
+            assert len({token for chain in chains for token in chain}) == sum(map(len, chains))
+            for chain in chains:
+                for before, after in zip(chain, [*chain[1:], encoder.eos_id], strict=True):
+                    model.lm_head.weight[after] += model.model.embed_tokens.weight[before]
     save_weights(path, model, {"stage": stage, "step": 7, "tokenizer_sha256": encoder.fingerprint})
     return path
 
@@ -229,10 +346,11 @@ def test_exact_answers_end_to_end(tmp_path, tokenizer, tokenizer_dir, capsys):
     exact = result["exact"]
     assert (exact["questions"], exact["correct"], exact["accuracy"]) == (4, 2, 0.5)
     assert exact["well_formed"] == exact["ended"] == 0.75  # the last question does not fit the context
-    assert exact["mean_tokens"] == 5 * 3 / 4
+    assert exact["thinking"] is True and "exact_no_think" not in result
+    assert exact["mean_tokens"] == 4 * 3 / 4  # the prompt holds <think>
     assert exact["by_source"] == {
-        "a": {"questions": 1, "correct": 1, "accuracy": 1.0, "interval95": wilson(1, 1)},
-        "b": {"questions": 2, "correct": 1, "accuracy": 0.5, "interval95": wilson(1, 2)}}
+        "a": {"questions": 1, "correct": 1, "accuracy": 1.0, "interval95": wilson(1, 1), "declined": 0.0},
+        "b": {"questions": 2, "correct": 1, "accuracy": 0.5, "interval95": wilson(1, 2), "declined": 0.0}}
     generations = [json.loads(line) for line in (tmp_path / "eval" / "distill_sums.jsonl").open(encoding="utf-8")]
     assert generations[0]["reply"] == "<think></think><answer>7</answer>"
     assert [g["correct"] for g in generations] == [True, False, True, False]
@@ -246,8 +364,9 @@ def test_exact_answers_end_to_end(tmp_path, tokenizer, tokenizer_dir, capsys):
         evaluate.main([*map(str, options), "--generations", str(tmp_path / "sums.jsonl")])
 
 
-def test_pretraining_weights_continue_the_question(tmp_path, tokenizer, tokenizer_dir, capsys, monkeypatch):
-    """With --as_chat they get the chat format of the later stages."""
+@pytest.fixture
+def prompts(monkeypatch):
+    """The prompts that evaluate.py has given to the model."""
     prompts = []
 
     def recording(model, batch, *args, **kwargs):
@@ -255,6 +374,11 @@ def test_pretraining_weights_continue_the_question(tmp_path, tokenizer, tokenize
         return generate(model, batch, *args, **kwargs)
 
     monkeypatch.setattr(evaluate, "generate", recording)
+    return prompts
+
+
+def test_pretraining_weights_continue_the_question(tmp_path, tokenizer, tokenizer_dir, capsys, prompts):
+    """With --as_chat they get the chat format of the later stages."""
     path, encoder = save_nano(tmp_path / "any.pth", tokenizer, "pretrain"), TextEncoder.of(tokenizer)
     data = write_jsonl(tmp_path / "q.jsonl", [{"question": "1+1=", "answer": 2}])
     for flags in ([], ["--as_chat"]):
@@ -264,6 +388,102 @@ def test_pretraining_weights_continue_the_question(tmp_path, tokenizer, tokenize
         assert result["exact"]["generations"] == str(tmp_path / "eval" / "any_q.jsonl")
     asked = encode_chat(tokenizer, [{"role": "user", "content": "1+1="}], True)[0]
     assert prompts == [[encoder.bos_id, *encoder.encode(["1+1="])[0]], asked]
+
+
+@pytest.mark.parametrize("flag, modes", [((), [True]), (("--thinking", "on"), [True]), (("--thinking", "off"), [False]),
+                                         (("--thinking", "both"), [True, False])])
+def test_thinking_on_off_and_both(tmp_path, tokenizer, tokenizer_dir, capsys, prompts, flag, modes):
+    """Weights that answer 7 where they think and 8 where they do not."""
+    encoder = TextEncoder.of(tokenizer)
+    (seven,), (eight,) = encoder.encode(["7", "8"])
+    tags = encoder.tag_ids
+    save_nano(tmp_path / "distill.pth", tokenizer, "distill", [eight],
+              [tags["</think>"], tags["<answer>"], seven, tags["</answer>"]])
+    questions = [{"question": "3+4=?", "answer": "7", "source": "a"},
+                 {"question": "4+4=?", "answer": "8", "source": "b"},
+                 {"question": "6+1=?", "answer": "7", "source": "a"}]
+    write_jsonl(tmp_path / "sums.jsonl", [*questions, {"question": "broken"}])
+    result, lines = scored(capsys, "--model_mode", 2, "--out_dir", tmp_path, "--tokenizer_path", tokenizer_dir,
+                           "--data_path", tmp_path / "sums.jsonl", "--max_new_tokens", 20, "--dtype", "fp32",
+                           "--max_bad_ratio", 0.5, *flag)
+    assert [key for key in ("exact", "exact_no_think") if key in result] == ["exact", "exact_no_think"][:len(modes)]
+    reply = {True: "<think></think><answer>7</answer>", False: "8"}
+    for key, mode in zip(("exact", "exact_no_think"), modes, strict=False):
+        exact = result[key]
+        assert (exact["thinking"], exact["questions"], exact["correct"]) == (mode, 3, 2 if mode else 1)
+        assert exact["by_source"]["a"]["correct"] == (2 if mode else 0) and exact["malformed"] == 1
+        assert exact["well_formed"] == exact["ended"] == 1 and exact["mean_tokens"] == (4 if mode else 1)
+        assert exact.keys() == result["exact"].keys()
+        assert exact["generations"] == str(tmp_path / "eval" / "distill_sums.jsonl")
+        word = "with" if mode else "without"
+        assert any(line.startswith(f"exact answers {word} thinking: {exact['correct']} of 3") for line in lines)
+        assert any(line.startswith(f"answered 3 of 3 questions {word} thinking, ") for line in lines)
+    records = [json.loads(line) for line in (tmp_path / "eval" / "distill_sums.jsonl").open(encoding="utf-8")]
+    assert [(r["thinking"], r["question"], r["reply"], r["source"], r["line"]) for r in records] == [
+        (mode, q["question"], reply[mode], q["source"], i) for mode in modes for i, q in enumerate(questions, start=1)]
+    assert sorted(prompts) == sorted(
+        encode_chat(tokenizer, [{"role": "user", "content": q["question"]}], True, mode)[0]
+        for mode in modes for q in questions)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "SFT"])
+def test_only_weights_that_think_have_modes(tmp_path, tokenizer, tokenizer_dir, capsys, stage):
+    path = save_nano(tmp_path / "any.pth", tokenizer, stage, TextEncoder.of(tokenizer).encode(["7"])[0])
+    data = write_jsonl(tmp_path / "q.jsonl", [{"question": "1+1=", "answer": 7}])
+    options = ["--checkpoint", path, "--tokenizer_path", tokenizer_dir, "--data_path", data, "--out_dir", tmp_path,
+               "--as_chat", "--dtype", "fp32"]
+    for mode in ("on", "off", "both"):
+        with pytest.raises(UserError, match=rf"^--thinking {mode}: .*any.pth \({stage}\) has no think[^\n]*$"):
+            evaluate.main([*map(str, options), "--thinking", mode])
+    assert "questions:" not in capsys.readouterr().out  # refused before anything is read
+    result, lines = scored(capsys, *options)
+    assert result["exact"]["thinking"] is None and "exact_no_think" not in result
+    assert any(line.startswith("exact answers: 1 of 1") for line in lines)
+    [record] = map(json.loads, (tmp_path / "eval" / "any_q.jsonl").open(encoding="utf-8"))
+    assert (record["thinking"], record["reply"], record["well_formed"]) == (None, "7", False)
+
+
+@pytest.mark.parametrize("stage, thinking", [("SFT", None), ("distill", True), ("distill", False)])
+def test_a_history_stands_before_the_question(tmp_path, tokenizer, tokenizer_dir, capsys, prompts, stage, thinking):
+    path = save_nano(tmp_path / "any.pth", tokenizer, stage)
+    history = said("s短", "u小明几岁？", "a<think>想</think><answer>7岁</answer>")
+    data = write_jsonl(tmp_path / "q.jsonl", [{"history": history, "question": "她呢？", "answer": "8"}])
+    flags = [] if thinking is None else ["--thinking", "on" if thinking else "off"]
+    scored(capsys, "--checkpoint", path, "--tokenizer_path", tokenizer_dir, "--data_path", data, "--out_dir", tmp_path,
+           "--max_new_tokens", 4, *flags)
+    assert prompts == [encode_chat(tokenizer, [*history, {"role": "user", "content": "她呢？"}], True, thinking)[0]]
+    [record] = map(json.loads, (tmp_path / "eval" / "any_q.jsonl").open(encoding="utf-8"))
+    assert record["history"] == history
+
+
+def test_weights_that_continue_text_have_no_history(tmp_path, tokenizer, tokenizer_dir, capsys, prompts):
+    path = save_nano(tmp_path / "any.pth", tokenizer, "pretrain")
+    data = write_jsonl(tmp_path / "q.jsonl", [{"question": "几岁？", "answer": "7"},
+                                              {"history": said("u问", "a答"), "question": "她呢？", "answer": "8"}])
+    options = ["--checkpoint", path, "--tokenizer_path", tokenizer_dir, "--data_path", data, "--out_dir", tmp_path,
+               "--max_new_tokens", 4]
+    with pytest.raises(UserError, match=r'q.jsonl:2: a question with "history" needs the chat format[^\n]*--as_chat'):
+        evaluate.main([*map(str, options)])
+    assert not prompts
+    result, _ = scored(capsys, *options, "--as_chat")
+    assert result["exact"]["questions"] == 2 and len(prompts) == 2
+
+
+def test_declining_end_to_end(tmp_path, tokenizer, tokenizer_dir, capsys):
+    save_nano(tmp_path / "SFT.pth", tokenizer, "SFT", TextEncoder.of(tokenizer).encode(["不知道。"])[0])
+    write_jsonl(tmp_path / "q.jsonl", [
+        {"question": "谁？", "decline": True, "source": "a"}, {"question": "谁？", "answer": "小明", "source": "b"},
+        {"question": "谁？", "answer": "不知道", "source": "b"}])
+    result, lines = scored(capsys, "--model_mode", 1, "--out_dir", tmp_path, "--tokenizer_path", tokenizer_dir,
+                           "--data_path", tmp_path / "q.jsonl", "--dtype", "fp32")
+    exact = result["exact"]
+    assert (exact["correct"], exact["declined"]) == (2, 0.5)
+    assert [exact["by_source"][source]["declined"] for source in "ab"] == [None, 0.5]
+    assert "  a: 1 of 1, 100.00%" in lines
+    assert "  b: 1 of 2, 50.00%, 50.0% of those with an answer declined" in lines
+    records = [json.loads(line) for line in (tmp_path / "eval" / "SFT_q.jsonl").open(encoding="utf-8")]
+    assert [(r["read"], r["correct"], r.get("declined")) for r in records] == [
+        ("不知道", True, None), ("不知道", False, True), ("不知道", True, False)]
 
 
 @pytest.mark.parametrize("change, reason", [

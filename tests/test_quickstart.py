@@ -1,4 +1,4 @@
-"""The verdict of the quickstart and its control: thresholds, gains and what is counted, on results made by hand."""
+"""The verdict of the quickstart: thresholds and gains, on results made by hand."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from conftest import write_jsonl
 
 from Config import UserError
-from experiments import no_think_control, quickstart
+from experiments import quickstart
 
 RIGHT = {  # stage: how many of 100 questions of each kind are right, so that every threshold is just met
     "pretrain": dict(facts=0, never=0, one=0, many=0), "SFT": dict(facts=90, never=70, one=90, many=0),
@@ -112,53 +112,3 @@ def test_reports_side_by_side(out, monkeypatch, capsys):
     (out / "other.json").write_text('{"seed": 1}')
     with pytest.raises(UserError, match="not a report"):
         quickstart.compare([*paths, str(out / "other.json")])
-
-
-def test_the_control(tmp_path, tokenizer_dir, capsys):
-    """Thoughts are emptied and nothing else; it stops with the first step that has seen as many targets."""
-    def record(number):
-        thought = f"原来有{number}个，又买了{number}个，一共有{2 * number}个。" * 4
-        return {"conversations": [{"role": "user", "content": f"{number}加{number}等于多少？"}, {
-            "role": "assistant", "content": f"<think>\n{thought}\n</think>\n<answer>{2 * number}</answer>"}]}
-
-    write_jsonl(tmp_path / "r1.jsonl", [record(n) for n in range(200)])
-    write_jsonl(tmp_path / "val.jsonl", [record(n) for n in range(300, 310)])
-    settings = dict(data_path=tmp_path / "r1.jsonl", val_path=tmp_path / "val.jsonl", tokenizer_path=tokenizer_dir,
-                    out_dir=tmp_path / "control", max_steps=3, batch_size=2, max_seq_len=256)
-    no_think_control.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["records"], result["emptied"], result["malformed"]) == (200, 200, 0)
-    assert 0 <= result["control_targets"] - result["targets"] < 2 * 256
-    assert result["control_conversations"] > 1.5 * result["conversations"] > 0
-    for name, first in (("no_think.jsonl", 0), ("no_think_val.jsonl", 300)):
-        line = (tmp_path / "control" / name).read_text(encoding="utf-8").splitlines()[0]
-        assert json.loads(line)["conversations"] == [
-            {"role": "user", "content": f"{first}加{first}等于多少？"},
-            {"role": "assistant", "content": f"<think>\n</think>\n<answer>{2 * first}</answer>"}]
-
-
-def test_the_control_reads_what_distill_reads(tmp_path):
-    """A thought in reasoning_content is emptied too, and what distill leaves out is in neither."""
-    question = {"role": "user", "content": "三加四？"}
-    replies = ({"content": "七", "reasoning_content": "3+4"}, {"content": "<think>3"}, {"content": " "})
-    file = write_jsonl(tmp_path / "r1.jsonl", [{"conversations": [question, {"role": "assistant"} | reply]}
-                                               for reply in replies])
-    counts = {"records": 0, "emptied": 0, "malformed": 0}
-    (control,) = no_think_control.emptied_records(str(file), counts)
-    assert control["conversations"][1] == {"role": "assistant",
-                                           "content": "<think>\n</think>\n<answer>\n七\n</answer>"}
-    assert counts == {"records": 3, "emptied": 1, "malformed": 0}
-
-
-@pytest.mark.parametrize("change, reason", [
-    (dict(out_dir="{tmp}/file"), "--out_dir"), (dict(data_path="{tmp}/plain.jsonl"), "no reply has a <think>"),
-])
-def test_mistakes_of_the_control(tmp_path, tokenizer_dir, change, reason):
-    (tmp_path / "file").write_text("")
-    write_jsonl(tmp_path / "plain.jsonl", [{"conversations": [{"role": "user", "content": "你好"},
-                                                              {"role": "assistant", "content": "你好"}]}])
-    settings = dict(data_path=tmp_path / "plain.jsonl", tokenizer_path=tokenizer_dir, out_dir=tmp_path / "c",
-                    max_steps=3, batch_size=2, max_seq_len=64)
-    settings |= {name: value.format(tmp=tmp_path) for name, value in change.items()}
-    with pytest.raises(UserError, match=reason):
-        no_think_control.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])

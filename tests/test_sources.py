@@ -15,7 +15,7 @@ from faults import course, end_of
 from Config import UserError
 from dataset import StepLoader, epoch_order, load_splits
 from text.records import is_held_out, text_hash
-from text.sources import find_files, find_sources
+from text.sources import find_files, find_mixture, find_sources
 
 # ---------------------------------------------------------------------------------------------
 # which files an argument names
@@ -85,6 +85,30 @@ def test_shares(here):
             find_sources(arguments)
 
 
+def test_a_mixture_takes_what_is_there(here):
+    """By default the first name must be there and the others may be, in any form that a name stands for; a file of the
+    name in the working folder is none of them. What is named must all be there."""
+    words = ["a=0.6", "b=0.3", "c=0.1"]
+    for name in ("a.jsonl", "b-1.jsonl", "b-2.jsonl.gz"):
+        (here / "data" / name).touch()
+    (here / "c").mkdir()
+    sources, (line,) = find_mixture(words, True)
+    assert [(source.name, len(source.files)) for source in sources] == [("a", 1), ("b", 2)]
+    assert [source.share for source in sources] == pytest.approx([2 / 3, 1 / 3])
+    assert line == "default data: a=0.6 b=0.3; not in data/: c=0.1, without which earlier skills fade"
+    with pytest.raises(UserError, match="--data_path d: there is no"):
+        find_mixture(["a=0.6", "d=0.4"], False)
+    assert find_mixture(words[:2], False) == (find_sources(words[:2]), [])
+    (here / "data" / "c").mkdir()
+    (here / "c").rmdir()
+    (here / "data" / "c" / "x.jsonl").touch()
+    assert find_mixture(words, True) == (find_sources(words), ["default data: a=0.6 b=0.3 c=0.1"])
+    assert find_mixture(["a=0.6", "d=0.4"], True)[0] == find_sources(["a"]), "alone it has no share"
+    (here / "data" / "b.jsonl").touch()
+    with pytest.raises(UserError, match="--data_path b: .*remove one"):
+        find_mixture(words, True)
+
+
 # ---------------------------------------------------------------------------------------------
 # the order of several sources
 
@@ -132,6 +156,22 @@ def test_the_next_document_is_of_the_source_furthest_behind(files, tokenizer, tm
     again = epoch_order(documents, seed=5, epoch=1, order=order)[0]
     other = epoch_order(documents, seed=5, epoch=2, order=order)[0]
     assert again.tolist() == sequence.tolist() and (other.tolist() == sequence.tolist()) == (order == "file")
+
+
+@pytest.mark.parametrize("first, second, share", [("small", "large", 0.5), ("large", "small", 9)])
+def test_an_epoch_of_a_default_mixture_is_one_pass_over_its_first_source(
+        files, tokenizer, tmp_path, first, second, share):
+    """However large the others are: one that is used up begins again, of a larger one a part is seen, each epoch another."""
+    documents, _ = split(files, tokenizer, tmp_path, **{first: 1, second: share})
+    without = documents.fingerprint()
+    documents.own_first = True
+    assert documents.fingerprint() != without and documents.take(np.arange(3)).own_first
+    epochs = [epoch_order(documents, 5, epoch, "shuffled") for epoch in (0, 1)]
+    for sequence, _ in epochs:
+        assert sorted(sequence[documents.source[sequence] == 0].tolist()) == list(range(int((documents.source == 0).sum())))
+    seen = [set(sequence[documents.source[sequence] == 1].tolist()) for sequence, _ in epochs]
+    n = int((documents.source == 1).sum())
+    assert (len(seen[0]) < n and seen[0] != seen[1]) if first == "small" else len(seen[0]) == n
 
 
 def test_rows_of_text_are_full_and_steps_can_be_asked_for_in_any_order(files, tokenizer, tmp_path):

@@ -10,10 +10,11 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_rows, stage_argv, train, write_jsonl
+from conftest import ROOT, make_chats, make_r1, make_texts, read_rows, stage_argv, train, write_jsonl
 
 from common import checkpoint, exits
 from common.optim import Muon, learning_rate, make_optimizers, set_learning_rate
@@ -168,13 +169,18 @@ CONTRACT = """--data_path --val_path --tokenizer_path --out_dir --init_from --pr
 --max_tokens --epochs --max_steps --batch_size --accumulation_steps --learning_rate --lr_schedule --warmup_ratio
 --decay_ratio --min_lr_ratio --optimizer --weight_decay --grad_clip --dropout --dtype --device --compile
 --gradient_checkpointing --deterministic --seed --order --log_interval --eval_interval --eval_tokens --save_interval
---keep_checkpoints --max_bad_ratio --resume --use_wandb --wandb_project --tag_weight --think_weight --plain""".split()
+--keep_checkpoints --max_bad_ratio --resume --use_wandb --wandb_project --tag_weight --think_weight --without_thoughts
+--plain""".split()
 CHOICES = {"--lr_schedule": "{constant,cosine,trapezoid}", "--optimizer": "{adamw,muon}", "--order": "{shuffled,file}",
            "--output_init": "{zero,normal}", "--dtype": "{auto,bf16,fp16,fp32}", "--device": "{auto,cpu,cuda,mps}"}
 DEFAULTS = {"pretrain": dict(max_seq_len=512, batch_size=32, learning_rate=4e-3),
             "SFT": dict(max_seq_len=512, batch_size=32, learning_rate=1e-3, max_tokens=512, min_tokens=0),
             "SFT_long": dict(max_seq_len=1024, batch_size=16, learning_rate=1e-3, min_tokens=513, max_tokens=1024),
             "distill": dict(max_seq_len=1024, batch_size=16, learning_rate=2e-3, tag_weight=1.0, think_weight=1.0)}
+
+
+MIXTURES = {"SFT": "sft_512=0.9 pretrain=0.1", "SFT_long": "sft_1024=0.9 pretrain=0.1",
+            "distill": "r1_1024=0.7 sft_512=0.2 pretrain=0.1"}
 
 
 def exit_of(stage: str, argv: list, capsys) -> tuple[int, str, str]:
@@ -197,8 +203,8 @@ def test_help(stage, capsys):
         "data_path val_path out_dir init_from preset epochs batch_size learning_rate device resume".split())
     assert text.count("common flags:") == 1 and text.index("common flags:") < text.index("--data_path PATH")
     flags = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
-    not_here = {"pretrain": {"--min_tokens", "--max_tokens", "--tag_weight", "--think_weight"},
-                "distill": set()}.get(stage, {"--tag_weight", "--think_weight"})
+    of_distill = {"--tag_weight", "--think_weight", "--without_thoughts"}
+    not_here = {"pretrain": {"--min_tokens", "--max_tokens"} | of_distill, "distill": set()}.get(stage, of_distill)
     assert flags >= set(CONTRACT) - not_here and not flags & not_here
     flat = re.sub(r"\s+", " ", text)
     for flag, choices in CHOICES.items():
@@ -209,6 +215,9 @@ def test_help(stage, capsys):
     for name, value in defaults.items():
         described = flat[flat.rindex(f"--{name} "):]
         assert re.match(rf"--{name} [^(]*(\([^d][^)]*\)[^(]*)*\(default: {re.escape(str(value))}\)", described), name
+    mixture = MIXTURES.get(stage)
+    shown = f"{mixture}: the first, and those of the others that are in data/" if mixture else "pretrain"
+    assert f"(default: {shown})" in flat
     for name, flag in FLAGS.items():  # a % in a help text must not be a format
         if f"--{name}" in flags:
             assert re.sub(r"\s+", "", flag.help.replace("%%", "%")) in re.sub(r"\s+", "", text)
@@ -250,6 +259,102 @@ def test_starting_weights_default(stage, before, data_dir, tokenizer_dir, tmp_pa
                               capsys)
     assert code == 2 and str(tmp_path / f"{before}.pth") in errors and f"{before}.py makes it" in errors
     assert errors.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# the data of a chat stage
+
+
+@pytest.fixture
+def in_data(tokenizer_dir, tmp_path, monkeypatch, capsys):
+    """in_data(stage, names, *flags): two steps in a working folder whose data/ holds these names; what it printed."""
+    monkeypatch.setattr("common.runlog.RunLog.charts", lambda log: None)
+    records = {"sft_512": make_chats(5, 30, longest=200), "sft_1024": make_chats(3, 30, shortest=800, longest=1180),
+               "r1_1024": make_r1(6, 20), "pretrain": make_texts(7, 20)}
+
+    def run(stage: str, names: list[str], *flags, expected: int = 0) -> str:
+        folder = tmp_path / f"{stage} {' '.join(names)}"
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(folder)
+        for name in names:
+            write_jsonl(folder / "data" / f"{name}.jsonl", records[name])
+        code, said, errors = exit_of(stage, [
+            "--init_from", "none", "--preset", "nano", "--tokenizer_path", tokenizer_dir, "--cache_dir",
+            tmp_path / "cache", "--max_steps", "2", "--batch_size", "2", "--eval_interval", "0", "--device", "cpu",
+            "--plain", *flags], capsys)
+        assert code == expected, errors
+        return said if not expected else errors
+
+    return run
+
+
+def shares_in(said: str) -> dict[str, str]:
+    """{source: share of all tokens} as a run prints it."""
+    return dict(re.findall(r"^source (\S+): share (\S+) of all tokens", said, re.MULTILINE))
+
+
+@pytest.mark.parametrize("stage, names, line, shares", [
+    ("SFT", ["sft_512", "pretrain"], "sft_512=0.9 pretrain=0.1", {"sft_512": "90.0%", "pretrain": "10.0%"}),
+    ("SFT", ["sft_512"], "sft_512; not in data/: pretrain=0.1, without which earlier skills fade", {}),
+    ("SFT_long", ["sft_1024", "pretrain", "sft_512"], "sft_1024=0.9 pretrain=0.1",
+     {"sft_1024": "90.0%", "pretrain": "10.0%"}),
+    ("distill", ["r1_1024", "sft_512", "pretrain"], "r1_1024=0.7 sft_512=0.2 pretrain=0.1",
+     {"r1_1024": "70.0%", "sft_512": "20.0%", "pretrain": "10.0%"}),
+    ("distill", ["r1_1024", "pretrain"],
+     "r1_1024=0.7 pretrain=0.1; not in data/: sft_512=0.2, without which earlier skills fade",
+     {"r1_1024": "87.5%", "pretrain": "12.5%"}),
+    ("distill", ["r1_1024"], "r1_1024; not in data/: sft_512=0.2 pretrain=0.1, without which earlier skills fade", {}),
+])
+def test_default_mixtures(in_data, stage, names, line, shares):
+    """Without --data_path a chat stage takes what is in data/ of its mixture, and says once what that is and what is
+    missing; the shares sum to 1."""
+    said = in_data(stage, names)
+    assert re.findall(r"^default data: (.*)$", said, re.MULTILINE) == [line]
+    assert shares_in(said) == shares and said.count("skills fade") == line.count("skills fade")
+
+
+def test_the_first_name_of_a_mixture_must_be_there(in_data):
+    """Its own data is what a stage is for: without it, the error says how to get it."""
+    error = in_data("distill", ["sft_512", "pretrain"], expected=2)
+    assert "--data_path r1_1024: there is no data/r1_1024.jsonl" in error and error.count("\n") == 1
+
+
+TEXT = "text; add some with a share, such as pretrain=0.1"
+
+
+@pytest.mark.parametrize("stage, paths, lacking", [
+    ("SFT", ["sft_512"], TEXT), ("SFT", ["sft_512=0.5", "pretrain=0.5"], None), ("SFT", ["r1_1024"], TEXT),
+    ("SFT", ["sft_512=0.9", "r1_1024=0.1"], TEXT), ("SFT_long", ["sft_1024"], TEXT), ("distill", ["r1_1024=1"],
+     "chats without thoughts and no text; add some with a share, such as sft_512=0.2 pretrain=0.1"),
+    ("distill", ["r1_1024=0.8", "sft_512=0.2"], TEXT),
+    ("distill", ["r1_1024=0.8", "pretrain=0.2"],
+     "chats without thoughts; add some with a share, such as sft_512=0.2"),
+    ("distill", ["r1_1024=0.8", "sft_512=0.1", "pretrain=0.1"], None), ("pretrain", ["pretrain"], None),
+])
+def test_what_is_named_is_all_that_is_taken(in_data, stage, paths, lacking):
+    """With --data_path nothing is added; one line says which earlier skills nothing in it keeps."""
+    said = in_data(stage, ["sft_512", "sft_1024", "r1_1024", "pretrain"], "--data_path", *paths)
+    lines = [line for line in said.splitlines() if "skills fade" in line]
+    assert lines == ([f"earlier skills fade: --data_path names no {lacking}"] if lacking else [])
+    assert "default data" not in said
+    assert set(shares_in(said)) == ({path.split("=")[0] for path in paths} if len(paths) > 1 else set())
+
+
+def test_a_default_mixture_is_resumed_only_as_it_was(in_data):
+    """A source that came to data/ since is another mixture: refused. As it was it goes on."""
+    in_data("SFT", ["sft_512"])
+    said = in_data("SFT", ["sft_512"], "--resume", "--max_steps", "3")
+    assert "done: 3 steps" in said
+    write_jsonl(Path("data/pretrain.jsonl"), make_texts(7, 20))
+    error = in_data("SFT", ["sft_512"], "--resume", "--max_steps", "4", expected=2)
+    assert "the shares of the sources changed" in error
+
+
+def test_distill_needs_thoughts_or_the_word_that_none_are_wanted(in_data):
+    """Replies without thoughts are a mistake, unless --without_thoughts says that they are the control."""
+    names, flags = ["r1_1024", "sft_512", "pretrain"], ("--data_path", "sft_512=0.9", "pretrain=0.1")
+    assert "no reply has a thought" in in_data("distill", names, *flags, expected=2)
+    assert "done: 2 steps" in in_data("distill", names, *flags, "--without_thoughts")
 
 
 def start_of(stage: str, tokenizer_dir, out_dir, *argv) -> WeakWater:

@@ -13,7 +13,8 @@ from text.records import read_lines
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
 DATA_FOLDER = Path("data")  # where a bare name is looked up
-KINDS = {"question": {"question", "answer"}, "chat": {"conversations"}, "text": {"text"}}
+KINDS = {"question": ({"question", "answer"}, {"question", "decline"}),  # the keys of each form
+         "chat": ({"conversations"},), "text": ({"text"},)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,25 @@ def find_sources(arguments: list[str], flag: str = "--data_path") -> list[Source
                 raise UserError(f"{flag}: {file} is in two sources, {other} and {source.name}")
     _refuse_packed_copies(list(owner), flag)
     return sources
+
+
+def find_mixture(arguments: list[str], by_default: bool) -> tuple[list[Source], list[str]]:
+    """The sources of a stage's --data_path, and lines for the log. All that the user names must be there; of a stage's
+    own mixture (`by_default`) only the first, and those of the others that are in data/ are taken with it, at shares
+    scaled to 1. The first alone is one source without shares."""
+    if not by_default:
+        return find_sources(arguments), []
+    first, *others = arguments
+    there = [argument for argument in others if _is_in_data(_split_share(argument)[0])]
+    taken = [first, *there] if there else [_split_share(first)[0]]
+    line = f"default data: {' '.join(taken)}"
+    if missing := [argument for argument in others if argument not in there]:
+        line += f"; not in {DATA_FOLDER}/: {' '.join(missing)}, without which earlier skills fade"
+    return find_sources(taken), [line]
+
+
+def _is_in_data(name: str) -> bool:
+    return bool(_find_by_name(name, "--data_path")) or (DATA_FOLDER / name).is_dir()
 
 
 def _split_share(argument: str) -> tuple[str, float | None]:
@@ -143,9 +163,9 @@ def kind_of(files: list[Path], among: tuple[str, ...] = tuple(KINDS)) -> str:
                 continue
             keys = set(record) if isinstance(record, dict) else set()
             for kind in among:
-                if KINDS[kind] <= keys:
+                if any(form <= keys for form in KINDS[kind]):
                     return kind
-    keys = " or ".join(" and ".join(f'"{key}"' for key in sorted(KINDS[kind])) for kind in among)
+    keys = " or ".join(" and ".join(f'"{key}"' for key in sorted(form)) for kind in among for form in KINDS[kind])
     raise UserError(f"{files[0]}: no record with {keys}{explain(files)}")
 
 

@@ -15,10 +15,20 @@ from text.chat import CONTEXT, REPLY, TAG, THINK, ChatEncoder, encode_chat
 from text.tokenizer import TextEncoder, load_tokenizer
 
 CONTROL = ["<unk>", "<s>", "</s>"]
+ANY_TAG = re.compile("|".join(TAGS))
+EMPTY = "<think>\n\n</think>\n"  # the empty thought of the thinking format
 HOSTILE = ["</s>", "<s>", "</s>\n<s>assistant\n", "<s>user\n", "<unk>", "<|im_end|>", "<|endoftext|>", "<<s>s>", "</",
            "s>", "  ", "\n", "\r\n", " \n", "\t", "\x00", "\u2028", "\u3000", "🌊", "👩\u200d👩\u200d👧", "e\u0301",
            "ﬁ", "你好", "<think>", "</think>", "<answer>", "</answer>", "<think", "think>", "▁", "Ġ", "<THINK>"]
-words = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(HOSTILE)), max_size=7).map("".join)
+
+
+def texts(*forbidden: str):
+    """Words that spell none of these."""
+    part = st.one_of(st.text(max_size=6), st.sampled_from([t for t in HOSTILE if not any(f in t for f in forbidden)]))
+    return st.lists(part, max_size=7).map("".join).filter(lambda text: not any(f in text for f in forbidden))
+
+
+words = texts()
 
 
 @st.composite
@@ -27,6 +37,24 @@ def conversations(draw):
     messages = [{"role": "system", "content": draw(words)}] if draw(st.booleans()) else []
     roles = draw(st.lists(st.sampled_from(["user", "assistant"]), max_size=5))
     return messages + [{"role": role, "content": draw(words)} for role in roles]
+
+
+def thinking_conversations(said):
+    """Two to six turns, mostly replies, with and without thoughts, empty ones and cut ones, of texts drawn from `said`;
+    <think> and </think> stand at most once in a reply."""
+    untagged = said.filter(lambda text: "<think>" not in text and "</think>" not in text)
+    reply = st.one_of(
+        st.builds("{}<think>{}</think>{}".format, st.just("") | untagged, untagged, untagged),
+        st.builds("<think>\n{}\n</think>\n<answer>\n{}\n</answer>".format, untagged, untagged),
+        st.builds("<think>{}</think>{}".format, st.sampled_from(["", "\n", "\n\n", " \t", "\u3000\n"]), untagged),
+        st.builds("{}<think>{}".format, st.just("") | untagged, untagged),
+        untagged)
+
+    def message(role):
+        return st.fixed_dictionaries({"role": st.just(role), "content": reply if role == "assistant" else said})
+
+    turns = st.lists(st.sampled_from(["user", "assistant", "assistant"]).flatmap(message), min_size=2, max_size=6)
+    return st.builds(list.__add__, st.lists(message("system"), max_size=1), turns)
 
 
 def fast(examples: int = 120):
@@ -96,14 +124,55 @@ def foreign(tmp_path_factory, data_dir):
 # the invariant
 
 
+def in_format(conversation: list[dict], continued: bool) -> list[tuple[str, str, str]]:
+    """(role, text without loss before the content, content) of each message in the thinking format, where <think> and
+    </think> stand at most once in a reply. `continued`: another reply is to come."""
+    messages, last = [], not continued
+    for message in reversed(conversation):
+        role, text = message["role"], message["content"]
+        found = re.fullmatch("(.*?)<think>(.*?)(</think>(.*))?", text, re.DOTALL)
+        if role != "assistant":
+            messages.append((role, "", text))
+        elif not found:
+            messages.append((role, EMPTY, text))
+        elif last or found[3] is not None and not found[2].strip():
+            messages.append((role, "", text))
+        else:
+            answer = found[1] if found[3] is None else found[4]
+            messages.append((role, EMPTY, answer.replace("<answer>", "").replace("</answer>", "").strip()))
+        last = last and role != "assistant"
+    return messages[::-1]
+
+
 def check(tokenizer, conversation: list[dict]) -> None:
-    """The ids are header, content and end of each message in turn; the mask is 1 on replies and their end only; control
-    ids stand where they were constructed and nowhere else; what is masked decodes to the replies."""
-    encoder, chat = TextEncoder.of(tokenizer), ChatEncoder.of(tokenizer)
+    """The format without thoughts, and the prompt that follows it."""
     ids, mask = encode_chat(tokenizer, conversation)
-    assert len(ids) == len(mask) and set(mask) <= {0, 1}
+    check_ids(tokenizer, ids, mask, [(message["role"], "", message["content"]) for message in conversation])
+    header = ChatEncoder.of(tokenizer).headers["assistant"]
     assert encode_chat(tokenizer, conversation, add_generation_prompt=True) == (
-        ids + chat.headers["assistant"], mask + [0] * len(chat.headers["assistant"]))
+        ids + header, mask + [0] * len(header))
+
+
+def check_thinking(tokenizer, conversation: list[dict]) -> None:
+    """The thinking format, complete and before a reply to come."""
+    ids, mask = encode_chat(tokenizer, conversation, thinking=True)
+    check_ids(tokenizer, ids, mask, in_format(conversation, continued=False))
+    assert encode_chat(tokenizer, conversation, thinking=False) == (ids, mask)
+    for thinking, opened in ((True, "<think>"), (False, EMPTY)):
+        ids, mask = encode_chat(tokenizer, conversation, True, thinking)
+        prompt = ChatEncoder.of(tokenizer).prompt(thinking)
+        end = len(ids) - len(prompt)
+        assert ids[end:] == prompt and mask[end:] == [0] * len(prompt)
+        assert tokenizer.backend_tokenizer.decode(prompt[1:], skip_special_tokens=False) == f"assistant\n{opened}"
+        check_ids(tokenizer, ids[:end], mask[:end], in_format(conversation, continued=True))
+
+
+def check_ids(tokenizer, ids: list[int], mask: list[int], messages: list[tuple[str, str, str]]) -> None:
+    """The ids are header, content and end of each message in turn, given as (role, text without loss before the
+    content, content); the mask is 1 on the content of replies and their end only; control ids stand where they were
+    constructed and nowhere else; what is masked decodes to the replies."""
+    encoder, chat = TextEncoder.of(tokenizer), ChatEncoder.of(tokenizer)
+    assert len(ids) == len(mask) and set(mask) <= {0, 1}
     position = 0
 
     def take(expected: list[int], masked: int) -> None:
@@ -112,11 +181,14 @@ def check(tokenizer, conversation: list[dict]) -> None:
         assert ids[position:end] == expected and mask[position:end] == [masked] * len(expected)
         position = end
 
-    for message in conversation:
-        masked = int(message["role"] == "assistant")
-        header = encoder.encode([f"{message['role']}\n"])[0]
+    for role, before, text in messages:
+        masked = int(role == "assistant")
+        header = encoder.encode([f"{role}\n"])[0]
         assert encoder.control_ids.isdisjoint(header)
         take([encoder.bos_id, *header], 0)
+        if before:
+            assert tokenizer.backend_tokenizer.decode(chat.empty_thought, skip_special_tokens=False) == before
+            take(chat.empty_thought, 0)
         end = position
         while ids[end] != encoder.eos_id:  # the first end token is the message's own: content holds none
             end += 1
@@ -124,11 +196,10 @@ def check(tokenizer, conversation: list[dict]) -> None:
         allowed = set(encoder.tag_ids.values()) if masked else set()
         assert encoder.control_ids.isdisjoint(set(content) - allowed)
         if masked:
-            tags = [encoder.tag_ids[tag] for tag in re.findall("|".join(TAGS), message["content"])
-                    if tag in encoder.tag_ids]
+            tags = [encoder.tag_ids[tag] for tag in ANY_TAG.findall(text) if tag in encoder.tag_ids]
             assert [i for i in content if i in allowed] == tags
         said = tokenizer.backend_tokenizer.decode(content, skip_special_tokens=False)
-        assert said in (message["content"], message["content"].replace("▁", " "))  # pieces with ▁ cannot tell the two
+        assert said in (text, text.replace("▁", " "))  # pieces with ▁ cannot tell the two
         take(content, masked)
         take([encoder.eos_id], masked)
         take(chat.newline, 0)
@@ -151,6 +222,72 @@ def test_any_conversation_with_a_foreign_tokenizer(foreign, name):
         check(foreign[name], conversation)
 
     test()
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2", "qwen", "unigram", "no tags", "some tags"])
+def test_any_conversation_in_the_thinking_format(tokenizer, foreign, name):
+    """For any text: every reply without a thought stands behind an empty thought that has no loss, thoughts of earlier
+    turns become it, and an empty thought that a reply spells itself has its loss."""
+    @fast(200 if name == "ours" else 100)
+    @given(conversation=thinking_conversations(words))
+    def test(conversation):
+        check_thinking(tokenizer if name == "ours" else foreign[name], conversation)
+
+    test()
+
+
+def test_thinking_examples(tokenizer):
+    """The thinking format spelled out: the text, and the text with loss."""
+    thought = "<think>\n想\n</think>\n<answer>\n答\n</answer>"
+    for replies, prompt, shown, masked in [
+            (["答"], None, [EMPTY + "答"], ["答"]),
+            ([thought], None, [thought], [thought]),
+            ([thought, "好"], None, [EMPTY + "答", EMPTY + "好"], ["答", "好"]),
+            ([thought, thought], None, [EMPTY + "答", thought], ["答", thought]),
+            ([thought], True, [EMPTY + "答"], ["答"]),
+            ([thought], False, [EMPTY + "答"], ["答"]),
+            ([EMPTY + "答", thought], None, [EMPTY + "答", thought], [EMPTY + "答", thought]),
+            ([EMPTY + "答"], True, [EMPTY + "答"], [EMPTY + "答"]),
+            (["<think>\n想到一半"], None, ["<think>\n想到一半"], ["<think>\n想到一半"]),
+            (["<think>\n想到一半"], True, [EMPTY], [""])]:
+        conversation = [turn for reply in replies for turn in ({"role": "user", "content": "问"},
+                                                               {"role": "assistant", "content": reply})]
+        ids, mask = encode_chat(tokenizer, conversation, prompt is not None, prompt is not False)
+        end = {None: "", True: "<s>assistant\n<think>", False: f"<s>assistant\n{EMPTY}"}[prompt]
+        text = "".join(f"<s>user\n问</s>\n<s>assistant\n{reply}</s>\n" for reply in shown)
+        assert tokenizer.decode(ids) == text + end
+        covered = [i for i, m in zip(ids, mask, strict=True) if m]
+        assert tokenizer.decode(covered) == "".join(f"{reply}</s>" for reply in masked)
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2", "qwen", "unigram", "no tags", "some tags"])
+def test_a_prompt_begins_the_conversation_that_it_asks_for(tokenizer, foreign, name):
+    """The ids of a prompt are the first of the conversation completed with a reply: one that thinks behind an opened
+    <think>, which has its loss, or one without tags behind an empty thought, which has none; even where a tag is
+    several ids, and would merge with what follows it."""
+    chosen = tokenizer if name == "ours" else foreign[name]
+    assert len(TextEncoder.of(chosen).tag_ids) == {"ours": 4, "unigram": 4, "some tags": 2}.get(name, 0)
+
+    @fast(100)
+    @given(history=thinking_conversations(words), thinking=st.booleans(), reply=words)
+    def test(history, thinking, reply):
+        if not thinking and "<think>" in reply:
+            return
+        text = "<think>" + reply if thinking else reply
+        history = [*history, {"role": "user", "content": "问"}]
+        prompt, _ = encode_chat(chosen, history, True, thinking)
+        ids, mask = encode_chat(chosen, [*history, {"role": "assistant", "content": text}], thinking=thinking)
+        assert ids[:len(prompt)] == prompt
+        opened = len(prompt) - len(ChatEncoder.of(chosen).headers["assistant"])
+        n = len(ChatEncoder.of(chosen).opened_thought) if thinking else 0
+        assert mask[opened:len(prompt)] == [0] * (len(prompt) - opened - n) + [1] * n
+        assert all(mask[len(prompt):len(ids) - len(ChatEncoder.of(chosen).newline)])
+
+    test()
+    for reply in ("><answer>", "\n", ">\n", "a</think>\n<answer>b</answer>", ""):  # "no tags" has tokens like "><"
+        prompt, _ = encode_chat(chosen, [], True, True)
+        ids, _ = encode_chat(chosen, [{"role": "assistant", "content": "<think>" + reply}], thinking=True)
+        assert ids[:len(prompt)] == prompt
 
 
 def test_examples(tokenizer):
@@ -207,28 +344,60 @@ def plain(text: str, forbidden: list[str]) -> bool:
     return not any(word in text for word in forbidden) and not re.match(r"\s*[\r\n]", text)
 
 
-def test_chat_template(tokenizer, tokenizer_dir):
-    """apply_chat_template gives the same ids for text without control strings, without tags in the user's words, that
-    does not begin with whitespace running into a newline; it does not trim."""
+THINKING = [({}, None), ({"enable_thinking": None}, None), ({"enable_thinking": True}, True),
+            ({"enable_thinking": False}, False)]
+
+
+@pytest.fixture(scope="module")
+def template(tokenizer_dir):
+    """transformers' apply_chat_template for the tokenizer."""
     from transformers import AutoTokenizer
 
-    seen, template = 0, AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True).apply_chat_template
+    return AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True).apply_chat_template
 
-    @fast(300)
-    @given(conversation=conversations(), prompt=st.booleans())
+
+@pytest.mark.parametrize("variables, thinking", THINKING)
+def test_chat_template(tokenizer, template, variables, thinking):
+    """apply_chat_template gives the same ids for text without control strings (nor such that appear when an <answer> is
+    taken away), without tags in the user's words, that does not begin with whitespace running into a newline; it does
+    not trim. With enable_thinking it is the thinking format."""
+    mild = texts(*CONTROL, *TAGS).filter(lambda text: plain(text, []))
+    seen = {False: 0, True: 0}  # by whether an earlier reply has a thought
+
+    @fast(400)
+    @given(conversation=st.one_of(conversations(), thinking_conversations(mild)), prompt=st.booleans())
     def test(conversation, prompt):
-        nonlocal seen
-        if not conversation or not all(plain(m["content"], CONTROL + TAGS * (m["role"] != "assistant"))
-                                       for m in conversation):
+        for message in conversation:
+            forbidden = CONTROL + TAGS * (message["role"] != "assistant")
+            if not plain(message["content"], forbidden) or not plain(ANY_TAG.sub("", message["content"]), CONTROL):
+                return
+        if not conversation:
             return
-        seen += 1
-        expected = template(conversation, add_generation_prompt=prompt, tokenize=True, return_dict=False)
-        assert encode_chat(tokenizer, conversation, prompt)[0] == expected
+        replies = [m["content"] for m in conversation if m["role"] == "assistant"]
+        seen[any("<think>" in reply for reply in (replies if prompt else replies[:-1]))] += 1
+        expected = template(conversation, add_generation_prompt=prompt, tokenize=True, return_dict=False, **variables)
+        assert encode_chat(tokenizer, conversation, prompt, thinking)[0] == expected
 
     test()
-    assert seen > 60
+    assert min(seen.values()) > 30, seen
     untrimmed = [{"role": "user", "content": "  a  "}, {"role": "assistant", "content": " <think> b\n\n "}]
-    assert encode_chat(tokenizer, untrimmed)[0] == template(untrimmed, tokenize=True, return_dict=False)
+    assert encode_chat(tokenizer, untrimmed, thinking=thinking)[0] == template(
+        untrimmed, tokenize=True, return_dict=False, **variables)
+
+
+@pytest.mark.parametrize("variables, thinking", THINKING)
+def test_chat_template_as_text(tokenizer, template, variables, thinking):
+    """The ids decode to the template's text, whatever anyone says, in whatever order the tags stand."""
+    @fast(300)
+    @given(conversation=st.one_of(conversations(), thinking_conversations(words)), prompt=st.booleans())
+    def test(conversation, prompt):
+        if not conversation:
+            return
+        text = template(conversation, add_generation_prompt=prompt, tokenize=False, **variables)
+        ids, _ = encode_chat(tokenizer, conversation, prompt, thinking)
+        assert tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) == text
+
+    test()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,7 +407,7 @@ def test_chat_template(tokenizer, tokenizer_dir):
 def kinds_by_byte(reply: str) -> list[int]:
     """What each byte of a reply is: TAG in the four tags, THINK between <think> and its </think>, else REPLY."""
     kinds, thought = [], [m.span(1) for m in re.finditer("<think>(.*?)</think>", reply, re.DOTALL)]
-    tags = [m.span() for m in re.finditer("|".join(TAGS), reply)]
+    tags = [m.span() for m in ANY_TAG.finditer(reply)]
     for position, char in enumerate(reply):
         kind = REPLY
         if any(a <= position < b for a, b in thought):

@@ -1,0 +1,340 @@
+"""Counting problems: numbers, clauses and questions composed of words, and the thought that solves them.
+
+A clause is a time word, a frame and a verb; a question is a lead, the one who is asked about, what is asked and a tail.
+One combination in eight is held out (`is_held_out`): no training file has it, but all its parts occur there.
+"""
+
+import random
+import zlib
+from dataclasses import dataclass, field
+
+from demo.words import (
+    ASKED,
+    BOXES,
+    COMMAS,
+    ENDS,
+    FACTORS,
+    FRAMES,
+    FRAMES_OF_PEOPLE,
+    GAIN,
+    GAIN_ENDINGS,
+    GAIN_HELD_OUT,
+    GIVEN_BY_OWNER,
+    GIVEN_TO_OWNER,
+    KIN,
+    LEADS,
+    LOSE,
+    LOSE_ENDINGS,
+    LOSE_HELD_OUT,
+    STARTS,
+    TAILS,
+    TIMES,
+    WHOSE,
+    random_word,
+)
+
+# ---------------------------------------------------------------------------------------------
+# numbers
+
+LIMIT = 99  # the largest number
+LEAST_STEPS, MOST_STEPS = 2, 8
+AMOUNTS = {"+": range(1, 10), "-": range(1, 10), "*": (2, 3), "/": (2, 3)}
+
+
+def apply(a: int, operation: str, b: int) -> int | None:
+    """a operation b; None if it is not an integer from 0 to LIMIT."""
+    if operation == "/":
+        return a // b if a % b == 0 else None
+    c = {"+": a + b, "-": a - b, "*": a * b}[operation]
+    return c if 0 <= c <= LIMIT else None
+
+
+TRIPLES = tuple((a, operation, b) for operation, amounts in AMOUNTS.items() for a in range(1, LIMIT + 1)
+                for b in amounts if apply(a, operation, b) is not None)
+# sums of two numbers of two digits, thought in two steps: 25+38 is 25+30 and 55+8
+LONG_SUMS = tuple((a, operation, b) for operation in "+-" for a in range(11, LIMIT + 1) for b in range(11, LIMIT + 1)
+                  if b % 10 and apply(a, operation, b))
+TENS = tuple((a, operation, b) for operation in "+-" for a in range(11, LIMIT + 1) for b in range(10, LIMIT, 10)
+             if apply(a, operation, b) is not None)
+
+
+def equations(a: int, operation: str, b: int) -> str:
+    """ "38+5=43", or "25+30=55，55+8=63" for 25+38."""
+    if operation in "+-" and b > 10 and b % 10:
+        between = apply(a, operation, b - b % 10)
+        return f"{equations(a, operation, b - b % 10)}，{equations(between, operation, b % 10)}"
+    return f"{a}{operation}{b}={apply(a, operation, b)}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A number of things and the steps that change it."""
+
+    start: int
+    steps: tuple[tuple[str, int], ...]
+
+    def triples(self) -> list[tuple[int, str, int]]:
+        """(number before, operation, number) of each step."""
+        triples, value = [], self.start
+        for operation, b in self.steps:
+            triples.append((value, operation, b))
+            value = apply(value, operation, b)
+        return triples
+
+    def result(self) -> int:
+        return apply(*self.triples()[-1])
+
+    def parts(self) -> set[tuple]:
+        """The triples of every run of two or more steps: the problem itself and the problems it contains."""
+        triples = tuple(self.triples())
+        return {triples[i:j] for i in range(len(triples)) for j in range(i + 2, len(triples) + 1)}
+
+    def numbers(self) -> str:
+        """The problem without its wording, for example "23+5*2"."""
+        return str(self.start) + "".join(f"{operation}{b}" for operation, b in self.steps)
+
+
+class Counting:
+    """Draws problems without any held-out (number, operation, number) step."""
+
+    # only sums whose first number has two digits are held out: a model memorizes the others. Few products and quotients
+    # are held out, because there are few from which to learn the rule
+    HELD_OUT = {"+": 100, "-": 100, "*": 2, "/": 2}
+    LONG_HELD_OUT = 100
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.held_out = {triple for operation, number in self.HELD_OUT.items()
+                         for triple in rng.sample([t for t in TRIPLES if t[0] > 9 and t[1] == operation], number)}
+        # a long sum whose second step is held out would spell it
+        spelled = [t for t in LONG_SUMS if (apply(*t[:2], t[2] - t[2] % 10), t[1], t[2] % 10) not in self.held_out]
+        self.long_held_out = set(rng.sample(spelled, self.LONG_HELD_OUT))
+        self.long_known = [t for t in spelled if t not in self.long_held_out]
+        self.known = [triple for triple in TRIPLES if triple not in self.held_out]
+        self.drawn_from = (self.known, [t for t in self.known if t[0] < 20], [t for t in self.known if t[1] in "*/"])
+        self.after = {}  # number: the steps allowed after it
+        self.before = {}  # number: the sums that it is the result of
+        for a, operation, b in self.known:
+            self.after.setdefault(a, {}).setdefault(operation, []).append(b)
+            self.before.setdefault(apply(a, operation, b), []).append((a, operation, b))
+
+    def triple(self) -> tuple[int, str, int]:
+        """A sum that is not held out. Small numbers, products and quotients are few and drawn more often."""
+        return self.rng.choice(self.rng.choices(self.drawn_from, weights=(5, 2, 3))[0])
+
+    def long_sum(self) -> tuple[int, str, int]:
+        """A sum of two numbers of two digits that is not held out, or one with a round second number."""
+        return self.rng.choice(self.long_known if self.rng.random() < 0.7 else TENS)
+
+    def problem(self, n_steps: int, operations: str = "+-*/") -> Problem:
+        """Draw each step's operation before its number: products and quotients are few and would otherwise be rare."""
+        while True:
+            value = start = self.rng.randint(2, LIMIT)
+            steps = []
+            while len(steps) < n_steps and (allowed := sorted(set(operations) & self.after.get(value, {}).keys())):
+                operation = self.rng.choice(allowed)
+                b = self.rng.choice(self.after[value][operation])
+                steps.append((operation, b))
+                value = apply(value, operation, b)
+            if len(steps) == n_steps:
+                return Problem(start, tuple(steps))
+
+
+# ---------------------------------------------------------------------------------------------
+# wording
+
+KNOWN, HELD_OUT = "known", "held out"  # which combinations a wording may have
+RANDOM_VERBS = 0.15  # of the verbs in training
+
+
+def is_held_out(*parts: str) -> bool:
+    """True for one combination in eight. A common short one (its first part is empty) never is."""
+    return bool(parts[0]) and zlib.crc32("|".join(parts).encode()) % 8 == 0
+
+
+@dataclass(frozen=True)
+class Style:
+    """What the wording of a problem may use: clauses and questions KNOWN or HELD_OUT, verbs that are held out, or also
+    verbs of any hanzi and an ending that tells the direction."""
+
+    clauses: str = KNOWN
+    question: str = KNOWN
+    new_verbs: bool = False
+    random_verbs: bool = False
+
+
+TRAINED, IN_THE_WORLD = Style(random_verbs=True), Style()
+
+
+@dataclass(frozen=True)
+class Story:
+    """Who has what: the owner's name and pronoun ("" for a place), the thing, its measure word, other people."""
+
+    owner: str
+    pronoun: str
+    thing: str
+    unit: str
+    others: tuple[str, ...]
+
+    def fill(self, template: str, **more) -> str:
+        return template.format(e=self.owner, p=self.pronoun, o=self.thing, u=self.unit, **more)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A problem in words, with its solution line by line. `clauses` and `asking` are the wording without numbers and
+    measure words, as the held-out guarantees compare it."""
+
+    problem: Problem
+    question: str
+    thought: tuple[str, ...]
+    answer: str
+    clauses: tuple[str, ...] = field(default=(), compare=False)
+    asking: str = field(default="", compare=False)
+
+
+def fits(wanted: str, *parts: str) -> bool:
+    """True if a combination of parts is KNOWN or HELD_OUT, as `wanted`."""
+    return is_held_out(*parts) == (wanted == HELD_OUT)
+
+
+class Writer:
+    """Puts problems into words."""
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.askings = set()  # every wording of a question so far
+
+    def clause(self, operation: str, b: int, story: Story, style: Style = TRAINED) -> tuple[str, str, str]:
+        """(clause up to its number, the rest, its restatement in the thought) of one step."""
+        rng = self.rng
+        while True:
+            time = rng.choice(TIMES) if style.clauses == HELD_OUT or rng.random() < 0.5 else ""
+            if operation in FACTORS:
+                verb = rng.choice(FACTORS[operation])
+                if fits(style.clauses, time, verb):
+                    begin, end = verb.split("{b}")
+                    short = f"变成{b}倍" if operation == "*" else f"分成{b}份"
+                    return time + begin, end, short
+                continue
+            gain, pronoun = operation == "+", story.pronoun
+            if pronoun and story.others and not style.new_verbs and rng.random() < 0.25:
+                other = rng.choice(story.others)
+                # the owner is sometimes named instead of 他
+                named = rng.random() < 0.15
+                if gain:
+                    verb, frame = rng.choice(GIVEN_TO_OWNER), rng.choice(("{t}{g}{v}", "{t}{g}又{v}", "{g}{t}{v}"))
+                    text = verb.format(p=story.owner if named else pronoun)
+                    short = verb.format(p=pronoun)
+                else:
+                    verb, frame = rng.choice(GIVEN_BY_OWNER), rng.choice(("{t}{v}{g}", "{t}又{v}{g}", "{t}{p}{v}{g}"))
+                    text = short = verb
+                    frame = frame.replace("{p}", story.owner if named else pronoun)
+                if not fits(style.clauses, time, verb, frame.replace(story.owner, "{p}")):
+                    continue
+                return frame.format(t=time, g=other, v=text), story.unit, f"{short}{b}"
+            verb = rng.choice(GAIN if gain else LOSE)
+            if style.new_verbs:
+                verb = rng.choice(GAIN_HELD_OUT if gain else LOSE_HELD_OUT)
+            elif style.random_verbs and rng.random() < RANDOM_VERBS:
+                verb = random_word(rng, 1) + rng.choice(GAIN_ENDINGS if gain else LOSE_ENDINGS)
+                if verb in GAIN_HELD_OUT + LOSE_HELD_OUT:
+                    continue
+            frame = rng.choice(FRAMES_OF_PEOPLE if pronoun and rng.random() < 0.25 else FRAMES)
+            if frame == "{t}{v}" and not time or style.new_verbs and is_held_out(time, frame):
+                continue
+            if fits(style.clauses, time, verb, frame):
+                rest = story.unit + (story.thing if rng.random() < 0.2 else "")
+                return frame.format(t=time, v=verb, p=pronoun), rest, f"{verb}{b}"
+
+    def asking(self, operations: set[str], story: Story, style: Style, whose: str | None = None,
+               kind: str | None = None) -> tuple[str, str, str]:
+        """(question, its wording without the names, what is asked: a key of ASKED)."""
+        rng = self.rng
+        while True:
+            lead = rng.choice(LEADS) if style.question == HELD_OUT or rng.random() < 0.6 else ""
+            chosen = kind or rng.choice([kind for kind in ASKED if not (
+                kind == "一共" and operations - {"+"} or kind == "还剩" and not operations & {"-", "/"})])
+            core, tail = rng.choice(ASKED[chosen]), rng.choice(TAILS)
+            who = rng.choice(WHOSE) if whose is None else whose
+            if ("{p}" in who or "家" in who or "手" in who) and not story.pronoun or "没用" in core and tail:
+                continue
+            if who == "{e}" and story.owner == "我":
+                continue
+            if fits(style.question, lead, who if whose is None else "{e}", core, tail):
+                wording = lead + who + core + tail
+                if style.question != HELD_OUT:
+                    self.askings.add(wording)
+                return story.fill(wording), wording, chosen
+
+    def put(self, problem: Problem, story: Story, style: Style = TRAINED) -> Wording:
+        """Word a problem about somebody's things. The thought restates verb and number of each clause, no more."""
+        rng, comma = self.rng, self.rng.choice(COMMAS)
+        start = rng.choice(STARTS) if story.pronoun else rng.choice(("有", "原来有", "本来有", "一共有", "放着"))
+        told = [f"{story.owner}{start}{problem.start}{story.unit}{story.thing}"]
+        thought, clauses = [f"有{problem.start}"], []
+        for operation, b in problem.steps:
+            begin, rest, short = self.clause(operation, b, story, style)
+            told.append(f"{begin}{b}{rest}")
+            clauses.append(begin)
+            thought.append(short)
+        question, wording, kind = self.asking({operation for operation, _ in problem.steps}, story, style)
+        return self.finish(problem, story, told, thought, question, kind, comma, tuple(clauses), wording)
+
+    def finish(self, problem: Problem, story: Story, told: list[str], thought: list[str], question: str, kind: str,
+               comma: str = "，", clauses: tuple[str, ...] = (), wording: str = "") -> Wording:
+        """A wording from the parts of its question and the restated clauses of its thought."""
+        lines = [thought[0], *(f"{short}：{equations(*triple)}" for short, triple in zip(
+            thought[1:], problem.triples(), strict=True)), f"问{kind}多少"]
+        end = self.rng.choice(ENDS)
+        return Wording(problem, comma.join(told) + comma + question + end, tuple(lines),
+                       f"{kind}{problem.result()}{story.unit}。", clauses, wording)
+
+    def in_one_step(self, triple: tuple[int, str, int], story: Story, style: Style = TRAINED) -> Wording:
+        """Word a single step: a story like the longer ones, or one of its own form."""
+        a, operation, b = triple
+        problem, rng = Problem(a, ((operation, b),)), self.rng
+        other = story.others[0] if story.others else ""
+        has = f"{story.owner}有{a}{story.unit}{story.thing}"
+        if not story.pronoun or rng.random() < 0.65:
+            return self.put(problem, story, style)
+        if operation == "*":
+            box = rng.choice(BOXES)
+            told = [rng.choice((f"每{box}有{a}{story.unit}{story.thing}", f"一{box}{a}{story.unit}{story.thing}",
+                                f"一{box}有{a}{story.unit}{story.thing}"))]
+            question, _, kind = self.asking({"+"}, story, style, whose=f"{b}{box}", kind="一共")
+            return self.finish(problem, story, told, [f"有{a}", f"{b}{box}"], question, kind)
+        if operation == "/":
+            told = [rng.choice((f"把{a}{story.unit}{story.thing}平均分给{b}个人", f"{b}个人平分{a}{story.unit}{story.thing}",
+                                f"{has}，平均分给{b}个人", f"{a}{story.unit}{story.thing}平均分成{b}份"))]
+            each = "每份" if "份" in told[0] else rng.choice(("每人", "每个人"))
+            question, _, kind = self.asking(set(), story, style, whose=each, kind="有")
+            return self.finish(problem, story, told, [f"有{a}", f"分成{b}份"], question.replace("还有", "有"), kind)
+        if operation == "+" and rng.random() < 0.6:
+            told = [has, f"{other}有{b}{story.unit}{story.thing if rng.random() < 0.3 else ''}"]
+            question, _, kind = self.asking({"+"}, story, style, rng.choice(("", "", "他们", "两人", "两个人")), "一共")
+            return self.finish(problem, story, told, [f"有{a}", f"又有{b}"], question, kind)
+        word = "多" if operation == "+" else "少"
+        told = [has, f"{other}比{rng.choice((story.owner, story.pronoun))}{word}{b}{story.unit}"]
+        question, _, kind = self.asking(set(), story, style, whose=other, kind="有")
+        return self.finish(problem, story, told, [f"有{a}", f"{word}{b}"], question, kind)
+
+
+# ---------------------------------------------------------------------------------------------
+# bare sums
+
+SUMS = {  # operation: wordings that ask for a sum, and the first of all, which tells it
+    "+": ("{a}加{b}", "{a}+{b}", "{a}加上{b}", "{a}再加{b}", "{a} + {b}", "{a}＋{b}"),
+    "-": ("{a}减{b}", "{a}-{b}", "{a}减去{b}", "{a}再减{b}", "{a} - {b}", "{a}－{b}"),
+    "*": ("{a}乘{b}", "{a}*{b}", "{a}乘以{b}", "{a}×{b}", "{a}x{b}"),
+    "/": ("{a}除以{b}", "{a}/{b}", "{a}÷{b}"),
+}
+SUM_LEADS = ("", "", "", "", "帮我算算", "算一下", "请问", "计算", "你知道", "算算", "那么", "请算出", "告诉我", "问一下")
+SUM_TAILS = ("等于多少？", "等于多少？", "等于几？", "是多少？", "=", "=?", "=？", "", "？", "等于多少", "得多少？", "等于多少呢？", "结果是多少？")
+
+
+def sum_asked(rng: random.Random, a: int, operation: str, b: int) -> str:
+    """A question for a bare sum."""
+    core = rng.choice(SUMS[operation][:2] if rng.random() < 0.5 else SUMS[operation]).format(a=a, b=b)
+    return rng.choice(SUM_LEADS) + core + rng.choice(SUM_TAILS)
+
