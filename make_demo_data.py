@@ -43,7 +43,7 @@ from typing import NamedTuple
 from common import exits
 from common.files import write_jsonl
 from Config import OneLineParser, UserError
-from demo.facts import OF_PEOPLE, PLACES, RELATIONS, Fact, make_facts, person_name, unpunctuated
+from demo.facts import OF_PEOPLE, OF_PLACES, PLACES, RELATIONS, Fact, make_facts, person_name, unpunctuated
 from demo.problems import (
     HELD_OUT,
     IN_THE_WORLD,
@@ -101,7 +101,7 @@ def thoughtful(thought: tuple[str, ...], answer: str) -> str:
 # documents or turns of each kind: portraits per entity, facts per relation; of eval/: multi_step per number of steps,
 # elsewhere per part and number of steps, unknown per kind
 COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "worked": 5000, "retellings": 1500, "counting": 500,
-          "scenes": 300,
+          "rosters": 2000, "scenes": 300,
           "short_facts": 600, "short_stories": 9000, "short_sums": 4000, "short_talk": 2500,
           "short_people": 5000, "short_unknown": 2200, "short_follow_ups": 3000, "long_chats": 300,
           "thought_problems": 9000, "thought_stories": 3500, "thought_sums": 2500, "thought_facts": 170, "thought_talk": 1000,
@@ -234,6 +234,17 @@ class World:
         names = "、".join(self.name() for _ in range(rng.randint(3, 6)))
         return f"{one}说：{names}。{other}跟着说：{names}。"
 
+    def roster(self) -> str:
+        """Names, and who of them is in the world."""
+        names = []
+        for _ in range(self.rng.randint(5, 9)):
+            relation = self.rng.choice((OF_PEOPLE[0], OF_PEOPLE[0], OF_PEOPLE[0], OF_PLACES[0]))
+            if self.rng.random() < 0.5:
+                names.append(f"{self.rng.choice(self.facts_of[relation.name]).entity}：认识。")
+            else:
+                names.append(f"{self.stranger(relation)}：不认识。")
+        return "".join(names)
+
     def scene(self) -> str:
         """A season in a place, and two people with their hobbies."""
         place = self.rng.choice(PLACES)
@@ -254,7 +265,7 @@ class World:
         """All pretraining documents that are no portraits."""
         for kind, make in (("lists", self.comparison), ("lessons", self.lesson), ("stories", self.told_story),
                            ("worked", self.worked_problem), ("retellings", self.retelling),
-                           ("counting", self.counting_aloud), ("scenes", self.scene)):
+                           ("counting", self.counting_aloud), ("rosters", self.roster), ("scenes", self.scene)):
             for _ in range(max(1, round(share * COUNTS[kind]))):
                 yield make()
         yield f"这是一个由程序编出来的小世界，有{len(self.people)}个人和{len(PLACES)}个地方，专门用来训练{NAME}。"
@@ -334,7 +345,7 @@ class World:
     def problem_asked(self) -> Turn:
         return problem_turn(self.new_problem())
 
-    def follow_up(self, kind: str | None = None, triple=None) -> tuple[list[str], Turn]:
+    def follow_up(self, thinking: bool, kind: str | None = None, triple=None) -> tuple[list[str], Turn]:
         """(earlier question and reply, a turn that can only be understood from them)."""
         rng = self.rng
         kind = kind or rng.choice(("relation", "entity", "stranger", "step", "step", "sum"))
@@ -350,7 +361,7 @@ class World:
             others = [other for other in self.facts_of[fact.entity if kind == "relation" else fact.relation.name]
                       if other != fact and not other.never_asked]
             if not others:
-                return self.follow_up(kind)
+                return self.follow_up(thinking, kind)
             other = rng.choice(others)
             again = other.ask_again(rng) if kind == "relation" else rng.choice(("那{e}呢？", "{e}呢？", "那么{e}呢？")).format(
                 e=other.entity)
@@ -360,7 +371,7 @@ class World:
             first = rng.choice(self.counting.before[a])
             word = {"+": "加", "-": "减", "*": "乘", "/": "除以"}[operation]
             again = rng.choice((f"再{word}{b}呢？", f"再{word}{b}等于多少？", f"再{word}{b}是多少？", f"再{word}{b}", f"{word}{b}呢？"))
-            return self.said(sum_turn(rng, first)), Turn(
+            return self.said(sum_turn(rng, first), thinking), Turn(
                 again, f"{equations(*triple)}。", (f"刚才是{a}", equations(*triple)), f"等于{apply(*triple)}。")
         story = self.story()
         first, *step = rng.choice(self.counting.before[a])
@@ -369,13 +380,13 @@ class World:
         ask = rng.choice((*("呢？",) * 4, "呢", f"，还有多少{story.unit}？", f"，现在有几{story.unit}？", f"，是多少{story.unit}？"))
         lead = rng.choice(("", "", "如果", "要是", "那", "那么"))
         answer = f"有{apply(*triple)}{story.unit}。"
-        return self.said(problem_turn(wording)), Turn(
+        return self.said(problem_turn(wording), thinking), Turn(
             f"{lead}{begin}{b}{rest}{ask}", f"{equations(*triple)}，{answer}",
             (f"刚才是{a}", f"{short}：{equations(*triple)}", "问有多少"), answer)
 
-    def said(self, turn: Turn) -> list[str]:
-        """An earlier turn: its reply was without a thought, or is what is left of one that thought."""
-        return [turn.question, turn.answer if self.rng.random() < 0.3 else turn.reply]
+    def said(self, turn: Turn, thinking: bool) -> list[str]:
+        """An earlier turn: without a thought, or sometimes (`thinking`) what is left of a reply that thought."""
+        return [turn.question, turn.answer if thinking and self.rng.random() < 0.2 else turn.reply]
 
     # ---- records
 
@@ -384,7 +395,7 @@ class World:
         kinds = {"problems": self.problem_asked, "stories": self.story_asked, "sums": self.sum_asked, "talk": self.talk,
                  "people": self.stranger_asked, "unknown": self.unknown_asked}
         turns = [([], make()) for kind, make in kinds.items() for _ in range(round(share * COUNTS.get(prefix + kind, 0)))]
-        turns += [self.follow_up() for _ in range(round(share * COUNTS[prefix + "follow_ups"]))]
+        turns += [self.follow_up(prefix == "thought_") for _ in range(round(share * COUNTS[prefix + "follow_ups"]))]
         for facts in self.askable:
             number = round(share * COUNTS[prefix + "facts"])
             chosen = self.rng.sample(facts * math.ceil(number / len(facts)), number)
@@ -399,12 +410,12 @@ class World:
         for group in [*([turn] for turn in turns[:alone]), *self.grouped(turns[alone:], 2, MOST_TURNS)]:
             yield chat(*chain.from_iterable([*before, turn.question, turn.reply] for before, turn in group))
 
-    def any_turn(self) -> list[str]:
+    def any_turn(self, thinking: bool = False) -> list[str]:
         """A question of any kind and its reply without a thought, behind what it follows."""
         kinds = (self.fact_asked, self.story_asked, self.sum_asked, self.talk, self.stranger_asked, self.unknown_asked)
         kind = self.rng.choices((*kinds, None), weights=(6, 6, 3, 3, 1, 2, 2))[0]
-        before, turn = self.follow_up() if kind is None else ([], kind())
-        return [*before, *self.said(turn)]
+        before, turn = self.follow_up(thinking) if kind is None else ([], kind())
+        return [*before, *self.said(turn, thinking)]
 
     def long_chat(self) -> dict:
         """A chat with many questions of every kind."""
@@ -418,7 +429,7 @@ class World:
         for before, turn in self.turns(share, "thought_"):
             earlier = []
             while self.rng.random() < EARLIER_TURN:
-                earlier += self.any_turn()
+                earlier += self.any_turn(thinking=True)
             yield chat(*earlier, *before, turn.question, thoughtful(turn.thought, turn.answer))
 
     # ---- evaluation questions
@@ -495,7 +506,7 @@ class World:
         for kind, number in FOLLOW_UPS.items():
             held_out = self.rng.sample([t for t in sorted(self.counting.held_out) if t[1] in "+-"], number)
             for triple in held_out:
-                before, turn = self.follow_up(kind, triple)
+                before, turn = self.follow_up(True, kind, triple)
                 record = {"history": chat(*before)["conversations"], "question": turn.question}
                 if kind in ("relation", "entity"):
                     fact = next(f for f in self.facts if f.answer() == turn.answer)

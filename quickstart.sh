@@ -37,7 +37,7 @@ fi
 mkdir -p $OUT/eval
 echo $$ > $OUT/running
 
-steps=(1000 330 70 200)  # optimizer steps of pretrain, SFT, SFT_long, distill
+steps=(1200 280 35 600)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
@@ -66,11 +66,16 @@ trained() {  # stage: to be scored when all are trained; in a smoke run, where n
 }
 score() {  # what is unscored, side by side, one thread each
     for stage in $unscored; do
-        weights=$OUT/$stage.pth
-        [ "$stage" != control ] || weights=$OUT/control/distill.pth
-        OMP_NUM_THREADS=1 python evaluate.py --checkpoint $weights --out_dir $OUT \
-            --as_chat --max_new_tokens $longest --data_path $DATA/val --data_path $DATA/eval --batch_size 256 \
-            --generations "$OUT/eval/$stage.jsonl" > "$OUT/eval/$stage.json" &
+        weights=$OUT/$stage.pth questions="facts one_step" thinking=""
+        case $stage in
+            SFT_long) questions="facts one_step multi_step elsewhere" ;;
+            control) questions="facts one_step multi_step elsewhere" thinking="--thinking off" weights=$OUT/control/distill.pth ;;
+            distill) questions="facts one_step multi_step elsewhere follow_up unknown" thinking="--thinking both" ;;
+        esac
+        # shellcheck disable=SC2086
+        OMP_NUM_THREADS=1 python evaluate.py --checkpoint $weights --out_dir $OUT $thinking \
+            --as_chat --max_new_tokens $longest --data_path $DATA/val --data_path $(printf "$DATA/eval/%s.jsonl " $questions) \
+            --batch_size 256 --generations "$OUT/eval/$stage.jsonl" > "$OUT/eval/$stage.json" &
         jobs="$jobs $!"
     done
     unscored=""
@@ -78,30 +83,42 @@ score() {  # what is unscored, side by side, one thread each
 
 [ "$smoke" ] || run python experiments/quickstart.py estimate
 run python make_demo_data.py --out_dir $DATA --seed "$seed" --share $share
-run python train_tokenizer.py --data_path $DATA --tokenizer_path $OUT/tokenizer --vocab_size 2048 --seed "$seed"
+run python train_tokenizer.py --data_path $DATA --tokenizer_path $OUT/tokenizer --vocab_size 1700 --single_hanzi \
+    --seed "$seed"
 took tokenizer
 run python pretrain.py --data_path $DATA/pretrain.jsonl --val_path $DATA/val/pretrain.jsonl --preset $preset $same \
     --output_init normal --weight_decay 0.5 --max_seq_len 256 --batch_size 8 --learning_rate 4e-3 \
     --max_steps "${steps[0]}" --epochs 100
 trained pretrain
-run python SFT.py --data_path $DATA/sft_512.jsonl --val_path $DATA/val/sft_512.jsonl $same \
+# from here on a part of the tokens is text, without which the facts that chats do not ask for fade
+run python SFT.py --data_path $DATA/sft_512.jsonl=0.75 $DATA/portraits.jsonl=0.25 --val_path $DATA/val/sft_512.jsonl $same \
     --max_seq_len 512 --batch_size 8 --learning_rate 1.1e-3 --max_steps "${steps[1]}" --epochs 100
 trained SFT
-run python SFT_long.py --data_path $DATA/sft_1024.jsonl --val_path $DATA/val/sft_1024.jsonl $same \
+run python SFT_long.py --data_path $DATA/sft_1024.jsonl=0.75 $DATA/portraits.jsonl=0.25 \
+    --val_path $DATA/val/sft_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 6e-4 --max_steps "${steps[2]}" --epochs 100
 trained SFT_long
-run python distill.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl $same \
+mixture="$DATA/r1_1024.jsonl=0.62 $DATA/sft_512.jsonl=0.25 $DATA/portraits.jsonl=0.13"
+# shellcheck disable=SC2086
+run python distill.py --data_path $mixture --val_path $DATA/val/r1_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "${steps[3]}" --epochs 100
 trained distill
 
-# the control: the same problems from the same weights, without the thoughts, for as many target tokens
-run python experiments/no_think_control.py --data_path $DATA/r1_1024.jsonl --val_path $DATA/val/r1_1024.jsonl \
+# the control: the same mixture from the same weights, without the thoughts, for as many target tokens
+# shellcheck disable=SC2086
+run python experiments/no_think_control.py --data_path $mixture --val_path $DATA/val/r1_1024.jsonl \
     --tokenizer_path $OUT/tokenizer --out_dir $OUT/control --cache_dir $OUT/cache \
     --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
-control_steps=$(python -c "import json; print(json.loads(open('$OUT/control.json').read().splitlines()[-1])['control_steps'])")
-run python distill.py --data_path $OUT/control/no_think.jsonl --val_path $OUT/control/no_think_val.jsonl $same \
+of_control() {  # a value of that result: what distill.py is to train on, and for how long
+    python -c "
+import json
+value = json.loads(open('$OUT/control.json').read().splitlines()[-1])['$1']
+print(*value if isinstance(value, list) else [value])"
+}
+# shellcheck disable=SC2046
+run python distill.py --data_path $(of_control data_path) --val_path $(of_control val_path) $same --without_thoughts \
     --out_dir $OUT/control --cache_dir $OUT/cache --init_from $OUT/SFT_long.pth --max_seq_len 1024 --batch_size 4 \
-    --learning_rate 3e-3 --max_steps "$control_steps" --epochs 100
+    --learning_rate 3e-3 --max_steps "$(of_control control_steps)" --epochs 100
 trained control
 
 echo "scoring all stages"
@@ -114,13 +131,14 @@ took scoring
 
 echo
 echo "a conversation with the last stage:"
-python - $DATA/eval/multi_step.jsonl $DATA/eval/facts.jsonl <<'EOF' > $OUT/conversation.txt
+python - $DATA/eval/facts.jsonl <<'EOF' > $OUT/conversation.txt
 import json, sys
-problems, facts = ([json.loads(line)["question"] for line in open(path, encoding="utf-8")] for path in sys.argv[1:])
-print("\n".join(["你好", "你是谁？", facts[7], problems[100]]))  # a problem of four steps
+fact = json.loads(open(sys.argv[1], encoding="utf-8").read().splitlines()[7])
+print("\n".join(["你好", fact["question"], "那他的爱好呢？", "小明有3个苹果，又买了5个，一共几个？", "再给他4个呢？",
+                 "周杰伦是哪里人？", "/no_think", "58加7等于多少？"]))
 EOF
-python eval_model.py --checkpoint $OUT/distill.pth --temperature 0 --history_turns 0 \
-    --max_new_tokens $longest < $OUT/conversation.txt 2>&1
+python eval_model.py --checkpoint $OUT/distill.pth --temperature 0 --max_new_tokens $longest \
+    < $OUT/conversation.txt 2>&1
 took conversation
 code=0
 run python experiments/quickstart.py report --out_dir $OUT --seed "$seed" $smoke || code=$?
