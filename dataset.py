@@ -644,7 +644,8 @@ def epoch_order(documents: Documents, seed: int, epoch: int, order: str) -> tupl
     begins = np.append(0, ends[:-1])
     ranges = list(zip(begins, ends, documents.shares, strict=True))
     lasts = [int(documents.length[begin:end].sum()) / share for begin, end, share in ranges]
-    epoch_end = (lasts[0] if documents.own_first else max(lasts)) * (1 - 1e-9)  # for rounding: sources that last equally long are each seen once
+    # for rounding: sources that last equally long are each seen once
+    epoch_end = (lasts[0] if documents.own_first else max(lasts)) * (1 - 1e-9)
     numbers, passes, places = [], [], []
     for source, (begin, end, share) in enumerate(ranges):
         n = end - begin

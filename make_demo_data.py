@@ -6,7 +6,7 @@ Each person has a hometown, a job, a favorite dish, a pet and a hobby. Each plac
 and a sight. Word problems count the things of anybody: names, things and wordings are composed (demo/). The files:
 
     pretrain.jsonl     portraits, comparisons, scenes, retellings, counting, sums and worked problems; contains every fact
-    portraits.jsonl    the portraits of pretrain.jsonl alone, to mix into later stages
+    rehearsal.jsonl    what pretrain.jsonl says of the world alone, to mix into later stages
     sft_512.jsonl      short chats: small talk, facts, sums, problems of one step, follow-ups, what cannot be known
     sft_1024.jsonl     long chats of the same kinds, nearly all of 513 to 1,024 tokens of the quickstart's tokenizer
     r1_1024.jsonl      replies that think first: mostly problems, some of every other kind
@@ -104,8 +104,8 @@ COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "work
           "rosters": 2000, "scenes": 300,
           "short_facts": 600, "short_stories": 9000, "short_sums": 4000, "short_talk": 2500,
           "short_people": 5000, "short_unknown": 2200, "short_follow_ups": 3000, "long_chats": 300,
-          "thought_problems": 9000, "thought_stories": 3500, "thought_sums": 2500, "thought_facts": 170, "thought_talk": 1000,
-          "thought_people": 2200, "thought_unknown": 1000, "thought_follow_ups": 2000,
+          "thought_problems": 9000, "thought_stories": 3500, "thought_sums": 2500, "thought_facts": 200, "thought_talk": 1000,
+          "thought_people": 1500, "thought_unknown": 1000, "thought_follow_ups": 2000,
           "long_validation": 20, "multi_step": 40, "elsewhere": 20, "unknown": 100}
 VALIDATION_SHARE = 0.02
 MOST_PORTRAITS = 5  # per text
@@ -115,7 +115,7 @@ LONG_SUM_SHARE = 0.08  # of the problems of one step, and of the sums
 RANDOM_SHARE = 0.3  # of names, things and measure words are random hanzi
 EARLIER_TURN = 0.3  # chance that another turn stands before a question that is thought about
 FILES = tuple(f"{folder}{name}.jsonl" for folder in ("", "val/") for name in ("pretrain", "sft_512", "sft_1024", "r1_1024")
-              ) + ("portraits.jsonl",) + tuple(f"eval/{name}.jsonl" for name in (
+              ) + ("rehearsal.jsonl",) + tuple(f"eval/{name}.jsonl" for name in (
                   "facts", "one_step", "multi_step", "elsewhere", "follow_up", "unknown"))
 FOLLOW_UPS = {"relation": 60, "entity": 40, "step": 60, "sum": 40}  # questions of each kind in eval/follow_up.jsonl
 
@@ -254,18 +254,20 @@ class World:
             text += f"{fact.entity}从{place}路过，{self.rng.choice(('想着', '说起'))}最爱的{fact.value}。"
         return text
 
-    def portraits(self, share: float) -> Iterator[str]:
-        """Several portraits a text, in random order."""
+    def texts_of_the_world(self, share: float) -> Iterator[str]:
+        """Portraits, several a text, and who is in the world and who is not."""
         portraits = [self.portrait(entity) for entity in [*self.people, *PLACES]
                      for _ in range(max(1, round(share * COUNTS["portraits"])))]
         for group in self.grouped(portraits, 1, MOST_PORTRAITS):
             yield "\n".join(group)
+        for _ in range(max(1, round(share * COUNTS["rosters"]))):
+            yield self.roster()
 
     def other_texts(self, share: float) -> Iterator[str]:
-        """All pretraining documents that are no portraits."""
+        """All other pretraining documents."""
         for kind, make in (("lists", self.comparison), ("lessons", self.lesson), ("stories", self.told_story),
                            ("worked", self.worked_problem), ("retellings", self.retelling),
-                           ("counting", self.counting_aloud), ("rosters", self.roster), ("scenes", self.scene)):
+                           ("counting", self.counting_aloud), ("scenes", self.scene)):
             for _ in range(max(1, round(share * COUNTS[kind]))):
                 yield make()
         yield f"这是一个由程序编出来的小世界，有{len(self.people)}个人和{len(PLACES)}个地方，专门用来训练{NAME}。"
@@ -304,14 +306,14 @@ class World:
     def stranger_asked(self) -> Turn:
         """A question of the world's own form about somebody who is not in it."""
         relation = self.rng.choice(RELATIONS if self.rng.random() < 0.2 else OF_PEOPLE)
-        question = unpunctuated(self.rng, self.rng.choice(relation.asked).format(e=self.stranger(relation)))
-        return self.refusal(question, relation)
+        name = self.stranger(relation)
+        question = unpunctuated(self.rng, self.rng.choice(relation.asked).format(e=name))
+        return self.refusal(question, name, relation)
 
-    def refusal(self, question: str, relation) -> Turn:
+    def refusal(self, question: str, name: str, relation) -> Turn:
         """A turn that asks about somebody unknown."""
-        kind, what = ("person", "人") if relation in OF_PEOPLE else ("place", "地方")
-        reply = self.rng.choice(REPLIES[kind])
-        return Turn(question, reply, (f"问的是{relation.name}，这个{what}我不认识。",), reply)
+        reply = self.rng.choice(REPLIES["person" if relation in OF_PEOPLE else "place"])
+        return Turn(question, reply, (f"{name}：不认识。",), reply)
 
     def unknown_asked(self) -> Turn:
         """A question about the world outside."""
@@ -351,13 +353,13 @@ class World:
         kind = kind or rng.choice(("relation", "entity", "stranger", "step", "step", "sum"))
         if kind in ("relation", "entity", "stranger"):
             fact = self.askable_fact()
-            asked = [fact.ask_otherwise(rng), fact.answer()]
+            asked, stranger = [fact.ask_otherwise(rng), fact.answer()], self.stranger(fact.relation)
             if kind == "stranger" and rng.random() < 0.5:  # asked about somebody else, or again about a stranger
-                question = unpunctuated(rng, rng.choice(fact.relation.asked).format(e=self.stranger(fact.relation)))
-                first = self.refusal(question, fact.relation)
-                return [first.question, first.reply], self.refusal(fact.ask_again(rng), fact.relation)
+                question = unpunctuated(rng, rng.choice(fact.relation.asked).format(e=stranger))
+                first = self.refusal(question, stranger, fact.relation)
+                return [first.question, first.reply], self.refusal(fact.ask_again(rng), stranger, fact.relation)
             if kind == "stranger":
-                return asked, self.refusal(f"那{self.stranger(fact.relation)}呢？", fact.relation)
+                return asked, self.refusal(f"那{stranger}呢？", stranger, fact.relation)
             others = [other for other in self.facts_of[fact.entity if kind == "relation" else fact.relation.name]
                       if other != fact and not other.never_asked]
             if not others:
@@ -376,13 +378,13 @@ class World:
         story = self.story()
         first, *step = rng.choice(self.counting.before[a])
         wording = self.writer.put(Problem(first, (tuple(step),)), story)
-        begin, rest, short = self.writer.clause(operation, b, story)
+        begin, rest = self.writer.clause(operation, b, story)
         ask = rng.choice((*("呢？",) * 4, "呢", f"，还有多少{story.unit}？", f"，现在有几{story.unit}？", f"，是多少{story.unit}？"))
         lead = rng.choice(("", "", "如果", "要是", "那", "那么"))
         answer = f"有{apply(*triple)}{story.unit}。"
         return self.said(problem_turn(wording), thinking), Turn(
             f"{lead}{begin}{b}{rest}{ask}", f"{equations(*triple)}，{answer}",
-            (f"刚才是{a}", f"{short}：{equations(*triple)}", "问有多少"), answer)
+            (f"刚才是{a}", f"{begin}{b}：{equations(*triple)}", "问有多少"), answer)
 
     def said(self, turn: Turn, thinking: bool) -> list[str]:
         """An earlier turn: without a thought, or sometimes (`thinking`) what is left of a reply that thought."""
@@ -569,8 +571,7 @@ class Known:
 
 def fact_turn(question: str, fact: Fact) -> Turn:
     """A turn that asks for a fact."""
-    known = f"问的是{fact.relation.name}，这个{'人' if fact.relation in OF_PEOPLE else '地方'}我认识。"
-    return Turn(question, fact.answer(), (known,), fact.answer())
+    return Turn(question, fact.answer(), (f"{fact.entity}：认识。", f"问{fact.relation.name}。"), fact.answer())
 
 
 def problem_turn(wording: Wording) -> Turn:
@@ -592,14 +593,14 @@ def make_files(world: World, share: float) -> dict[str, list[dict]]:
              "eval/multi_step.jsonl": list(world.multi_step_questions())}
     problems = world.elsewhere_problems()
     for folder, part in (("", share), ("val/", VALIDATION_SHARE)):
-        portraits = [{"text": text} for text in world.portraits(part)]
+        of_the_world = [{"text": text} for text in world.texts_of_the_world(part)]
         training = {
-            "pretrain.jsonl": portraits + [{"text": text} for text in world.other_texts(part)],
+            "pretrain.jsonl": of_the_world + [{"text": text} for text in world.other_texts(part)],
             "sft_512.jsonl": list(world.short_chats(part)), "r1_1024.jsonl": list(world.thoughts(part)),
             "sft_1024.jsonl": [world.long_chat() for _ in range(
                 COUNTS["long_validation"] if folder else math.ceil(share * COUNTS["long_chats"]))]}
         if not folder:
-            training["portraits.jsonl"] = portraits
+            training["rehearsal.jsonl"] = of_the_world
         for name, records in training.items():
             files[folder + name] = world.rng.sample(records, len(records))
     trained = [record for name, records in files.items() if not name.startswith("eval") for record in records]

@@ -91,14 +91,14 @@ run python pretrain.py --data_path $DATA/pretrain.jsonl --val_path $DATA/val/pre
     --max_steps "${steps[0]}" --epochs 100
 trained pretrain
 # from here on a part of the tokens is text, without which the facts that chats do not ask for fade
-run python SFT.py --data_path $DATA/sft_512.jsonl=0.75 $DATA/portraits.jsonl=0.25 --val_path $DATA/val/sft_512.jsonl $same \
+run python SFT.py --data_path $DATA/sft_512.jsonl=0.75 $DATA/rehearsal.jsonl=0.25 --val_path $DATA/val/sft_512.jsonl $same \
     --max_seq_len 512 --batch_size 8 --learning_rate 1.1e-3 --max_steps "${steps[1]}" --epochs 100
 trained SFT
-run python SFT_long.py --data_path $DATA/sft_1024.jsonl=0.75 $DATA/portraits.jsonl=0.25 \
+run python SFT_long.py --data_path $DATA/sft_1024.jsonl=0.75 $DATA/rehearsal.jsonl=0.25 \
     --val_path $DATA/val/sft_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 6e-4 --max_steps "${steps[2]}" --epochs 100
 trained SFT_long
-mixture="$DATA/r1_1024.jsonl=0.62 $DATA/sft_512.jsonl=0.25 $DATA/portraits.jsonl=0.13"
+mixture="$DATA/r1_1024.jsonl=0.62 $DATA/sft_512.jsonl=0.25 $DATA/rehearsal.jsonl=0.13"
 # shellcheck disable=SC2086
 run python distill.py --data_path $mixture --val_path $DATA/val/r1_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "${steps[3]}" --epochs 100

@@ -296,8 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--sample_bytes", type=int, default=6_000_000, help="bytes of text to train on (default: %(default)s)")
     add("--seed", type=int, default=42, help="seed of the sample (default: %(default)s)")
     add("--no_think_tokens", action="store_true", help="treat <think> </think> <answer> </answer> as ordinary text")
-    add("--single_hanzi", action="store_true", help="no entry joins two hanzi: more tokens a text, but a small model copies "
-        "words better that it has rarely seen")
+    add("--single_hanzi", action="store_true", help="no entry joins two hanzi: more tokens a text, but a small model "
+        "copies words better that it has rarely seen")
     add("--max_bad_ratio", type=float, default=0.01,
         help="stop when more than this share of lines is malformed (default: %(default)s)")
     args = parser.parse_args(argv)

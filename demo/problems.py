@@ -21,7 +21,6 @@ from demo.words import (
     GAIN_HELD_OUT,
     GIVEN_BY_OWNER,
     GIVEN_TO_OWNER,
-    KIN,
     LEADS,
     LOSE,
     LOSE_ENDINGS,
@@ -205,8 +204,8 @@ class Writer:
         self.rng = rng
         self.askings = set()  # every wording of a question so far
 
-    def clause(self, operation: str, b: int, story: Story, style: Style = TRAINED) -> tuple[str, str, str]:
-        """(clause up to its number, the rest, its restatement in the thought) of one step."""
+    def clause(self, operation: str, b: int, story: Story, style: Style = TRAINED) -> tuple[str, str]:
+        """(clause up to its number, the rest) of one step."""
         rng = self.rng
         while True:
             time = rng.choice(TIMES) if style.clauses == HELD_OUT or rng.random() < 0.5 else ""
@@ -214,8 +213,7 @@ class Writer:
                 verb = rng.choice(FACTORS[operation])
                 if fits(style.clauses, time, verb):
                     begin, end = verb.split("{b}")
-                    short = f"变成{b}倍" if operation == "*" else f"分成{b}份"
-                    return time + begin, end, short
+                    return time + begin, end
                 continue
             gain, pronoun = operation == "+", story.pronoun
             if pronoun and story.others and not style.new_verbs and rng.random() < 0.25:
@@ -225,14 +223,13 @@ class Writer:
                 if gain:
                     verb, frame = rng.choice(GIVEN_TO_OWNER), rng.choice(("{t}{g}{v}", "{t}{g}又{v}", "{g}{t}{v}"))
                     text = verb.format(p=story.owner if named else pronoun)
-                    short = verb.format(p=pronoun)
                 else:
                     verb, frame = rng.choice(GIVEN_BY_OWNER), rng.choice(("{t}{v}{g}", "{t}又{v}{g}", "{t}{p}{v}{g}"))
-                    text = short = verb
+                    text = verb
                     frame = frame.replace("{p}", story.owner if named else pronoun)
                 if not fits(style.clauses, time, verb, frame.replace(story.owner, "{p}")):
                     continue
-                return frame.format(t=time, g=other, v=text), story.unit, f"{short}{b}"
+                return frame.format(t=time, g=other, v=text), story.unit
             verb = rng.choice(GAIN if gain else LOSE)
             if style.new_verbs:
                 verb = rng.choice(GAIN_HELD_OUT if gain else LOSE_HELD_OUT)
@@ -245,7 +242,7 @@ class Writer:
                 continue
             if fits(style.clauses, time, verb, frame):
                 rest = story.unit + (story.thing if rng.random() < 0.2 else "")
-                return frame.format(t=time, v=verb, p=pronoun), rest, f"{verb}{b}"
+                return frame.format(t=time, v=verb, p=pronoun), rest
 
     def asking(self, operations: set[str], story: Story, style: Style, whose: str | None = None,
                kind: str | None = None) -> tuple[str, str, str]:
@@ -268,16 +265,16 @@ class Writer:
                 return story.fill(wording), wording, chosen
 
     def put(self, problem: Problem, story: Story, style: Style = TRAINED) -> Wording:
-        """Word a problem about somebody's things. The thought restates verb and number of each clause, no more."""
+        """Word a problem about somebody's things. The thought restates each clause up to its number."""
         rng, comma = self.rng, self.rng.choice(COMMAS)
         start = rng.choice(STARTS) if story.pronoun else rng.choice(("有", "原来有", "本来有", "一共有", "放着"))
         told = [f"{story.owner}{start}{problem.start}{story.unit}{story.thing}"]
         thought, clauses = [f"有{problem.start}"], []
         for operation, b in problem.steps:
-            begin, rest, short = self.clause(operation, b, story, style)
+            begin, rest = self.clause(operation, b, story, style)
             told.append(f"{begin}{b}{rest}")
             clauses.append(begin)
-            thought.append(short)
+            thought.append(f"{begin}{b}")
         question, wording, kind = self.asking({operation for operation, _ in problem.steps}, story, style)
         return self.finish(problem, story, told, thought, question, kind, comma, tuple(clauses), wording)
 
@@ -305,7 +302,8 @@ class Writer:
             question, _, kind = self.asking({"+"}, story, style, whose=f"{b}{box}", kind="一共")
             return self.finish(problem, story, told, [f"有{a}", f"{b}{box}"], question, kind)
         if operation == "/":
-            told = [rng.choice((f"把{a}{story.unit}{story.thing}平均分给{b}个人", f"{b}个人平分{a}{story.unit}{story.thing}",
+            told = [rng.choice((f"把{a}{story.unit}{story.thing}平均分给{b}个人",
+                                    f"{b}个人平分{a}{story.unit}{story.thing}",
                                 f"{has}，平均分给{b}个人", f"{a}{story.unit}{story.thing}平均分成{b}份"))]
             each = "每份" if "份" in told[0] else rng.choice(("每人", "每个人"))
             question, _, kind = self.asking(set(), story, style, whose=each, kind="有")
@@ -313,11 +311,12 @@ class Writer:
         if operation == "+" and rng.random() < 0.6:
             told = [has, f"{other}有{b}{story.unit}{story.thing if rng.random() < 0.3 else ''}"]
             question, _, kind = self.asking({"+"}, story, style, rng.choice(("", "", "他们", "两人", "两个人")), "一共")
-            return self.finish(problem, story, told, [f"有{a}", f"又有{b}"], question, kind)
+            return self.finish(problem, story, told, [f"有{a}", f"{other}有{b}"], question, kind)
         word = "多" if operation == "+" else "少"
-        told = [has, f"{other}比{rng.choice((story.owner, story.pronoun))}{word}{b}{story.unit}"]
+        than = f"{other}比{rng.choice((story.owner, story.pronoun))}{word}{b}"
+        told = [has, than + story.unit]
         question, _, kind = self.asking(set(), story, style, whose=other, kind="有")
-        return self.finish(problem, story, told, [f"有{a}", f"{word}{b}"], question, kind)
+        return self.finish(problem, story, told, [f"有{a}", than], question, kind)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,8 +328,10 @@ SUMS = {  # operation: wordings that ask for a sum, and the first of all, which 
     "*": ("{a}乘{b}", "{a}*{b}", "{a}乘以{b}", "{a}×{b}", "{a}x{b}"),
     "/": ("{a}除以{b}", "{a}/{b}", "{a}÷{b}"),
 }
-SUM_LEADS = ("", "", "", "", "帮我算算", "算一下", "请问", "计算", "你知道", "算算", "那么", "请算出", "告诉我", "问一下")
-SUM_TAILS = ("等于多少？", "等于多少？", "等于几？", "是多少？", "=", "=?", "=？", "", "？", "等于多少", "得多少？", "等于多少呢？", "结果是多少？")
+SUM_LEADS = ("", "", "", "", "帮我算算", "算一下", "请问", "计算", "你知道", "算算", "那么", "请算出", "告诉我",
+             "问一下")
+SUM_TAILS = ("等于多少？", "等于多少？", "等于几？", "是多少？", "=", "=?", "=？", "", "？", "等于多少", "得多少？",
+             "等于多少呢？", "结果是多少？")
 
 
 def sum_asked(rng: random.Random, a: int, operation: str, b: int) -> str:

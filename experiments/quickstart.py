@@ -153,7 +153,8 @@ def scores_of(out: Path, row: str) -> dict:
     add("facts_not_declined", facts, lambda reply: not reply["declined"])
     add("well_formed", replies, lambda reply: reply["well_formed"])
     if thinking:
-        add("thought_answers", [r for r in replies if r["source"] == "one_step"], lambda r: gives_its_thought(r["reply"]))
+        add("thought_answers", [r for r in replies if r["source"] == "one_step"],
+            lambda r: gives_its_thought(r["reply"]))
         asked = (out / "data" / "eval" / "multi_step.jsonl").read_text(encoding="utf-8").splitlines()
         add("thoughts_right", [r for r in replies if r["source"].startswith("multi_step/")],
             lambda r: thought_lines(r["reply"]) == json.loads(asked[r["line"] - 1])["thought"])
@@ -269,25 +270,25 @@ def write_report(args) -> int:
         f"`bash quickstart.sh --seed {args.seed}{' --smoke' if args.smoke else ''}` on {machine}: "
         f"{sum(seconds.values()) / 60:.1f} minutes ({', '.join(f'{k} {v} s' for k, v in seconds.items())}).", "",
         "Replies are greedy, questions held out; in brackets the 95 % interval (Wilson). Every stage is asked in chat "
-        "form, the pretrained model too, which has never seen a chat. `distill` is asked in its default mode, in which it "
-        "thinks, and with thinking off.", "",
+        "form, the pretrained model too, which has never seen a chat. `distill` is asked in its default mode, in which "
+        "it thinks, and with thinking off.", "",
         "## What each stage can do", "",
         table(["stage", *(f"bits per byte, {f}" for f in files), *QUESTIONS.values()],
               [[STAGES[row][2], *(f"{scores[row]['bpb'][f]:.3f}" for f in files),
                 *(percent(scores[row].get(q)) for q in QUESTIONS)] for row in STAGES]), "",
         "![what each stage answers](stages.png)", "",
         "## Does thinking help?", "",
-        f"`control` starts from the same SFT_long weights and trains on the same mixture with the thoughts taken out, for "
-        f"as many target tokens ({control['control_targets']:,}; distill: {control['targets']:,}). Without thoughts "
-        f"replies are short, so it sees {control['control_conversations']:,} conversations where distill sees "
+        f"`control` starts from the same SFT_long weights and trains on the same mixture with the thoughts taken out, "
+        f"for as many target tokens ({control['control_targets']:,}; distill: {control['targets']:,}). Without "
+        f"thoughts replies are short, so it sees {control['control_conversations']:,} conversations where distill sees "
         f"{control['conversations']:,}. On elsewhere a to d, thinking is {above} above the control.", "",
         table(["problems in the world's words, of", *(f"{n} steps" for n in steps), "all", "thoughts all right"],
               [[STAGES[row][2], *(percent(scores[row][f"multi_step/{n}"]) for n in steps),
                 percent(scores[row]["multi_step"]), percent(scores[row].get("thoughts_right"))]
                for row in ("SFT_long", "control", "distill")]), "",
         "![accuracy by number of steps](thinking.png)", "",
-        "Problems of 1 to 5 steps, `eval/elsewhere.jsonl`. Numbers are held out everywhere; beside them these words are in "
-        "no training file:", "",
+        "Problems of 1 to 5 steps, `eval/elsewhere.jsonl`. Numbers are held out everywhere; beside them these words "
+        "are in no training file:", "",
         table(["elsewhere", *(f"{part}: {what}" for part, what in ELSEWHERE.items())],
               [[STAGES[row][2], *(percent(scores[row][f"elsewhere/{part}"]) for part in ELSEWHERE)]
                for row in ("SFT_long", "control", "distill")]), "",
@@ -298,7 +299,8 @@ def write_report(args) -> int:
                 ("one_step", "one-step problems"), ("thought_answers", "of these, the answer is the thought's"),
                 ("one_step/two_digits", "one step, second number of two digits"), ("multi_step", "2 to 8 steps"),
                 ("elsewhere", "elsewhere, a to d"), ("follow_up/relation", "follow-up: another relation"),
-                ("follow_up/entity", "follow-up: another person or place"), ("follow_up/step", "follow-up: one more step"),
+                ("follow_up/entity", "follow-up: another person or place"),
+                ("follow_up/step", "follow-up: one more step"),
                 ("follow_up/sum", "follow-up: a sum goes on"), ("unknown/people", "unknown people declined"),
                 ("unknown/topics", "unknown topics declined"), ("facts_not_declined", "facts that are not declined"),
                 ("well_formed", "well-formed, ended by `</s>`"))]), "",

@@ -37,7 +37,8 @@ def write_run(out, changes=None, well_formed=98, thought_answers=99, declined=3)
                 given = 5 if line <= thought_answers else 6
                 reply = "<think>\n" + "\n".join(THOUGHT) + f"\n</think>\n<answer>有{given}个。</answer>"
                 replies.setdefault(stage, []).append({
-                    "source": source, "line": line + 100 * number * source.startswith("elsewhere"), "thinking": thinking,
+                    "source": source, "line": line + 100 * number * source.startswith("elsewhere"),
+                    "thinking": thinking,
                     "correct": line <= right[source], "reply": reply, "file": "anywhere.jsonl",
                     "declined": line <= declined, "well_formed": line <= well_formed})
     for stage, written in replies.items():
@@ -125,8 +126,10 @@ def test_the_interval_of_a_gain():
 
 
 @pytest.mark.parametrize("reply, right", [
-    ("<think>\n3+2=5\n</think>\n<answer>等于5。</answer>", True), ("<think>\n3+2=5\n</think>\n<answer>等于6。</answer>", False),
-    ("<think>\n有3\n买2：3+2=5\n问有多少\n</think>\n<answer>有5个。</answer>", True), ("等于5。", False), ("<think>\n不", False)])
+    ("<think>\n3+2=5\n</think>\n<answer>等于5。</answer>", True),
+    ("<think>\n3+2=5\n</think>\n<answer>等于6。</answer>", False),
+    ("<think>\n有3\n买2：3+2=5\n问有多少\n</think>\n<answer>有5个。</answer>", True),
+    ("等于5。", False), ("<think>\n不", False)])
 def test_the_answer_is_the_last_number_of_the_thought(reply, right):
     assert quickstart.gives_its_thought(reply) is right
 

@@ -161,14 +161,16 @@ def test_the_next_document_is_of_the_source_furthest_behind(files, tokenizer, tm
 @pytest.mark.parametrize("first, second, share", [("small", "large", 0.5), ("large", "small", 9)])
 def test_an_epoch_of_a_default_mixture_is_one_pass_over_its_first_source(
         files, tokenizer, tmp_path, first, second, share):
-    """However large the others are: one that is used up begins again, of a larger one a part is seen, each epoch another."""
+    """However large the others are: one that is used up begins again; of a larger one a part is seen, each epoch
+    another."""
     documents, _ = split(files, tokenizer, tmp_path, **{first: 1, second: share})
     without = documents.fingerprint()
     documents.own_first = True
     assert documents.fingerprint() != without and documents.take(np.arange(3)).own_first
     epochs = [epoch_order(documents, 5, epoch, "shuffled") for epoch in (0, 1)]
     for sequence, _ in epochs:
-        assert sorted(sequence[documents.source[sequence] == 0].tolist()) == list(range(int((documents.source == 0).sum())))
+        own = sequence[documents.source[sequence] == 0].tolist()
+        assert sorted(own) == list(range(int((documents.source == 0).sum())))
     seen = [set(sequence[documents.source[sequence] == 1].tolist()) for sequence, _ in epochs]
     n = int((documents.source == 1).sum())
     assert (len(seen[0]) < n and seen[0] != seen[1]) if first == "small" else len(seen[0]) == n
