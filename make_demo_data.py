@@ -58,6 +58,7 @@ from demo.problems import (
     Wording,
     Writer,
     apply,
+    asked_up_to_number,
     equations,
     sum_asked,
 )
@@ -196,11 +197,20 @@ class World:
         facts = self.facts_of[self.rng.choice(RELATIONS).name]
         return "".join(fact.tell(self.rng) for fact in self.rng.sample(facts, self.rng.randint(3, 6)))
 
+    def triples(self, n: int) -> list[tuple[int, str, int]]:
+        """Sums for one text. None goes on from the one before: by chance they could be the steps of a held-out problem."""
+        chosen: list[tuple[int, str, int]] = []
+        while len(chosen) < n:
+            long = self.rng.random() < LONG_SUM_SHARE
+            triple = self.counting.long_sum() if long else self.counting.triple()
+            if not chosen or apply(*chosen[-1]) != triple[0]:
+                chosen.append(triple)
+        return chosen
+
     def lesson(self) -> str:
         """A list of sums in symbols, some behind a question."""
         asked, text = self.rng.random() < 0.25, []
-        for _ in range(self.rng.randint(6, 14)):
-            triple = self.counting.triple() if self.rng.random() > LONG_SUM_SHARE else self.counting.long_sum()
+        for triple in self.triples(self.rng.randint(6, 14)):
             text.append((sum_asked(self.rng, *triple) + "\n" if asked else "") + f"{equations(*triple)}。")
         return ("\n" if asked else "").join(text)
 
@@ -215,7 +225,7 @@ class World:
 
     def told_story(self) -> str:
         """Several problems of one step with their answers, each about somebody else."""
-        turns = (self.story_asked() for _ in range(self.rng.randint(2, 4)))
+        turns = [problem_turn(self.one_step(triple)) for triple in self.triples(self.rng.randint(2, 4))]
         return "\n".join(f"{turn.question}{turn.reply}" for turn in turns)
 
     def worked_problem(self) -> str:
@@ -320,18 +330,16 @@ class World:
         reply = self.rng.choice(REPLIES["other"])
         return Turn(unanswerable(self.rng), reply, (UNKNOWN_THOUGHT,), reply)
 
-    def one_step(self) -> Wording:
+    def one_step(self, triple: tuple[int, str, int] | None = None) -> Wording:
         """A problem of one step."""
-        triple = self.counting.long_sum() if self.rng.random() < LONG_SUM_SHARE else self.counting.triple()
-        return self.writer.in_one_step(triple, self.story())
+        return self.writer.in_one_step(triple or self.triples(1)[0], self.story())
 
     def story_asked(self) -> Turn:
         return problem_turn(self.one_step())
 
     def sum_asked(self) -> Turn:
         """A bare sum."""
-        long = self.rng.random() < LONG_SUM_SHARE
-        return sum_turn(self.rng, self.counting.long_sum() if long else self.counting.triple())
+        return sum_turn(self.rng, self.triples(1)[0])
 
     def draw_problem(self, n_steps: int, operations: str = "+-*/") -> Problem:
         """A multi-step problem that is in no file yet and contains no problem of eval/."""
@@ -384,7 +392,7 @@ class World:
         answer = f"有{apply(*triple)}{story.unit}。"
         return self.said(problem_turn(wording), thinking), Turn(
             f"{lead}{begin}{b}{rest}{ask}", f"{equations(*triple)}，{answer}",
-            (f"刚才是{a}", f"{begin}{b}：{equations(*triple)}", "问有多少"), answer)
+            (f"刚才是{a}", f"{begin}{b}：{equations(*triple)}", asked_up_to_number(ask.lstrip("，"))), answer)
 
     def said(self, turn: Turn, thinking: bool) -> list[str]:
         """An earlier turn: without a thought, or sometimes (`thinking`) what is left of a reply that thought."""

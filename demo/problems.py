@@ -5,6 +5,7 @@ One combination in eight is held out (`is_held_out`): no training file has it, b
 """
 
 import random
+import re
 import zlib
 from dataclasses import dataclass, field
 
@@ -108,7 +109,10 @@ class Counting:
         # a long sum whose second step is held out would spell it
         spelled = [t for t in LONG_SUMS if (apply(*t[:2], t[2] - t[2] % 10), t[1], t[2] % 10) not in self.held_out]
         self.long_held_out = set(rng.sample(spelled, self.LONG_HELD_OUT))
-        self.long_known = [t for t in spelled if t not in self.long_held_out]
+        # 38+25 would give 25+38 away
+        given_away = self.long_held_out | {(b, "+", a) for a, operation, b in self.long_held_out if operation == "+"}
+        self.long_known = [t for t in spelled if t not in given_away]
+        self.tens = [t for t in TENS if t not in given_away]
         self.known = [triple for triple in TRIPLES if triple not in self.held_out]
         self.drawn_from = (self.known, [t for t in self.known if t[0] < 20], [t for t in self.known if t[1] in "*/"])
         self.after = {}  # number: the steps allowed after it
@@ -123,7 +127,7 @@ class Counting:
 
     def long_sum(self) -> tuple[int, str, int]:
         """A sum of two numbers of two digits that is not held out, or one with a round second number."""
-        return self.rng.choice(self.long_known if self.rng.random() < 0.7 else TENS)
+        return self.rng.choice(self.long_known if self.rng.random() < 0.7 else self.tens)
 
     def problem(self, n_steps: int, operations: str = "+-*/") -> Problem:
         """Draw each step's operation before its number: products and quotients are few and would otherwise be rare."""
@@ -197,6 +201,11 @@ def fits(wanted: str, *parts: str) -> bool:
     return is_held_out(*parts) == (wanted == HELD_OUT)
 
 
+def asked_up_to_number(question: str) -> str:
+    """A question as the thought restates it: up to the word that stands for its number."""
+    return question[:re.search("几|多少|呢", question).end()]
+
+
 class Writer:
     """Puts problems into words."""
 
@@ -216,7 +225,8 @@ class Writer:
                     return time + begin, end
                 continue
             gain, pronoun = operation == "+", story.pronoun
-            if pronoun and story.others and not style.new_verbs and rng.random() < 0.25:
+            # a held-out clause has no names, so that it can be searched for
+            if pronoun and story.others and not style.new_verbs and style.clauses == KNOWN and rng.random() < 0.25:
                 other = rng.choice(story.others)
                 # the owner is sometimes named instead of 他
                 named = rng.random() < 0.15
@@ -226,10 +236,10 @@ class Writer:
                 else:
                     verb, frame = rng.choice(GIVEN_BY_OWNER), rng.choice(("{t}{v}{g}", "{t}又{v}{g}", "{t}{p}{v}{g}"))
                     text = verb
-                    frame = frame.replace("{p}", story.owner if named else pronoun)
-                if not fits(style.clauses, time, verb, frame.replace(story.owner, "{p}")):
+                if not fits(style.clauses, time, verb, frame):
                     continue
-                return frame.format(t=time, g=other, v=text), story.unit
+                owner = story.owner if named else pronoun
+                return frame.format(t=time, g=other, v=text, p=owner), story.unit
             verb = rng.choice(GAIN if gain else LOSE)
             if style.new_verbs:
                 verb = rng.choice(GAIN_HELD_OUT if gain else LOSE_HELD_OUT)
@@ -265,7 +275,8 @@ class Writer:
                 return story.fill(wording), wording, chosen
 
     def put(self, problem: Problem, story: Story, style: Style = TRAINED) -> Wording:
-        """Word a problem about somebody's things. The thought restates each clause up to its number."""
+        """Word a problem about somebody's things. The thought restates each clause up to its number, and the question up
+        to 几 or 多少."""
         rng, comma = self.rng, self.rng.choice(COMMAS)
         start = rng.choice(STARTS) if story.pronoun else rng.choice(("有", "原来有", "本来有", "一共有", "放着"))
         told = [f"{story.owner}{start}{problem.start}{story.unit}{story.thing}"]
@@ -282,7 +293,7 @@ class Writer:
                comma: str = "，", clauses: tuple[str, ...] = (), wording: str = "") -> Wording:
         """A wording from the parts of its question and the restated clauses of its thought."""
         lines = [thought[0], *(f"{short}：{equations(*triple)}" for short, triple in zip(
-            thought[1:], problem.triples(), strict=True)), f"问{kind}多少"]
+            thought[1:], problem.triples(), strict=True)), asked_up_to_number(question.replace(thought[-1], "", 1))]
         end = self.rng.choice(ENDS)
         return Wording(problem, comma.join(told) + comma + question + end, tuple(lines),
                        f"{kind}{problem.result()}{story.unit}。", clauses, wording)
