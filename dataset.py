@@ -676,18 +676,29 @@ class MicroBatch:
     targets: np.ndarray
     weights: np.ndarray
 
+    SIZES = 64  # on a CPU tokens and targets are rounded up to a multiple of this
+
     def to(self, device) -> dict:
-        """The model's keyword arguments, as tensors on `device`."""
+        """The model's keyword arguments, as tensors on `device`.
+
+        On a CPU a document of a few tokens without a target fills the buffer up, and targets of weight 0 their list: for
+        each new size of a matmul oneDNN compiles code, which would take a quarter of the time of a small model's step.
+        """
         import torch  # here, so that training a tokenizer does not cost the memory of torch
 
-        arrays = dict(tokens=self.tokens[None], target_index=self.target_index, targets=self.targets,
-                      weights=self.weights, boundaries=np.cumsum([0, *self.lengths], dtype=np.int32))
+        lengths, device = self.lengths, torch.device(device)
+        arrays = dict(tokens=self.tokens, target_index=self.target_index, targets=self.targets, weights=self.weights)
+        if device.type == "cpu":
+            if more := -len(self.tokens) % self.SIZES:
+                lengths = [*lengths, more]
+            arrays = {name: np.pad(array, (0, -len(array) % self.SIZES)) for name, array in arrays.items()}
+        arrays |= dict(tokens=arrays["tokens"][None], boundaries=np.cumsum([0, *lengths], dtype=np.int32))
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        on_cuda = torch.device(device).type == "cuda"
+        on_cuda = device.type == "cuda"
         if on_cuda:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         # from memory that is not pinned a copy must be waited for: it would read on after the memory is freed
-        return {"lengths": self.lengths} | {n: t.to(device, non_blocking=on_cuda) for n, t in tensors.items()}
+        return {"lengths": lengths} | {n: t.to(device, non_blocking=on_cuda) for n, t in tensors.items()}
 
 
 @dataclass

@@ -226,10 +226,10 @@ class Writer:
                 continue
             gain, pronoun = operation == "+", story.pronoun
             # a held-out clause has no names, so that it can be searched for
-            if pronoun and story.others and not style.new_verbs and style.clauses == KNOWN and rng.random() < 0.25:
+            if pronoun and story.others and not style.new_verbs and style.clauses == KNOWN and rng.random() < 0.3:
                 other = rng.choice(story.others)
                 # the owner is sometimes named instead of 他
-                named = rng.random() < 0.15
+                named = rng.random() < 0.35
                 if gain:
                     verb, frame = rng.choice(GIVEN_TO_OWNER), rng.choice(("{t}{g}{v}", "{t}{g}又{v}", "{g}{t}{v}"))
                     text = verb.format(p=story.owner if named else pronoun)
@@ -280,9 +280,11 @@ class Writer:
         rng, comma = self.rng, self.rng.choice(COMMAS)
         start = rng.choice(STARTS) if story.pronoun else rng.choice(("有", "原来有", "本来有", "一共有", "放着"))
         told = [f"{story.owner}{start}{problem.start}{story.unit}{story.thing}"]
-        thought, clauses = [f"有{problem.start}"], []
+        thought, clauses = [f"{story.owner}{start}{problem.start}"], []
         for operation, b in problem.steps:
             begin, rest = self.clause(operation, b, story, style)
+            while f"{begin}{b}" in thought:  # nobody could say at which of two equal clauses a thought is
+                begin, rest = self.clause(operation, b, story, style)
             told.append(f"{begin}{b}{rest}")
             clauses.append(begin)
             thought.append(f"{begin}{b}")
@@ -322,12 +324,12 @@ class Writer:
         if operation == "+" and rng.random() < 0.6:
             told = [has, f"{other}有{b}{story.unit}{story.thing if rng.random() < 0.3 else ''}"]
             question, _, kind = self.asking({"+"}, story, style, rng.choice(("", "", "他们", "两人", "两个人")), "一共")
-            return self.finish(problem, story, told, [f"有{a}", f"{other}有{b}"], question, kind)
+            return self.finish(problem, story, told, [f"{story.owner}有{a}", f"{other}有{b}"], question, kind)
         word = "多" if operation == "+" else "少"
         than = f"{other}比{rng.choice((story.owner, story.pronoun))}{word}{b}"
         told = [has, than + story.unit]
         question, _, kind = self.asking(set(), story, style, whose=other, kind="有")
-        return self.finish(problem, story, told, [f"有{a}", than], question, kind)
+        return self.finish(problem, story, told, [f"{story.owner}有{a}", than], question, kind)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -127,6 +127,15 @@ def swiglu_c(self, x):
 # packed attention
 
 
+def group_length(length: int) -> int:
+    """The padded length of a document: one of 16, 24, 32, 48, 64, 96, …. For each new size of a matmul oneDNN compiles
+    code, which may take longer than the matmul, so there should be few."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
 class LengthBuckets:
     """The documents of a packed buffer (1, T), grouped by similar length.
 
@@ -143,11 +152,12 @@ class LengthBuckets:
             starts.append(starts[-1] + length)
         lengths = packing.lengths
         for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
-            if not members or lengths[document] < 0.8 * lengths[members[-1][0]] - 8:
+            size = group_length(lengths[document])
+            if not members or size != group_length(lengths[members[-1][0]]):
                 members.append([])
             members[-1].append(document)
         self.groups = [(torch.tensor([starts[d] for d in group], dtype=torch.int32),
-                        torch.tensor([lengths[d] for d in group], dtype=torch.int32), lengths[group[0]])
+                        torch.tensor([lengths[d] for d in group], dtype=torch.int32), group_length(lengths[group[0]]))
                        for group in members]
         self.shapes = [(len(group), longest) for group, (_, _, longest) in zip(members, self.groups, strict=True)]
         self.device, self.n_tokens = packing.boundaries.device, starts[-1]
