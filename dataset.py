@@ -681,8 +681,8 @@ class MicroBatch:
     def to(self, device) -> dict:
         """The model's keyword arguments, as tensors on `device`.
 
-        On a CPU a document of a few tokens without a target fills the buffer up, and targets of weight 0 their list: for
-        each new size of a matmul oneDNN compiles code, which would take a quarter of the time of a small model's step.
+        On a CPU a document of a few tokens without a target fills the buffer up, and targets of weight 0 their list:
+        for each new size of a matmul oneDNN compiles code, a quarter of the time of a small model's step.
         """
         import torch  # here, so that training a tokenizer does not cost the memory of torch
 

@@ -37,7 +37,7 @@ fi
 mkdir -p $OUT/eval
 echo $$ > $OUT/running
 
-steps=(1000 260 35 600)  # optimizer steps of pretrain, SFT, SFT_long, distill
+steps=(1150 260 35 600)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
@@ -57,28 +57,15 @@ took() {  # name a part of the work and note how long it took
     echo "$1 $((SECONDS - begin))" >> $OUT/seconds
     begin=$SECONDS
 }
-jobs="" unscored=""
-trap 'rm -f $OUT/running; [ ! "$jobs" ] || kill $jobs 2> /dev/null || true' EXIT
-trained() {  # stage: to be scored when all are trained; in a smoke run, where no time counts, beside the next stage
-    took "$1"
-    unscored="$unscored $1"
-    [ ! "$smoke" ] || score
-}
-score() {  # what is unscored, side by side, one thread each
-    for stage in $unscored; do
-        weights=$OUT/$stage.pth questions="facts one_step" thinking=""
-        case $stage in
-            SFT_long) questions="facts one_step multi_step elsewhere" ;;
-            control) questions="facts one_step multi_step elsewhere" thinking="--thinking off" weights=$OUT/control/distill.pth ;;
-            distill) questions="facts one_step multi_step elsewhere follow_up unknown" thinking="--thinking both" ;;
-        esac
-        # shellcheck disable=SC2086
-        OMP_NUM_THREADS=1 python evaluate.py --checkpoint $weights --out_dir $OUT $thinking \
-            --as_chat --max_new_tokens $longest --data_path $DATA/val --data_path $(printf "$DATA/eval/%s.jsonl " $questions) \
-            --batch_size 256 --generations "$OUT/eval/$stage.jsonl" > "$OUT/eval/$stage.json" &
-        jobs="$jobs $!"
-    done
-    unscored=""
+jobs=""
+trap 'rm -f $OUT/running; [ ! "$jobs" ] || kill -- -$jobs 2> /dev/null || true' EXIT
+score() {  # stage, thinking or "", questions: its losses and answers, on one thread
+    weights=$OUT/$1.pth
+    [ "$1" != control ] || weights=$OUT/control/distill.pth
+    # shellcheck disable=SC2086,SC2046
+    OMP_NUM_THREADS=1 python evaluate.py --checkpoint $weights --out_dir $OUT --as_chat --max_new_tokens $longest \
+        --data_path $DATA/val --data_path $(printf "$DATA/eval/%s.jsonl " $3) ${2:+--thinking $2} --batch_size 256 \
+        --generations "$OUT/eval/$1.jsonl" > "$OUT/eval/$1.json" || { echo "quickstart.sh: scoring $1 failed" >&2; exit 2; }
 }
 
 [ "$smoke" ] || run python experiments/quickstart.py estimate
@@ -89,45 +76,56 @@ took tokenizer
 run python pretrain.py --data_path $DATA/pretrain.jsonl --val_path $DATA/val/pretrain.jsonl --preset $preset $same \
     --output_init normal --weight_decay 0.5 --max_seq_len 256 --batch_size 8 --learning_rate 4e-3 \
     --max_steps "${steps[0]}" --epochs 100
-trained pretrain
+took pretrain
 # from here on a part of the tokens is text, without which the facts that chats do not ask for fade
 run python SFT.py --data_path $DATA/sft_512.jsonl=0.75 $DATA/rehearsal.jsonl=0.25 --val_path $DATA/val/sft_512.jsonl $same \
     --max_seq_len 512 --batch_size 8 --learning_rate 1.1e-3 --max_steps "${steps[1]}" --epochs 100
-trained SFT
+took SFT
 run python SFT_long.py --data_path $DATA/sft_1024.jsonl=0.75 $DATA/rehearsal.jsonl=0.25 \
     --val_path $DATA/val/sft_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 6e-4 --max_steps "${steps[2]}" --epochs 100
-trained SFT_long
-mixture="$DATA/r1_1024.jsonl=0.62 $DATA/sft_512.jsonl=0.25 $DATA/rehearsal.jsonl=0.13"
-# shellcheck disable=SC2086
-run python distill.py --data_path $mixture --val_path $DATA/val/r1_1024.jsonl $same \
-    --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --max_steps "${steps[3]}" --epochs 100
-trained distill
+took SFT_long
+mixture="$DATA/r1_1024.jsonl=0.68 $DATA/sft_512.jsonl=0.2 $DATA/rehearsal.jsonl=0.12"
+last="$same --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --epochs 100"
 
-# the control: the same mixture from the same weights, without the thoughts, for as many target tokens
-# shellcheck disable=SC2086
-run python experiments/no_think_control.py --data_path $mixture --val_path $DATA/val/r1_1024.jsonl \
-    --tokenizer_path $OUT/tokenizer --out_dir $OUT/control --cache_dir $OUT/cache \
-    --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
-of_control() {  # a value of that result: what distill.py is to train on, and for how long
+# The control trains beside distill, since a model this small gains little from more cores: the same mixture from the same
+# weights, without the thoughts, for as many target tokens.
+export OMP_NUM_THREADS=$(( $(python -c "import os; print(os.cpu_count())") / 2 ))
+[ "$OMP_NUM_THREADS" -gt 0 ] || export OMP_NUM_THREADS=1
+of_control() {  # a value of no_think_control.py's result: what distill.py is to train on, and for how long
     python -c "
 import json
 value = json.loads(open('$OUT/control.json').read().splitlines()[-1])['$1']
 print(*value if isinstance(value, list) else [value])"
 }
-# shellcheck disable=SC2046
-run python distill.py --data_path $(of_control data_path) --val_path $(of_control val_path) $same --without_thoughts \
-    --out_dir $OUT/control --cache_dir $OUT/cache --init_from $OUT/SFT_long.pth --max_seq_len 1024 --batch_size 4 \
-    --learning_rate 3e-3 --max_steps "$(of_control control_steps)" --epochs 100
-trained control
+# shellcheck disable=SC2046,SC2086
+train_control() {
+    run python experiments/no_think_control.py --data_path $mixture --val_path $DATA/val/r1_1024.jsonl \
+        --tokenizer_path $OUT/tokenizer --out_dir $OUT/control \
+        --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
+    run python distill.py --data_path $(of_control data_path) --val_path $(of_control val_path) $last --without_thoughts \
+        --out_dir $OUT/control --init_from $OUT/SFT_long.pth --max_steps "$(of_control control_steps)"
+}
+echo
+echo "the control trains beside the next stage; its output goes to $OUT/control.log"
+set -m  # in a process group of its own, which can be stopped as a whole
+train_control > $OUT/control.log 2>&1 &
+jobs=$!
+set +m
+# shellcheck disable=SC2086
+run python distill.py --data_path $mixture --val_path $DATA/val/r1_1024.jsonl $last --max_steps "${steps[3]}"
+took distill
 
-echo "scoring all stages"
-score
-failed=""
-for job in $jobs; do wait "$job" || failed=yes; done
-jobs=""
-[ ! "$failed" ] || { echo "quickstart.sh: scoring failed" >&2; exit 2; }
+echo "scoring the stages"
+score pretrain "" "facts one_step"
+score SFT "" "facts one_step"
+score SFT_long "" "facts one_step multi_step elsewhere"
+score distill both "facts one_step multi_step elsewhere follow_up unknown"
 took scoring
+wait "$jobs" || { tail -n 3 $OUT/control.log >&2; echo "quickstart.sh: the control failed" >&2; exit 2; }
+jobs=""
+score control off "facts one_step multi_step elsewhere"
+took control
 
 echo
 echo "a conversation with the last stage:"

@@ -33,6 +33,7 @@ from text.content import CONTROL_STRING, is_empty
 from text.records import (
     ROLES,
     MalformedRecord,
+    check_conversation,
     check_text,
     is_held_out,
     parse_object,
@@ -123,20 +124,26 @@ def read_texts(paths: list[str], max_bad_ratio: float, flag: str = "--data_path"
 
 
 def parse_texts(line: bytes) -> tuple[int, list[str]]:
-    """(text hash, texts) of a line. The texts are its text, else the contents of its conversation, else its question
-    and answer. Raises MalformedRecord.
+    """(text hash, texts) of a line. The texts are its text, else the contents of its conversation, else its history,
+    question and answer; a question to decline has no answer. Raises MalformedRecord.
     """
     record = parse_object(line)
     if record.get("text") is None and "conversations" in record:
         record = parse_record(line, "chat")
         texts = [message["content"] for message in record["conversations"] if message["role"] in ROLES]
         return text_hash(record), texts
-    keys = ("question", "answer") if "text" not in record and "question" in record else ("text",)
+    keys, history = ("text",), []
+    if "text" not in record and "question" in record:
+        keys = ("question",) if record.get("decline") is True else ("question", "answer")
+        history = record.get("history", [])
+        if not isinstance(history, list):
+            raise MalformedRecord('"history" is not a list of messages')
+        check_conversation(history)
     for key in keys:
         if key not in record:
             raise MalformedRecord(f'no "{key}"')
         check_text(record[key], f'"{key}"')
-    texts = [record[key] for key in keys]
+    texts = [message["content"] for message in history] + [record[key] for key in keys]
     return text_hash({"text": "\n".join(texts)}), texts
 
 

@@ -288,14 +288,14 @@ def sample_records(source: str, target: Path, kind: str, count: int, seed: int) 
 
 def make_corpus(path: Path, megabytes: float) -> None:
     """Write about `megabytes` of generated text: the quickstart's world with seeds 0, 1, …, each in random order."""
-    import random
-
     from make_demo_data import World
 
     size = 0
     with open(path, "w", encoding="utf-8") as stream:
         for seed in count():
-            for text in random.Random(seed).sample(texts := list(World(seed).texts()), len(texts)):
+            world = World(seed)
+            texts = [*world.texts_of_the_world(share=1), *world.other_texts(share=1)]
+            for text in world.rng.sample(texts, len(texts)):
                 size += stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n") * 3  # about 3 bytes each
                 if size >= 1e6 * megabytes:
                     return

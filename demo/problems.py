@@ -275,8 +275,8 @@ class Writer:
                 return story.fill(wording), wording, chosen
 
     def put(self, problem: Problem, story: Story, style: Style = TRAINED) -> Wording:
-        """Word a problem about somebody's things. The thought restates each clause up to its number, and the question up
-        to 几 or 多少."""
+        """Word a problem about somebody's things. The thought restates each clause up to its number, and the question
+        up to 几 or 多少."""
         rng, comma = self.rng, self.rng.choice(COMMAS)
         start = rng.choice(STARTS) if story.pronoun else rng.choice(("有", "原来有", "本来有", "一共有", "放着"))
         told = [f"{story.owner}{start}{problem.start}{story.unit}{story.thing}"]

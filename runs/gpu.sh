@@ -17,7 +17,8 @@
 #   xz -c data/demo/pretrain.jsonl > .carry/pretrain/0.jsonl.xz; xz -c data/demo/val/pretrain.jsonl > .carry/val.jsonl.xz
 #   cat data/demo/sft_*.jsonl | xz > .carry/sft.jsonl.xz; xz -c data/demo/r1_1024.jsonl > .carry/r1.jsonl.xz
 #   cp data/demo/eval/multi_step.jsonl .carry/held_out.jsonl
-#   python train_tokenizer.py --data_path data/demo/pretrain.jsonl --tokenizer_path .carry/tokenizer --vocab_size 2048
+#   python train_tokenizer.py --data_path data/demo/pretrain.jsonl --tokenizer_path .carry/tokenizer \
+#       --vocab_size 1700 --single_hanzi
 #
 # `measure` needs pytest (requirements-dev.txt).
 #
@@ -108,23 +109,28 @@ beside() {  # a part in the background, one per core: printed when it ends, whil
     { local text; text=$(part "$@"); printf '%s\n' "$text"; } &
 }
 caches_text() { caches caches_text 60 pretrain:text val.jsonl.xz:text; }
-caches_chat() { caches caches_chat 120 sft.jsonl.xz:chat r1.jsonl.xz:chat; }
-caches() {  # NAME LIMIT FILE:KIND…: makes token caches once, before several parts read them
+caches_chat() { caches caches_chat 120 sft.jsonl.xz:chat sft.jsonl.xz:thinking r1.jsonl.xz:thinking; }
+caches() {  # NAME LIMIT FILE:KIND…: makes token caches once, before several parts read them; thinking: as distill.py
     local name=$1 limit=$2
     shift 2
     part "$name" "$limit" "$PYTHON" -c '
 import sys
 from dataset import open_cache
-from text.records import find_files
+from text.content import Reading
+from text.sources import find_files
 from text.tokenizer import load_tokenizer
 carry, cache, *files = sys.argv[1:]
 tokenizer = load_tokenizer(f"{carry}/tokenizer")
 for name, kind in (file.split(":") for file in files):
-    meta = open_cache(find_files(f"{carry}/{name}"), tokenizer, kind, cache).meta
-    print(name, meta["lines"], "lines", flush=True)' "$CARRY" "$RUN/cache" "$@"
+    reading = Reading("chat", thoughts=True) if kind == "thinking" else Reading(kind)
+    meta = open_cache(find_files(f"{carry}/{name}"), tokenizer, reading, cache).meta
+    print(name, kind, meta["lines"], "lines", flush=True)' "$CARRY" "$RUN/cache" "$@"
 }
 same=(--tokenizer_path "$CARRY/tokenizer" --cache_dir "$RUN/cache" --device "$DEVICE")
 text=(--data_path "$CARRY/pretrain" --val_path "$CARRY/val.jsonl.xz" --preset "$PRESET" --epochs 100)
+# the later stages read, beside their own data, what keeps earlier skills from fading
+chats=(--data_path "$CARRY/sft.jsonl.xz=0.9" "$CARRY/pretrain=0.1")
+thoughts=(--data_path "$CARRY/r1.jsonl.xz=0.7" "$CARRY/sft.jsonl.xz=0.2" "$CARRY/pretrain=0.1")
 
 # ---- measure: one H200 takes 118 s for the checks and the sweep, 84 s for pretrain.py's speed and 53 s for train_eager.
 # The other parts share the rest of BUDGET; the one most likely to run out of time is last ----
@@ -218,11 +224,9 @@ train() {
     stage pretrain "${PRETRAIN_S:-170}" "$ROWS" 512 "${text[@]}" ${PRETRAIN_FLAGS:-}
     wait
     cat "$OUT/caches_chat.txt"
-    stage SFT "${SFT_S:-25}" "${SFT_ROWS:-$ROWS}" 512 --data_path "$CARRY/sft.jsonl.xz" ${SFT_FLAGS:-}
-    stage SFT_long "${SFT_LONG_S:-12}" "${SFT_LONG_ROWS:-$(((ROWS + 1) / 2))}" 1024 --data_path "$CARRY/sft.jsonl.xz" \
-        ${SFT_LONG_FLAGS:-}
-    stage distill "${DISTILL_S:-35}" "${DISTILL_ROWS:-$(((ROWS + 1) / 2))}" 1024 --data_path "$CARRY/r1.jsonl.xz" \
-        ${DISTILL_FLAGS:-}
+    stage SFT "${SFT_S:-25}" "${SFT_ROWS:-$ROWS}" 512 "${chats[@]}" ${SFT_FLAGS:-}
+    stage SFT_long "${SFT_LONG_S:-12}" "${SFT_LONG_ROWS:-$(((ROWS + 1) / 2))}" 1024 "${chats[@]}" ${SFT_LONG_FLAGS:-}
+    stage distill "${DISTILL_S:-35}" "${DISTILL_ROWS:-$(((ROWS + 1) / 2))}" 1024 "${thoughts[@]}" ${DISTILL_FLAGS:-}
     for stage in SFT_long distill; do
         beside "problems_$stage" 80 "${few_threads[@]}" "$PYTHON" evaluate.py "${score[@]}" \
             --checkpoint "$RUN/train/$stage.pth" --data_path "$CARRY/held_out.jsonl" --batch_size 256 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All stages with the settings of the runs this project came from, on one 24 GB GPU.   bash runs/original.sh [FLAGS]
 #
-# The data is in data/ (pretrain.jsonl, sft_512.jsonl, sft_1024.jsonl, r1_1024.jsonl), and FLAGS go to every stage:
+# Each stage reads its own file in data/ alone (pretrain, sft_512, sft_1024, r1_1024), and FLAGS go to every stage:
 #
 #   bash runs/original.sh --out_dir out/original --dtype fp16
 #
@@ -16,7 +16,7 @@ original=(--optimizer adamw --learning_rate 5e-4 --beta2 0.999 --weight_decay 0.
 short=(--batch_size 84 --accumulation_steps 2)
 long=(--batch_size 21 --accumulation_steps 8)
 [ -d weakwater_tokenizer ] || "$PYTHON" train_tokenizer.py
-"$PYTHON" pretrain.py "${original[@]}" "${short[@]}" "$@" --resume
-"$PYTHON" SFT.py "${original[@]}" "${short[@]}" "$@" --resume
-"$PYTHON" SFT_long.py "${original[@]}" "${long[@]}" "$@" --resume
-"$PYTHON" distill.py "${original[@]}" "${long[@]}" --learning_rate 1e-6 "$@" --resume
+"$PYTHON" pretrain.py --data_path pretrain "${original[@]}" "${short[@]}" "$@" --resume
+"$PYTHON" SFT.py --data_path sft_512 "${original[@]}" "${short[@]}" "$@" --resume
+"$PYTHON" SFT_long.py --data_path sft_1024 "${original[@]}" "${long[@]}" "$@" --resume
+"$PYTHON" distill.py --data_path r1_1024 "${original[@]}" "${long[@]}" --learning_rate 1e-6 "$@" --resume

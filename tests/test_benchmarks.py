@@ -340,9 +340,11 @@ def calls_of(script: str, tmp_path, *flags: str, **settings) -> list[tuple[str, 
 
 
 def test_the_original_recipe(tmp_path):
-    """Every stage gets the settings of the original runs; flags on the command line go to every stage."""
+    """Every stage gets the settings of the original runs and its data alone; flags on the command line go to every
+    stage."""
     calls = calls_of("runs/original.sh", tmp_path, "--dtype", "fp16", "--out_dir", "out/x")
-    assert [stage for stage, _ in calls] == ["pretrain", "SFT", "SFT_long", "distill"]
+    assert [(stage, args.data_path) for stage, args in calls] == [
+        ("pretrain", ["pretrain"]), ("SFT", ["sft_512"]), ("SFT_long", ["sft_1024"]), ("distill", ["r1_1024"])]
     for stage, args in calls:
         expected = dict(optimizer="adamw", beta2=0.999, weight_decay=0.01, weight_decay_on="all", lr_schedule="cosine",
                         warmup_ratio=0.0, min_lr_ratio=0.1, output_init="normal", dtype="fp16", out_dir="out/x",

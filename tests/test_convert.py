@@ -56,6 +56,9 @@ ALPACA_CHATS = [chat("把下面的词译成英文\n清泉", "clear spring"), cha
 TEXTS = [{"text": "山脚下有一条小河。"}, {"text": "河边住着一位木匠，\n他只做椅子。"}]
 CHATS = [chat("你叫什么？", "我叫小水。"), chat("三加四？", "等于七。", "再加一？", "等于八。", system="回答要短。")]
 QUESTIONS = [{"question": "六乘七等于多少？", "answer": "42"}, {"question": "水在几度结冰？", "answer": "0"}]
+OTHER_QUESTIONS = [{"history": say("三加四？", "等于七。"), "question": "再加一？", "answer": "8"},
+                   {"question": "明天下雨吗？", "decline": True, "choices": ["下", "不下"]},
+                   {"history": say("在？", "在。"), "question": "我叫什么？", "decline": True, "source": "unknown"}]
 TOOL_CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "function": {"name": "weather"}}]}
 TOOL_RESULT = {"role": "tool", "tool_call_id": "c1", "content": "晴"}
 CSV = "﻿问题,回答\r\n茶怎么泡？,\"先温杯，\n再注水。\"\r\n\"他说\"\"好\"\"吗？\",说了。\r\n"
@@ -364,7 +367,7 @@ def test_sqlite_and_descriptions(tmp_path):
 @pytest.mark.parametrize("records", [TEXTS, CHATS, QUESTIONS, [
     {"conversations": [*say("天气？"), TOOL_CALL, TOOL_RESULT, {"role": "assistant", "content": "晴。"}]},
     chat("1+1", "2", thought="一加一"), chat("1+1", "<think>\n一\n</think>\n<answer>\n2\n</answer>"),
-    chat("1+1", "<think>\n\n</think>\n\n2")], [TEXTS[0] | {"title": "题", "weight": 2}]])
+    chat("1+1", "<think>\n\n</think>\n\n2")], [TEXTS[0] | {"title": "题", "weight": 2}], OTHER_QUESTIONS])
 def test_our_own_forms_are_not_named(records, tmp_path):
     text = lines(*records)
     assert all(shape_of(record) in ("chat", "text", "question") and convert_record(record) is record for record in records)
@@ -449,6 +452,18 @@ def test_the_command_counts_and_refuses(tmp_path):
             main(shlex.split(describe(file).replace(".converted", ".none").partition(": ")[2])[3:])
         assert "damaged" in describe(write(tmp_path, name, pack(b"")[:9] + b"x" * 199))
     assert not [*tmp_path.glob("*none.jsonl"), *tmp_path.glob(".*.tmp")]
+
+
+def test_questions_of_every_form_are_kept_whole(tmp_path):
+    """With a history, or to decline; a question without either and without an answer is left out."""
+    records = [*QUESTIONS, *OTHER_QUESTIONS]
+    file = write(tmp_path, "a.json", dumps([*records, {"question": " ", "decline": True},
+                                            {"question": "几点了？", "decline": False}], indent=1))
+    assert "one array" in describe(file)
+    main([str(file), "--out", str(tmp_path / "b.jsonl")])
+    assert read(tmp_path / "b.jsonl") == records
+    assert all(parse_question(line) == record for (_, line), record in zip(
+        read_lines(tmp_path / "b.jsonl"), records, strict=True))
 
 
 def test_notes():

@@ -79,7 +79,10 @@ def test_train_keeps_every_output_and_the_weights(carry, tmp_path):
     assert all("bits per byte" in logs[f"{stage}.txt"] for stage in stages[1:])
     assert "bits per byte" in logs["metrics_pretrain.txt"]
     assert all("exact answers" in logs[f"problems_{stage}.txt"] for stage in stages[2:])
-    assert logs["answers.txt"].count("\n> ") == 4 * 2 * 10
+    assert all(logs["train/log/distill.log"].count(f"data: {place}: ") for place in (
+        f"{carry}/r1.jsonl.xz", f"{carry}/sft.jsonl.xz", f"{carry}/pretrain"))
+    echoes = {echo: logs["answers.txt"].count(f"\n{echo}> ") for echo in ("", "[think] ")}
+    assert echoes == {"": 3 * 2 * 10, "[think] ": 2 * 10}
     pieces = sorted(file.name for file in (tmp_path / "out").iterdir() if file.name != "logs.tgz")
     assert pieces == [f"distill.{i}" for i in range(len(pieces))] and pieces
     split_weights.main(["unpack", str(tmp_path / "out/distill"), str(tmp_path / "distill.pth")])

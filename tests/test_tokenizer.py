@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import train_tokenizer
 from Config import UserError
 from text.chat import ChatEncoder
-from text.records import is_held_out, text_hash
+from text.records import MalformedRecord, is_held_out, text_hash
 from text.tokenizer import TAGS, OurTokenizer, TextEncoder, load_tokenizer
 from train_tokenizer import (
     LEVEL_1_HANZI,
@@ -24,6 +24,7 @@ from train_tokenizer import (
     collect,
     main,
     make_report,
+    parse_texts,
     script_of,
     token_byte_lengths,
     train_bpe,
@@ -245,6 +246,20 @@ def test_text_chat_and_malformed_records(tmp_path, capsys):
     assert "2 malformed, 1 empty" in printed
     with pytest.raises(UserError, match="2 of 100 lines are malformed"):
         collect([str(file)], None, 10**6, 42, 0.019)
+
+
+def test_the_texts_of_questions():
+    history = [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]
+    for record, texts in (({"question": "问", "answer": "答"}, ["问", "答"]),
+                          ({"question": "问", "decline": True, "choices": ["丙"]}, ["问"]),
+                          ({"history": history, "question": "问", "answer": "答"}, ["甲", "乙", "问", "答"]),
+                          ({"history": history, "question": "问", "decline": True}, ["甲", "乙", "问"])):
+        assert parse_texts(json.dumps(record).encode())[1] == texts
+    for record, reason in (({"question": "问"}, 'no "answer"'), ({"question": "问", "decline": False}, 'no "answer"'),
+                           ({"history": "甲", "question": "问", "answer": "答"}, '"history"'),
+                           ({"history": ["甲"], "question": "问", "answer": "答"}, "message 1")):
+        with pytest.raises(MalformedRecord, match=reason):
+            parse_texts(json.dumps(record).encode())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -355,8 +355,10 @@ def _to_line(value, kind: str | None, notes: Counter) -> tuple[str, str]:
         raise MalformedRecord(str(error)) from None
     if found != "question":
         parse_record(encoded, found)
-    elif not record["question"].strip() or NO_ANSWER.fullmatch(str(record["answer"])):
-        raise MalformedRecord("no question" if not record["question"].strip() else "no answer")
+    elif not record["question"].strip():
+        raise MalformedRecord("no question")
+    elif "answer" in record and NO_ANSWER.fullmatch(str(record["answer"])):  # a question to decline has none
+        raise MalformedRecord("no answer")
     return line, found
 
 

@@ -311,7 +311,8 @@ def _own_kind(record: dict) -> str | None:
             _first(m, THOUGHT_KEYS[1:]) or _add_answer_tags(m.get("content") or "") != (m.get("content") or "")
             for m in replies)
         return None if is_other else "chat"
-    if isinstance(record.get("question"), str) and isinstance(record.get("answer"), (str, int, float)):
+    if isinstance(record.get("question"), str) and (
+            isinstance(record.get("answer"), (str, int, float)) or record.get("decline") is True):
         return "question"
     is_text = isinstance(record.get("text"), str) and not {"instruction", "output"} <= record.keys()
     return "text" if is_text else None
