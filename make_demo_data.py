@@ -633,10 +633,10 @@ def main(argv: list[str] | None = None) -> None:
     existing = [out / name for name in FILES if (out / name).exists()]
     if existing:
         raise UserError(f"--out_dir {out}: {existing[0]} already exists: remove it or choose another folder")
-    files = make_files(world, args.share)
     try:
         for folder in (out / "eval", out / "val"):
             folder.mkdir(parents=True, exist_ok=True)
+        files = make_files(world, args.share)
         for name, records in files.items():
             write_jsonl(out / name, records)
     except OSError as error:

@@ -226,10 +226,10 @@ class Writer:
                 continue
             gain, pronoun = operation == "+", story.pronoun
             # a held-out clause has no names, so that it can be searched for
-            if pronoun and story.others and not style.new_verbs and style.clauses == KNOWN and rng.random() < 0.3:
+            if pronoun and story.others and not style.new_verbs and style.clauses == KNOWN and rng.random() < 0.22:
                 other = rng.choice(story.others)
                 # the owner is sometimes named instead of 他
-                named = rng.random() < 0.35
+                named = rng.random() < 0.2
                 if gain:
                     verb, frame = rng.choice(GIVEN_TO_OWNER), rng.choice(("{t}{g}{v}", "{t}{g}又{v}", "{g}{t}{v}"))
                     text = verb.format(p=story.owner if named else pronoun)

@@ -35,9 +35,10 @@ from common.scoring import score
 from common.weights import load_model, load_weights  # noqa: E402
 from Config import FLAGS, OneLineParser, UserError
 from dataset import StepLoader, evaluation_batches, load_documents, make_micro_batch
-from experiments.no_think_control import without_thoughts
+from experiments.no_think_control import AS_DISTILL, without_thoughts
 from model import Packing, apply_rotary, attention, boundaries_of
 from text.chat import CONTEXT, REPLY, TAG, THINK, ChatEncoder, encode_chat
+from text.content import OPEN_THINK, Reading
 from text.records import parse_record, read_lines
 from text.tokenizer import TextEncoder, load_tokenizer
 from train_tokenizer import CONTROL, MAX_WORD_CHARS, token_byte_lengths
@@ -69,11 +70,11 @@ def open_model(args, stage: str):
     return load_model(existing(args, f"{stage}.pth"))[0]
 
 
-def open_documents(args, name: str, kind: str, tokenizer, max_seq_len: int):
+def open_documents(args, name: str, reading: Reading | str, tokenizer, max_seq_len: int):
     """The documents of a data file, in the order of its lines."""
     path, cache_dir = str(existing(args, f"data/{name}")), str(Path(args.out_dir) / "cache")
     with contextlib.redirect_stdout(io.StringIO()):  # hides the log: it contains times, which vary
-        return load_documents(path, tokenizer, kind, cache_dir, max_seq_len)
+        return load_documents(path, tokenizer, reading, cache_dir, max_seq_len)
 
 
 def line_of(documents, document: int) -> int:
@@ -102,6 +103,12 @@ def texts(tokenizer, ids) -> list[str]:
 def same(a, b) -> None:
     """Assert that two tensors are equal up to rounding."""
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def given(micro_batch) -> dict:
+    """What the model gets of a micro-batch, without what fills it up on a CPU (MicroBatch.to)."""
+    micro_batch.SIZES = 1
+    return micro_batch.to(CPU)
 
 
 def shape(tensor) -> str:
@@ -135,7 +142,7 @@ def show_tokenizer(args) -> None:
         print(f"{text}  {len(text)} characters, {len(text.encode('utf-8'))} bytes, {len(ids)} tokens")
         print(f"    {ids}\n    {' | '.join(texts(tokenizer, ids))}")
 
-    title(f"words, in which merges stay (in training cut after {MAX_WORD_CHARS} characters)")
+    title(f"words, in which merges stay (in training cut after {MAX_WORD_CHARS} characters, or at every hanzi)")
     text = "学而时习之，不亦说乎？2024年有12个月。"
     words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
     print(" | ".join(text[begin:end] for _, (begin, end) in words))
@@ -219,7 +226,7 @@ def sample_batch(tokenizer, few, step) -> None:
 
     micro_batch, begin, end = with_first(step)
     title(f"the micro-batch with line {line_of(few, 0)}, as the model gets it")
-    batch = micro_batch.to(CPU)
+    batch = given(micro_batch)
     print(", ".join(f"{name} {shape(batch[name])}" for name in ("tokens", "boundaries", "target_index", "targets",
                                                                 "weights")))
     positions = Packing(batch["lengths"], batch["boundaries"]).positions()[0]
@@ -249,7 +256,7 @@ def query_key_value(block, x_BTC, cos, sin):
 def sample_forward(model, step) -> None:
     """One micro-batch through the network: embedding, the first block step by step, the other blocks, norm and head."""
     micro_batch, begin, _ = with_first(step)
-    batch = micro_batch.to(CPU)
+    batch = given(micro_batch)
     packing = Packing(batch["lengths"], batch["boundaries"])
     c, network = model.config, model.model
     title(f"through the network: dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads of {c.head_dim}, "
@@ -300,7 +307,7 @@ def sample_forward(model, step) -> None:
 
 def losses_of(model, micro_batch) -> torch.Tensor:
     """The loss (N,) of each target of a micro-batch; their weighted sum is what the model returns."""
-    batch = micro_batch.to(CPU)
+    batch = given(micro_batch)
     logits = model(batch["tokens"], lengths=batch["lengths"])[0, batch["target_index"]]
     losses = F.cross_entropy(logits, batch["targets"], reduction="none")
     same((losses * batch["weights"]).sum(), model(**batch))
@@ -319,7 +326,7 @@ def sample_loss(tokenizer, model, step) -> None:
         print(f"{t - begin:3} {math.exp(-losses[n]):6.3f} {losses[n]:7.3f} {micro_batch.weights[n]:7g}  "
               f"{before} > {after}")
     title("the loss of the step")
-    sums = [model(**part.to(CPU)).item() for part in step.micro_batches]
+    sums = [model(**given(part)).item() for part in step.micro_batches]
     counts = [float(part.weights.sum()) for part in step.micro_batches]
     for number, (total, count) in enumerate(zip(sums, counts, strict=True), start=1):
         print(f"micro-batch {number}: sum {total:.3f} over a weight of {count:g}")
@@ -352,7 +359,7 @@ def show_step(args) -> None:
         loader = StepLoader(chats, 512, batch_size, accumulation_steps, seed=1)
         step = loader.step(0, 0)
         model.zero_grad()
-        losses = [model(**micro_batch.to(CPU)) for micro_batch in step.micro_batches]
+        losses = [model(**given(micro_batch)) for micro_batch in step.micro_batches]
         loss = sum(losses) / step.total_weight
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
@@ -412,7 +419,7 @@ def show_attention(args) -> None:
 def show_distill(args) -> None:
     """one R1 record: token types, their loss weights by --tag_weight and --think_weight, the loss before and after"""
     tokenizer = open_tokenizer(args)
-    documents = open_documents(args, "val/r1_1024.jsonl", "chat", tokenizer, max_seq_len=1024)
+    documents = open_documents(args, "val/r1_1024.jsonl", AS_DISTILL, tokenizer, max_seq_len=1024)
     document = find_document(documents, args.line)
     few = documents.take(np.arange(document, document + 1))
     loader = StepLoader(few, 1024, batch_size=1, accumulation_steps=1, seed=1, tag_weight=args.tag_weight,
@@ -446,15 +453,19 @@ def show_distill(args) -> None:
 
 
 def show_control(args) -> None:
-    """the same R1 record in the control experiment: without its thought, but with the tags"""
+    """the same R1 record in the control experiment: the plain answer, behind an empty thought"""
     tokenizer = open_tokenizer(args)
-    documents = open_documents(args, "val/r1_1024.jsonl", "chat", tokenizer, max_seq_len=1024)
+    documents = open_documents(args, "val/r1_1024.jsonl", AS_DISTILL, tokenizer, max_seq_len=1024)
     number = line_of(documents, find_document(documents, args.line))
     line = next(line for n, line in read_lines(existing(args, "data/val/r1_1024.jsonl")) if n == number)
     record = parse_record(line, "chat")
     for name, shown in (("distill", record), ("control", without_thoughts(record))):
-        _, mask = encode_chat(tokenizer, shown["conversations"])
-        print(f"{name}: {sum(mask)} targets\n    {shown['conversations'][-1]['content']!r}")
+        ids, mask = encode_chat(tokenizer, shown["conversations"], thinking=True)
+        encoder = ChatEncoder.of(tokenizer)
+        begin = len(ids) - 1 - ids[::-1].index(encoder.text.bos_id) + len(encoder.headers["assistant"])  # of the reply
+        first, end = mask.index(1, begin), len(ids) - 1 - mask[::-1].index(1)
+        without_loss, targets = tokenizer.decode(ids[begin:first]), tokenizer.decode(ids[first:end])
+        print(f"{name}: {sum(mask)} targets\n    without loss {without_loss!r}, then {targets!r} and </s>")
 
 
 def show_optimizer(args) -> None:
@@ -476,7 +487,7 @@ def show_optimizer(args) -> None:
     documents = open_documents(args, "val/pretrain.jsonl", "text", tokenizer, max_seq_len=256)
     step = StepLoader(documents, 256, batch_size=8, accumulation_steps=1, seed=1).step(0, 0)
     for micro_batch in step.micro_batches:
-        (model(**micro_batch.to(CPU)) / step.total_weight).backward()
+        (model(**given(micro_batch)) / step.total_weight).backward()
     muon, _ = make_optimizers(model, "muon", learning_rate=1.0, weight_decay=0.0)
     weight = model.model.layers[0].mlp.up_proj.weight
     before = weight.detach().clone()
@@ -509,7 +520,7 @@ def show_precision(args) -> None:
     print(f"{'':6}{'largest':>9}{'smallest normal':>17}{'eps':>10}{'1e-8':>10}{'loss':>9}")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         with torch.no_grad(), autocast(CPU, name):
-            loss = model(**micro_batch.to(CPU)) / float(micro_batch.weights.sum())
+            loss = model(**given(micro_batch)) / float(micro_batch.weights.sum())
         info = torch.finfo(dtype)
         tiny = torch.tensor(1e-8).to(dtype).item()
         print(f"{name:6}{info.max:9.1e}{info.tiny:17.1e}{info.eps:10.1e}{tiny:10.1e}{loss:9.2f}")
@@ -546,7 +557,9 @@ def show_answer(args) -> None:
     """from prompt to text: prefill, KV cache, and each new token with the three likeliest candidates"""
     tokenizer, model = open_tokenizer(args), open_model(args, args.stage)
     encoder, sampling = TextEncoder.of(tokenizer), generation.Sampling(args.temperature, args.top_p)
-    prompt, _ = encode_chat(tokenizer, [{"role": "user", "content": args.prompt}], add_generation_prompt=True)
+    thinking = True if args.stage == "distill" else None  # its prompt ends in <think>, which the reply begins with
+    prompt, _ = encode_chat(tokenizer, [{"role": "user", "content": args.prompt}], add_generation_prompt=True,
+                            thinking=thinking)
     decoder = Decoder(open_model(args, args.stage))  # `model` remains that of model.py
     whole = generation.generate(decoder, [prompt], args.max_new_tokens, sampling, {encoder.eos_id},
                                 generator=torch.Generator().manual_seed(args.seed))[0]
@@ -562,7 +575,7 @@ def show_answer(args) -> None:
 
     title("token by token: position, id, p, the three likeliest, text so far certain")
     generator, words = torch.Generator().manual_seed(args.seed), generation.StreamDecoder(tokenizer)
-    ids, shown = [], ""
+    ids, shown = [], OPEN_THINK if thinking else ""
     while True:
         scores = generation.adjust(logits, sampling)
         probability = scores.softmax(-1)[0]

@@ -354,6 +354,18 @@ def test_the_original_recipe(tmp_path):
         assert (args.batch_size, args.accumulation_steps) == rows
 
 
+def test_two_cores_train_on_mixtures(tmp_path):
+    """Every later stage also reads text, and distill chats without thoughts; each resumes a stopped run."""
+    (tmp_path / "out").mkdir()
+    calls = calls_of("runs/cpu.sh", tmp_path, DATA="d", STEPS="4 3 2 1")
+    chats, text = "d/sft.jsonl.xz", "d/pretrain-*.jsonl.xz"
+    mixture = [f"{chats}=0.9", f"{text}=0.1"]
+    assert [(stage, args.data_path) for stage, args in calls] == [
+        ("pretrain", [text]), ("SFT", mixture), ("SFT_long", mixture),
+        ("distill", [f"{tmp_path}/out/data/chats.jsonl=0.7", f"{chats}=0.2", f"{text}=0.1"])]
+    assert [args.max_steps for _, args in calls] == [4, 3, 2, 1] and all(args.resume for _, args in calls)
+
+
 @pytest.mark.parametrize("stage", LEFT_OUT)
 def test_the_flags_of_recipes(stage, tmp_path):
     """The stage accepts the command of every recipe. The default recipe has the settings of pretrain.py except for

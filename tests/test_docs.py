@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from experiments.quickstart import STAGES, THRESHOLDS
 from make_demo_data import Counting
 
 READMES = ("README.md", "README_zh.md")
@@ -71,15 +72,18 @@ def test_the_quickstart_runs_whole(copy):
     out = path / "out" / "quickstart"
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["seed"] == 7 and report["smoke"] is True
-    assert set(report["stages"]) == {"pretrain", "SFT", "SFT_long", "control", "distill"}
-    for scores in report["stages"].values():
+    assert set(report["stages"]) == set(STAGES)
+    for row, scores in report["stages"].items():
+        longer = ("multi_step", "elsewhere") if row not in ("pretrain", "SFT") else ()
         assert set(scores["bpb"]) == {"pretrain", "sft_512", "sft_1024", "r1_1024"}
-        assert min(scores[kind]["n"] for kind in ("facts/asked", "facts/never_asked", "one_step", "multi_step")) >= 200
-        assert sum(part["n"] for part in scores["by_steps"].values()) == scores["multi_step"]["n"]
+        assert min(scores[kind]["n"] for kind in ("facts/asked", "facts/never_asked", "one_step", *longer)) >= 200
+        assert sum(n for n in (scores[f"multi_step/{steps}"]["n"] for steps in range(2, 9) if longer)) == (
+            scores["multi_step"]["n"] if longer else 0)
     assert 0 <= report["targets"]["control_targets"] - report["targets"]["targets"] < 10_000
-    assert len(report["thresholds"]) == 6
+    assert len(report["thresholds"]) == len(THRESHOLDS)
     assert (out / "thinking.png").stat().st_size > 5000 and (out / "stages.png").stat().st_size > 5000
-    assert "> 你是谁？" in printed and "## Does thinking help?" in printed
+    assert "[think] > 小明有3个苹果" in printed and "[no think] > 58加7等于多少？" in printed
+    assert "## Does thinking help?" in printed
     assert "python eval_model.py --checkpoint out/quickstart/distill.pth" in printed.splitlines()[-1]
     assert (out / "report.md").read_text(encoding="utf-8").startswith("# Quickstart (smoke test")
 

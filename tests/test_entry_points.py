@@ -47,7 +47,8 @@ def test_help_of_every_script_on_another_console_in_a_closed_pipe_and_on_a_full_
 @pytest.mark.extra
 @pytest.mark.parametrize("script", entry_points())
 def test_help_of_every_script_in_real_processes(script):
-    command = [sys.executable, "-m", "fastpath.known"] if script == "fastpath/known.py" else [sys.executable, script]
+    as_module = script.startswith(("fastpath/", "text/"))
+    command = [sys.executable, *(["-m", script.removesuffix(".py").replace("/", ".")] if as_module else [script])]
     options = dict(cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
     started = subprocess.Popen([*command, "--help"], stdout=subprocess.PIPE, **options)
     started.stdout.close()

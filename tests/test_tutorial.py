@@ -4,7 +4,6 @@ import re
 import shlex
 import shutil
 import sys
-from itertools import islice
 from unittest import mock
 
 import pytest
@@ -16,7 +15,7 @@ from common.generation import Decoder
 from common.weights import save_weights
 from Config import LLMConfig
 from dataset import StepLoader, evaluation_batches
-from make_demo_data import World
+from make_demo_data import World, make_files
 from model import Packing, WeakWater
 from text.tokenizer import TextEncoder
 
@@ -39,7 +38,8 @@ SAYS = {  # what each sub-command has to print, whatever the weights
     "schedule": r"  999     1\.000     0\.000      0\.003       0\.100",
     "resume": r"at once: (losses( +\d+\.\d+){6})\nresumed: \1\n",
     "distill": r"total_weight: \d+ REPLY x 1 \+ 4 TAG x ([\d.]+) \+ \d+ THINK x ([\d.]+) = ",
-    "control": r"distill: \d+ targets\n.*=.*\ncontrol: \d+ targets\n    '<think>\\n</think>",
+    "control": r"distill: \d+ targets\n    without loss '', then '<think>\\n.*\n"
+               r"control: \d+ targets\n    without loss '<think>\\n\\n</think>\\n', then '[^<]+' and </s>\n",
     "answer": r"\(2, 1, 2, \d+, 32\), of which \d+ slots are filled; logits \(1, \d+\)",
     "score": r"together: loss .*\n(.*\n)*   28  from .*\n(.*\n)*  18 of  20:  90%, 69\.9% to 97\.2%",
 }
@@ -48,13 +48,11 @@ SAYS = {  # what each sub-command has to print, whatever the weights
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer, tokenizer_dir):
     """What quickstart.sh leaves, as far as the tutorial reads it: a little of the demo's data, and random weights."""
-    out, world = tmp_path_factory.mktemp("tutorial"), World(seed=5)
+    out, files = tmp_path_factory.mktemp("tutorial"), make_files(World(seed=5), share=0.01)
     (out / "data" / "val").mkdir(parents=True)
     shutil.copytree(tokenizer_dir, out / "tokenizer")
-    records = {"pretrain": ({"text": text} for text in world.texts(0.01)), "sft_512": world.short_chats(0.01),
-               "r1_1024": world.thoughts(0.01)}
-    for name, some in records.items():
-        write_jsonl(out / "data" / "val" / f"{name}.jsonl", list(islice(some, 80)))
+    for name in ("pretrain", "sft_512", "r1_1024"):
+        write_jsonl(out / "data" / "val" / f"{name}.jsonl", files[f"val/{name}.jsonl"][:80])
     torch.manual_seed(0)
     model = WeakWater(LLMConfig.preset("nano", vocab_size=TextEncoder.of(tokenizer).vocab_size))
     for stage in ("pretrain", "SFT", "SFT_long", "distill"):
@@ -95,6 +93,12 @@ def test_weights_follow_the_flags(folder, capsys):
     replies, tags, thoughts = map(int, counts.groups())
     assert f" = {replies + 5 * tags + 0.5 * thoughts:g}\n" in weighted
     assert re.search(r"TAG +5  <think>\n.* THINK +0\.5  ", weighted)
+
+
+def test_a_model_that_thinks_answers_behind_think(folder, capsys):
+    printed = printed_by("answer --stage distill --max_new_tokens 2", folder, capsys)
+    assert re.search(r"assistant \| \\n \| <think>\n(.*\n)*'<think>", printed)
+    assert "<think>" not in printed_by("answer --stage SFT --max_new_tokens 2", folder, capsys).splitlines()[2]
 
 
 class Doubled(Decoder):

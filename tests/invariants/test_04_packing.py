@@ -17,7 +17,7 @@ import model as network
 from common import runtime
 from common.scoring import score
 from Config import LLMConfig
-from dataset import StepLoader, evaluated, evaluation_batches, load_documents
+from dataset import MicroBatch, StepLoader, evaluated, evaluation_batches, load_documents
 from fastpath import accelerate, training
 from fastpath.training import LinearCrossEntropy
 from model import WeakWater
@@ -147,6 +147,32 @@ def test_training_buffers_equal_their_documents(tokenizer, data_dir, cache_dir, 
         loss.backward()
         packed = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
         assert_same(packed, loss_and_gradients(model, alone), 1e-7)
+
+
+@PATHS
+@pytest.mark.parametrize("n_tokens, n_targets", [(63, 5), (64, 64), (65, 0), (90, 89)])
+def test_a_buffer_rounded_up_on_a_cpu_has_the_same_loss(n_tokens, n_targets, replaced):
+    """Few sizes of matmuls: tokens and targets are multiples of 64, what is added has no weight, loss and gradients are
+    those of the buffer as it is."""
+    lengths = [n_tokens // 3, n_tokens - n_tokens // 3]
+    tokens, index, targets, weights = make_buffer(lengths=lengths)
+    index = torch.arange(n_targets)
+    targets, weights = torch.randint(1, 97, (n_targets,)), torch.rand(n_targets, dtype=torch.float64) + 0.5
+    batch = MicroBatch(tokens[0].numpy(), lengths, index.numpy(), targets.numpy(), weights.numpy()).to("cpu")
+    assert batch["tokens"].shape[1] % 64 == len(batch["targets"]) % 64 == 0
+    assert n_tokens <= sum(batch["lengths"]) < n_tokens + 64
+    assert sum(batch["lengths"]) == batch["tokens"].shape[1] == int(batch["boundaries"][-1])
+    assert len(batch["weights"]) == len(batch["target_index"]) == len(batch["targets"])
+    assert not batch["weights"][n_targets:].any() and batch["targets"][:n_targets].equal(targets)
+    model = make_model(replaced=replaced)
+    model.zero_grad()
+    loss = model(**batch)
+    if n_targets:
+        loss.backward()
+        rounded = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+        assert_same(rounded, loss_and_gradients(model, [(tokens, lengths, index, targets, weights)]), 1e-9)
+    else:
+        assert loss.item() == 0
 
 
 def documents_alone(q, k, v, bounds):
