@@ -103,10 +103,10 @@ def thoughtful(thought: tuple[str, ...], answer: str) -> str:
 # elsewhere per part and number of steps, unknown per kind
 COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "worked": 5000, "retellings": 1500, "counting": 500,
           "rosters": 2000, "scenes": 300,
-          "short_facts": 600, "short_stories": 9000, "short_sums": 4000, "short_talk": 2500,
-          "short_people": 5000, "short_unknown": 2200, "short_follow_ups": 3000, "long_chats": 300,
-          "thought_problems": 9000, "thought_stories": 3500, "thought_sums": 2500, "thought_facts": 200, "thought_talk": 1000,
-          "thought_people": 1500, "thought_unknown": 1000, "thought_follow_ups": 2000,
+          "short_facts": 500, "short_stories": 7000, "short_sums": 3000, "short_talk": 2000,
+          "short_people": 4000, "short_unknown": 1800, "short_follow_ups": 2500, "long_chats": 250,
+          "thought_problems": 7500, "thought_stories": 2800, "thought_sums": 2000, "thought_facts": 160, "thought_talk": 800,
+          "thought_people": 1200, "thought_unknown": 800, "thought_follow_ups": 1600,
           "long_validation": 20, "multi_step": 40, "elsewhere": 20, "unknown": 100}
 VALIDATION_SHARE = 0.02
 MOST_PORTRAITS = 5  # per text
@@ -547,8 +547,8 @@ class Known:
     def __init__(self, records: Iterable[dict], askings: set[str]):
         self.text = "\n".join(r["text"] if "text" in r else "\n".join(m["content"] for m in r["conversations"])
                               for r in records)
-        # every word of two to four characters, so that it need not be searched for
-        self.words = {word for n in (2, 3, 4) for word in map("".join, zip(*(self.text[i:] for i in range(n)),
+        # every word of two or three characters, so that it need not be searched for
+        self.words = {word for n in (2, 3) for word in map("".join, zip(*(self.text[i:] for i in range(n)),
                                                                             strict=False))}
         masked = re.sub(r"\d+", "#", self.text)
         self.clauses = "\n".join(set(re.findall("[^#，,。\n]+#", masked)))
@@ -556,7 +556,7 @@ class Known:
         self.askings, self.given = "\n".join(askings), set()
 
     def lacks(self, word: str) -> bool:
-        return word not in (self.words if 2 <= len(word) <= 4 else self.text)
+        return word not in (self.words if 2 <= len(word) <= 3 else self.text)
 
     def lacks_clause(self, clause: str) -> bool:
         """`clause` ends where its number begins."""

@@ -34,8 +34,9 @@ def carry(tmp_path_factory):
                        "r1.jsonl.xz": (demo / "r1_1024.jsonl").read_bytes()}.items():
         (carry / name).write_bytes(lzma.compress(data, preset=0))
     shutil.copy(demo / "eval/one_step.jsonl", carry / "held_out.jsonl")
+    # as the head of gpu.sh makes it: with fewer entries the long chats would have more than 1,024 tokens
     subprocess.run([sys.executable, ROOT / "train_tokenizer.py", "--data_path", demo / "pretrain.jsonl", "--vocab_size",
-                    "600", "--tokenizer_path", carry / "tokenizer"], check=True, capture_output=True)
+                    "1700", "--single_hanzi", "--tokenizer_path", carry / "tokenizer"], check=True, capture_output=True)
     return carry
 
 
