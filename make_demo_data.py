@@ -234,7 +234,7 @@ class World:
         return "\n".join([wording.question, *wording.thought, wording.answer])
 
     def retelling(self) -> str:
-        """Words that are repeated: a story that a second person tells again, or names and things that are listed."""
+        """Words that are repeated: somebody lists things or names, and a second person says them again."""
         rng = self.rng
         one, other = self.name(), self.name()
         if rng.random() < 0.5:
@@ -357,40 +357,53 @@ class World:
 
     def follow_up(self, thinking: bool, kind: str | None = None, triple=None) -> tuple[list[str], Turn]:
         """(earlier question and reply, a turn that can only be understood from them)."""
-        rng = self.rng
-        kind = kind or rng.choice(("relation", "entity", "stranger", "step", "step", "sum"))
-        if kind in ("relation", "entity", "stranger"):
-            fact = self.askable_fact()
-            asked, stranger = [fact.ask_otherwise(rng), fact.answer()], self.stranger(fact.relation)
-            if kind == "stranger" and rng.random() < 0.5:  # asked about somebody else, or again about a stranger
-                question = unpunctuated(rng, rng.choice(fact.relation.asked).format(e=stranger))
-                first = self.refusal(question, stranger, fact.relation)
-                return [first.question, first.reply], self.refusal(fact.ask_again(rng), stranger, fact.relation)
-            if kind == "stranger":
-                return asked, self.refusal(f"那{stranger}呢？", stranger, fact.relation)
-            others = [other for other in self.facts_of[fact.entity if kind == "relation" else fact.relation.name]
-                      if other != fact and not other.never_asked]
-            if not others:
-                return self.follow_up(thinking, kind)
-            other = rng.choice(others)
-            again = other.ask_again(rng) if kind == "relation" else rng.choice(("那{e}呢？", "{e}呢？", "那么{e}呢？")).format(
-                e=other.entity)
-            return asked, fact_turn(again, other)
-        a, operation, b = triple = triple or self.counting.triple()
-        if kind == "sum":
-            first = rng.choice(self.counting.before[a])
-            word = {"+": "加", "-": "减", "*": "乘", "/": "除以"}[operation]
-            again = rng.choice((f"再{word}{b}呢？", f"再{word}{b}等于多少？", f"再{word}{b}是多少？", f"再{word}{b}", f"{word}{b}呢？"))
-            return self.said(sum_turn(rng, first), thinking), Turn(
-                again, f"{equations(*triple)}。", (f"刚才是{a}", equations(*triple)), f"等于{apply(*triple)}。")
-        story = self.story()
+        kind = kind or self.rng.choice(("relation", "entity", "stranger", "step", "step", "sum"))
+        if kind in ("step", "sum"):
+            make = self.one_more_step if kind == "step" else self.sum_goes_on
+            first, turn = make(triple or self.counting.triple())
+            return self.said(first, thinking), turn
+        return self.asked_about_another(kind)
+
+    def asked_about_another(self, kind: str) -> tuple[list[str], Turn]:
+        """A fact, and then another relation of the same entity, or the same relation of another: known or a stranger."""
+        rng, fact = self.rng, self.askable_fact()
+        asked, stranger = [fact.ask_otherwise(rng), fact.answer()], self.stranger(fact.relation)
+        if kind == "stranger" and rng.random() < 0.5:  # the stranger comes first
+            question = unpunctuated(rng, rng.choice(fact.relation.asked).format(e=stranger))
+            first = self.refusal(question, stranger, fact.relation)
+            return [first.question, first.reply], self.refusal(fact.ask_again(rng), stranger, fact.relation)
+        if kind == "stranger":
+            return asked, self.refusal(f"那{stranger}呢？", stranger, fact.relation)
+        others = [other for other in self.facts_of[fact.entity if kind == "relation" else fact.relation.name]
+                  if other != fact and not other.never_asked]
+        if not others:
+            return self.asked_about_another(kind)
+        other = rng.choice(others)
+        again = (other.ask_again(rng) if kind == "relation" else
+                 rng.choice(("那{e}呢？", "{e}呢？", "那么{e}呢？")).format(e=other.entity))
+        return asked, fact_turn(again, other)
+
+    def sum_goes_on(self, triple: tuple[int, str, int]) -> tuple[Turn, Turn]:
+        """A sum whose result is the first number of `triple`, and then that: 再加5呢？"""
+        a, operation, b = triple
+        first = self.rng.choice(self.counting.before[a])
+        word = {"+": "加", "-": "减", "*": "乘", "/": "除以"}[operation]
+        again = self.rng.choice((f"再{word}{b}呢？", f"再{word}{b}等于多少？", f"再{word}{b}是多少？", f"再{word}{b}",
+                                 f"{word}{b}呢？"))
+        return sum_turn(self.rng, first), Turn(
+            again, f"{equations(*triple)}。", (f"刚才是{a}", equations(*triple)), f"等于{apply(*triple)}。")
+
+    def one_more_step(self, triple: tuple[int, str, int]) -> tuple[Turn, Turn]:
+        """A problem whose result is the first number of `triple`, and then that: 再给他5个呢？"""
+        rng, story, (a, operation, b) = self.rng, self.story(), triple
         first, *step = rng.choice(self.counting.before[a])
         wording = self.writer.put(Problem(first, (tuple(step),)), story)
         begin, rest = self.writer.clause(operation, b, story)
-        ask = rng.choice((*("呢？",) * 4, "呢", f"，还有多少{story.unit}？", f"，现在有几{story.unit}？", f"，是多少{story.unit}？"))
+        ask = rng.choice((*("呢？",) * 4, "呢", f"，还有多少{story.unit}？", f"，现在有几{story.unit}？",
+                          f"，是多少{story.unit}？"))
         lead = rng.choice(("", "", "如果", "要是", "那", "那么"))
         answer = f"有{apply(*triple)}{story.unit}。"
-        return self.said(problem_turn(wording), thinking), Turn(
+        return problem_turn(wording), Turn(
             f"{lead}{begin}{b}{rest}{ask}", f"{equations(*triple)}，{answer}",
             (f"刚才是{a}", f"{begin}{b}：{equations(*triple)}", asked_up_to_number(ask.lstrip("，"))), answer)
 

@@ -136,18 +136,18 @@ def test_the_readmes_show_the_recorded_run():
     results = ROOT / "docs" / "results" / "quickstart"
     reports = [json.loads((results / f"seed_{seed}.json").read_text(encoding="utf-8")) for seed in range(1, 6)]
     for report in reports:
+        assert [(verdict["what"], verdict["least"]) for verdict in report["thresholds"]] == [
+            (what, least) for what, least, _ in THRESHOLDS]
         assert all(verdict["met"] for verdict in report["thresholds"])
         assert report["stages"]["SFT_long"]["one_step"]["n"] == sum(Counting.HELD_OUT.values())
-    report = reports[0]
-    numbers = [report["stages"]["distill"][kind]["n"] for kind in ("facts/asked", "facts/never_asked", "one_step",
-                                                                   "multi_step")]
+    scores = reports[0]["stages"]
     for document in READMES:
         text = (ROOT / document).read_text(encoding="utf-8").replace("*", "")
-        assert re.search(r"{} \+ {} .*\b{}\b.*\b{}\b".format(*numbers), text, re.ASCII), (document, numbers)
-        for kind in ("facts/asked", "facts/never_asked", "one_step", "multi_step"):
-            scores = [report["stages"][stage][kind] for stage in ("pretrain", "SFT_long", "control", "distill")]
-            cells = [f"{100 * s['accuracy']:.0f} % ({100 * s['interval95'][0]:.0f}–{100 * s['interval95'][1]:.0f})"
-                     for s in scores]
+        for kind in ("facts/asked", "facts/never_asked", "one_step", "multi_step", *(f"elsewhere/{p}" for p in "abcde"),
+                     "follow_up", "unknown"):
+            found = [scores[row].get(kind) for row in ("SFT_long", "control", "distill", "distill_off")]
+            cells = ["" if s is None else f"{100 * s['accuracy']:.0f} % ({100 * s['interval95'][0]:.0f}–"
+                     f"{100 * s['interval95'][1]:.0f})" for s in found]
             assert " | ".join(cells) in text, (document, kind)
 
 
