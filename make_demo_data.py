@@ -101,11 +101,11 @@ def thoughtful(thought: tuple[str, ...], answer: str) -> str:
 
 # documents or turns of each kind: portraits per entity, facts per relation; of eval/: multi_step per number of steps,
 # elsewhere per part and number of steps, unknown per kind
-COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "worked": 5000, "retellings": 1500, "counting": 500,
+COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "worked": 4300, "retellings": 1500, "counting": 500,
           "rosters": 2000, "scenes": 300,
           "short_facts": 500, "short_stories": 7000, "short_sums": 3000, "short_talk": 2000,
           "short_people": 4000, "short_unknown": 1800, "short_follow_ups": 2500, "long_chats": 250,
-          "thought_problems": 7500, "thought_stories": 2800, "thought_sums": 2000, "thought_facts": 160, "thought_talk": 800,
+          "thought_problems": 7000, "thought_stories": 2800, "thought_sums": 2000, "thought_facts": 160, "thought_talk": 800,
           "thought_people": 1200, "thought_unknown": 800, "thought_follow_ups": 1600,
           "long_validation": 20, "multi_step": 40, "elsewhere": 20, "unknown": 100}
 VALIDATION_SHARE = 0.02
@@ -350,7 +350,8 @@ class World:
                 return problem
 
     def new_problem(self) -> Wording:
-        return self.writer.put(self.draw_problem(self.rng.randint(LEAST_STEPS, MOST_STEPS)), self.story())
+        n_steps = max(self.rng.randint(LEAST_STEPS, MOST_STEPS) for _ in range(2))  # more of the long ones
+        return self.writer.put(self.draw_problem(n_steps), self.story())
 
     def problem_asked(self) -> Turn:
         return problem_turn(self.new_problem())

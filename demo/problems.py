@@ -213,8 +213,10 @@ class Writer:
         self.rng = rng
         self.askings = set()  # every wording of a question so far
 
-    def clause(self, operation: str, b: int, story: Story, style: Style = TRAINED) -> tuple[str, str]:
-        """(clause up to its number, the rest) of one step."""
+    def clause(self, operation: str, b: int, story: Story, style: Style = TRAINED,
+               named_share: float = 0.1) -> tuple[str, str]:
+        """(clause up to its number, the rest) of one step. Where the owner gives or gets, this share names him instead of
+        他: then the names alone say which it is."""
         rng = self.rng
         while True:
             time = rng.choice(TIMES) if style.clauses == HELD_OUT or rng.random() < 0.5 else ""
@@ -228,8 +230,7 @@ class Writer:
             # a held-out clause has no names, so that it can be searched for
             if pronoun and story.others and not style.new_verbs and style.clauses == KNOWN and rng.random() < 0.22:
                 other = rng.choice(story.others)
-                # the owner is sometimes named instead of 他
-                named = rng.random() < 0.2
+                named = rng.random() < named_share
                 if gain:
                     verb, frame = rng.choice(GIVEN_TO_OWNER), rng.choice(("{t}{g}{v}", "{t}{g}又{v}", "{g}{t}{v}"))
                     text = verb.format(p=story.owner if named else pronoun)
@@ -281,10 +282,11 @@ class Writer:
         start = rng.choice(STARTS) if story.pronoun else rng.choice(("有", "原来有", "本来有", "一共有", "放着"))
         told = [f"{story.owner}{start}{problem.start}{story.unit}{story.thing}"]
         thought, clauses = [f"{story.owner}{start}{problem.start}"], []
+        named_share = 0.5 if len(problem.steps) == 1 else 0.1  # learned where nothing else is difficult
         for operation, b in problem.steps:
-            begin, rest = self.clause(operation, b, story, style)
+            begin, rest = self.clause(operation, b, story, style, named_share)
             while f"{begin}{b}" in thought:  # nobody could say at which of two equal clauses a thought is
-                begin, rest = self.clause(operation, b, story, style)
+                begin, rest = self.clause(operation, b, story, style, named_share)
             told.append(f"{begin}{b}{rest}")
             clauses.append(begin)
             thought.append(f"{begin}{b}")

@@ -29,10 +29,10 @@ SMALL_TALK = (  # (questions, replies, thought)
     (words("你今天好吗？ 你开心吗？ 你累不累？ 你好吗？ 最近怎么样？ 你还好吗？ 你吃饭了吗？ 你在干什么？ 你忙吗？ "
            "你过得怎么样？ 你睡了吗？ 你高兴吗"),
      ("我很好，谢谢你的关心。", "我是一个程序，一直都在，谢谢关心。"), "对方在关心我。"),
-    (words("你真棒 你真聪明 太好了 真厉害 答对了 好的 你真好 很好 不错 你好厉害 你太棒了 对 没错 我喜欢你 哈哈 好 嗯 "
+    (words("你真棒 你真聪明 太好了 真厉害 答对了 好的 很好 不错 你太棒了 对 没错 我喜欢你 哈哈 好 嗯 "
            "我知道了 明白了 真不错"),
      ("谢谢，我会继续努力。", "谢谢夸奖，还想问什么？"), "对方在夸我，或者表示明白了。"),
-    (words("你错了 不对 你真笨 答错了 这不对吧 你说错了 胡说 你好笨 你算错了 错了 不是这样的 你不行"),
+    (words("你错了 不对 你真笨 答错了 这不对吧 你说错了 胡说 你算错了 错了 不是这样的 你不行"),
      ("对不起，我还在学习，请再问我一次。", "抱歉，我只是一个很小的模型，难免出错。"), "对方说我错了。"),
     (words("谁训练了你？ 谁做的你？ 你是谁开发的？ 谁创造了你？ 你是怎么来的？ 你是怎么训练的？ 你从哪里来？ "
            "你有多大？ 你有多少参数？ 你几岁了？ 你多大了？ 你聪明吗？ 你是男的还是女的？ 你有感情吗？ 你住在哪里？"),
@@ -127,7 +127,7 @@ UNKNOWN_THOUGHT = "这件事我不知道。"
 def small_talk(rng: random.Random) -> tuple[str, str, str]:
     """(question, reply, thought)."""
     asked, answered, thought = rng.choice(SMALL_TALK)
-    question = rng.choice(asked)
+    question = rng.choice(asked[:5] if rng.random() < 0.5 else asked)  # the first are the most common
     if question[-1] in "？。！" and rng.random() < 0.2:
         question = question[:-1]
     elif rng.random() < 0.05:

@@ -15,13 +15,13 @@ RIGHT = {  # row of the report: how many of 100 questions of each source are rig
                  "elsewhere/b": 9, "elsewhere/c": 9, "elsewhere/d": 9, "elsewhere/e": 9},
     "control": {"facts/asked": 50, "facts/never_asked": 50, "one_step": 50, "multi_step/2": 30, "elsewhere/a": 60,
                 "elsewhere/b": 55, "elsewhere/c": 55, "elsewhere/d": 50, "elsewhere/e": 9},
-    "distill": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 93, "multi_step/2": 94, "elsewhere/a": 90,
+    "distill": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 93, "multi_step/2": 90, "elsewhere/a": 90,
                 "elsewhere/b": 85, "elsewhere/c": 85, "elsewhere/d": 80, "elsewhere/e": 9, "follow_up/step": 85,
                 "unknown/people": 90},
     "distill_off": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 50, "multi_step/2": 9, "elsewhere/a": 9,
                     "follow_up/step": 9, "unknown/people": 9},
 }
-LIMITS = [0.9, 0.95, 0.8, 0.94, 0.93, 0.99, 0.9, 0.85, 0.85, 0.8, 0.3, 0.9, 0.8, 0.9, 0.8, 0.85, 0.9, 0.97, 0.98, 0.98]
+LIMITS = [0.9, 0.95, 0.8, 0.9, 0.93, 0.99, 0.9, 0.85, 0.85, 0.8, 0.3, 0.9, 0.8, 0.9, 0.8, 0.85, 0.9, 0.97, 0.98, 0.98]
 THOUGHT = ["有3", "买2：3+2=5", "问有多少"]
 
 
@@ -80,7 +80,7 @@ def test_thresholds_that_are_just_met(out, monkeypatch):
     ({"SFT_long": {"one_step": 89}}, {}, "SFT_long answers one-step"),
     ({"SFT_long": {"facts/asked": 94}}, {}, "SFT_long answers facts asked"),
     ({"SFT_long": {"facts/never_asked": 79}}, {}, "SFT_long answers facts never"),
-    ({"distill": {"multi_step/2": 93}}, {}, "2 to 8 steps"), ({"distill": {"one_step": 92}}, {}, "sums and one-step"),
+    ({"distill": {"multi_step/2": 89}}, {}, "2 to 8 steps"), ({"distill": {"one_step": 92}}, {}, "sums and one-step"),
     ({"distill": {"elsewhere/a": 89}, "control": {"elsewhere/a": 59}}, {}, "elsewhere a"),
     ({"distill": {"elsewhere/b": 84}, "control": {"elsewhere/b": 54}}, {}, "elsewhere b"),
     ({"distill": {"elsewhere/c": 84}, "control": {"elsewhere/c": 54}}, {}, "elsewhere c"),
