@@ -215,8 +215,8 @@ class Writer:
 
     def clause(self, operation: str, b: int, story: Story, style: Style = TRAINED,
                named_share: float = 0.1) -> tuple[str, str]:
-        """(clause up to its number, the rest) of one step. Where the owner gives or gets, this share names him instead of
-        他: then the names alone say which it is."""
+        """(clause up to its number, the rest) of one step. Where the owner gives or gets, `named_share` of the clauses
+        name him instead of 他: then the names alone say which it is."""
         rng = self.rng
         while True:
             time = rng.choice(TIMES) if style.clauses == HELD_OUT or rng.random() < 0.5 else ""
