@@ -317,9 +317,10 @@ class Writer:
             question, _, kind = self.asking({"+"}, story, style, whose=f"{b}{box}", kind="一共")
             return self.finish(problem, story, told, [f"有{a}", f"{b}{box}"], question, kind)
         if operation == "/":
-            told = [rng.choice((f"把{a}{story.unit}{story.thing}平均分给{b}个人",
-                                    f"{b}个人平分{a}{story.unit}{story.thing}",
-                                f"{has}，平均分给{b}个人", f"{a}{story.unit}{story.thing}平均分成{b}份"))]
+            people = rng.choice(("人", "人", "小朋友", "同学", "孩子", "学生"))
+            told = [rng.choice((f"把{a}{story.unit}{story.thing}平均分给{b}个{people}",
+                                f"{b}个{people}平分{a}{story.unit}{story.thing}",
+                                f"{has}，平均分给{b}个{people}", f"{a}{story.unit}{story.thing}平均分成{b}份"))]
             each = "每份" if "份" in told[0] else rng.choice(("每人", "每个人"))
             question, _, kind = self.asking(set(), story, style, whose=each, kind="有")
             return self.finish(problem, story, told, [f"有{a}", f"分成{b}份"], question.replace("还有", "有"), kind)

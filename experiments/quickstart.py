@@ -58,7 +58,7 @@ THRESHOLDS = (  # name, smallest share, and how to get it from the scores of all
     ("thinking off: facts never asked", 0.80, accuracy("distill_off", "facts/never_asked")),
     ("thinking: follow-ups", 0.85, accuracy("distill", "follow_up")),
     ("thinking: unknown people and topics declined", 0.90, accuracy("distill", "unknown")),
-    ("thinking: facts that are not declined", 0.97, accuracy("distill", "facts_not_declined")),
+    ("thinking: facts that are not declined", 0.95, accuracy("distill", "facts_not_declined")),
     ("thinking: well-formed", 0.98, accuracy("distill", "well_formed")),
     ("thinking off: without tags, ended", 0.98, accuracy("distill_off", "well_formed")),
 )
