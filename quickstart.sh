@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model that thinks, in about nine minutes on two CPU cores: generates a small Chinese world, trains the
+# From nothing to a model that thinks, in about ten minutes on two CPU cores: generates a small Chinese world, trains the
 # tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
 #
 #   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in under a minute, too short to learn anything
@@ -90,6 +90,7 @@ last="$same --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --epochs 100"
 
 # The control trains beside distill, since a model this small gains little from more cores: the same mixture from the same
 # weights, without the thoughts, for as many target tokens.
+threads=${OMP_NUM_THREADS:-}
 export OMP_NUM_THREADS=$(( $(python -c "import os; print(os.cpu_count())") / 2 ))
 [ "$OMP_NUM_THREADS" -gt 0 ] || export OMP_NUM_THREADS=1
 of_control() {  # a value of no_think_control.py's result: what distill.py is to train on, and for how long
@@ -126,6 +127,8 @@ wait "$jobs" || { tail -n 3 $OUT/control.log >&2; echo "quickstart.sh: the contr
 jobs=""
 score control off "facts one_step multi_step elsewhere"
 took control
+unset OMP_NUM_THREADS
+[ ! "$threads" ] || export OMP_NUM_THREADS=$threads
 
 echo
 echo "a conversation with the last stage:"
