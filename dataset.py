@@ -686,15 +686,15 @@ class MicroBatch:
         """
         import torch  # here, so that training a tokenizer does not cost the memory of torch
 
-        lengths, device = self.lengths, torch.device(device)
+        lengths, kind = self.lengths, torch.device(device).type
         arrays = dict(tokens=self.tokens, target_index=self.target_index, targets=self.targets, weights=self.weights)
-        if device.type == "cpu":
+        if kind == "cpu":
             if more := -len(self.tokens) % self.SIZES:
                 lengths = [*lengths, more]
             arrays = {name: np.pad(array, (0, -len(array) % self.SIZES)) for name, array in arrays.items()}
         arrays |= dict(tokens=arrays["tokens"][None], boundaries=np.cumsum([0, *lengths], dtype=np.int32))
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        on_cuda = device.type == "cuda"
+        on_cuda = kind == "cuda"
         if on_cuda:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         # from memory that is not pinned a copy must be waited for: it would read on after the memory is freed

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 
+from demo.talk import FAMOUS
 from demo.words import GIVEN, SURNAMES, words
 
 PLACES = words("清河镇 白石村 柳林镇 青松寨 红枫谷 云峰村 金沙湾 石桥镇 竹溪村 梅岭镇 "
@@ -148,7 +149,7 @@ def make_facts(rng: random.Random) -> list[Fact]:
     people: list[str] = []
     while len(people) < N_PEOPLE:
         name = person_name(rng)
-        if not any(name in other or other in name for other in people):
+        if name not in FAMOUS and not any(name in other or other in name for other in people):
             people.append(name)
     pairs = [(e, r) for e in people for r in OF_PEOPLE] + [(e, r) for e in PLACES for r in OF_PLACES]
     never = set(rng.sample(range(len(pairs)), round(NEVER_ASKED_SHARE * len(pairs))))

@@ -114,6 +114,8 @@ HELD_OUT_TOPICS = {
     "make": words("一首关于大海的诗 一份菜谱 一篇演讲稿 一段广告 一个谜语 一封情书"),
     "thing": words("一部纪录片 一家酒店 一双跑鞋 一把吉他"),
 }
+FAMOUS = " ".join([*ALONE, *HELD_OUT_ALONE, *(t for group in (TOPICS, HELD_OUT_TOPICS) for topics in group.values()
+                                              for t in topics)])  # nobody in the world has a name in here
 REPLIES = {  # why it cannot be answered: replies, each with one of the phrases in common/answers.py
     "person": ("对不起，我不认识这个人。", "这个人我没听说过。", "我的小世界里没有这个人，我不知道。",
     "我不认识这个人，只认识小世界里的人。"),
