@@ -269,6 +269,8 @@ class Writer:
                 continue
             if who == "{e}" and story.owner == "我":
                 continue
+            if style.question == HELD_OUT and ("{e}" in who or "{o}" in tail):  # so that it can be searched for
+                continue
             if fits(style.question, lead, who if whose is None else "{e}", core, tail):
                 wording = lead + who + core + tail
                 if style.question != HELD_OUT:
