@@ -676,22 +676,21 @@ class MicroBatch:
     targets: np.ndarray
     weights: np.ndarray
 
-    SIZES = 64  # on a CPU tokens and targets are rounded up to a multiple of this
-
-    def to(self, device) -> dict:
+    def to(self, device, multiple_of: int = 64) -> dict:
         """The model's keyword arguments, as tensors on `device`.
 
-        On a CPU a document of a few tokens without a target fills the buffer up, and targets of weight 0 their list:
-        for each new size of a matmul oneDNN compiles code, a quarter of the time of a small model's step.
+        On a CPU the numbers of tokens and of targets are rounded up to a multiple: a document of a few tokens without a
+        target fills the buffer up, and targets of weight 0 their list. For each new size of a matmul oneDNN compiles
+        code, which takes a quarter of the time of a small model's step.
         """
         import torch  # here, so that training a tokenizer does not cost the memory of torch
 
         lengths, kind = self.lengths, torch.device(device).type
         arrays = dict(tokens=self.tokens, target_index=self.target_index, targets=self.targets, weights=self.weights)
         if kind == "cpu":
-            if more := -len(self.tokens) % self.SIZES:
+            if more := -len(self.tokens) % multiple_of:
                 lengths = [*lengths, more]
-            arrays = {name: np.pad(array, (0, -len(array) % self.SIZES)) for name, array in arrays.items()}
+            arrays = {name: np.pad(array, (0, -len(array) % multiple_of)) for name, array in arrays.items()}
         arrays |= dict(tokens=arrays["tokens"][None], boundaries=np.cumsum([0, *lengths], dtype=np.int32))
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         on_cuda = kind == "cuda"
@@ -761,7 +760,8 @@ class StepLoader:
     Text: the documents of an epoch form one stream, cut into rows of max_seq_len tokens; a document that does
     not end in its row continues in the next. Chat: whole documents are taken in order as long as they fit; one
     that does not fit waits for the next step. A micro-batch may exceed batch_size × max_seq_len by less than one
-    conversation. Text among chats is cut into segments of at most max_seq_len tokens. There are no padding tokens.
+    conversation. Text among chats is cut into segments of at most max_seq_len tokens. There are no padding tokens,
+    but for the few that MicroBatch.to adds on a CPU.
     """
 
     LOOK_AHEAD = 256  # conversations that may wait at a time; they fill the gaps of later steps

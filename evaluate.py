@@ -115,7 +115,7 @@ def check_history(history) -> None:
         check_conversation(history)
     except MalformedRecord as error:
         raise MalformedRecord(f'"history": {error}') from None
-    first = next((1 for message in history[:1] if message["role"] == "system"), 0)
+    first = int(bool(history) and history[0]["role"] == "system")
     for index, message in enumerate(history):
         if not message["content"].strip():
             raise MalformedRecord(f'"history": message {index + 1} is empty')

@@ -630,6 +630,7 @@ def make_files(world: World, share: float) -> dict[str, list[dict]]:
     files["eval/elsewhere.jsonl"] = list(world.elsewhere_questions(problems, known))
     files["eval/follow_up.jsonl"] = list(world.follow_up_questions())
     files["eval/unknown.jsonl"] = list(world.unknown_questions(known))
+    assert files.keys() == set(FILES)
     return files
 
 

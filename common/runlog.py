@@ -176,6 +176,7 @@ def describe_run(net, loader, run) -> list[str]:
     args, train, tokens = run.args, loader.documents, loader.tokens_per_epoch
     parts = net.num_parameters()
     steps = loader.steps_in_epoch(0)
+    fills_up = loader.is_chat and next(net.parameters()).device.type == "cpu"  # MicroBatch.to; rows of text are full
     lines = [
         f"parameters: {sum(parts.values()):,} = " + " + ".join(f"{n:,} {part}" for part, n in parts.items() if n),
         f"a step: {loader.step_tokens:,} tokens = {args.batch_size} rows x {args.max_seq_len} x "
@@ -183,7 +184,8 @@ def describe_run(net, loader, run) -> list[str]:
         f"an epoch: {tokens:,} tokens in {steps:,} steps; in all {run.total_steps:,} steps, "
         f"{run.total_steps / steps:.3g} epochs, about "
         f"{min(tokens * args.epochs, run.total_steps * loader.step_tokens):,} tokens",
-        f"no padding tokens; steps are {tokens / steps / loader.step_tokens:.1%} full; "
+        f"no padding tokens{' but those that fill a buffer up to a multiple of 64' if fills_up else ''}; "
+        f"steps are {tokens / steps / loader.step_tokens:.1%} full; "
         f"target share: {loader.target_share:.1%}",
         f"FLOPs per token: {net.flops_per_token(min(args.max_seq_len, loader.mean_length)):.3g}",
     ]

@@ -7,7 +7,7 @@ One combination in eight is held out (`is_held_out`): no training file has it, b
 import random
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from demo.words import (
     ASKED,
@@ -299,7 +299,7 @@ class Writer:
                comma: str = "，", clauses: tuple[str, ...] = (), wording: str = "") -> Wording:
         """A wording from the parts of its question and the restated clauses of its thought."""
         lines = [thought[0], *(f"{short}：{equations(*triple)}" for short, triple in zip(
-            thought[1:], problem.triples(), strict=True)), asked_up_to_number(question.replace(thought[-1], "", 1))]
+            thought[1:], problem.triples(), strict=True)), asked_up_to_number(question)]
         end = self.rng.choice(ENDS)
         return Wording(problem, comma.join(told) + comma + question + end, tuple(lines),
                        f"{kind}{problem.result()}{story.unit}。", clauses, wording)
@@ -317,7 +317,9 @@ class Writer:
             told = [rng.choice((f"每{box}有{a}{story.unit}{story.thing}", f"一{box}{a}{story.unit}{story.thing}",
                                 f"一{box}有{a}{story.unit}{story.thing}"))]
             question, _, kind = self.asking({"+"}, story, style, whose=f"{b}{box}", kind="一共")
-            return self.finish(problem, story, told, [f"有{a}", f"{b}{box}"], question, kind)
+            wording = self.finish(problem, story, told, [f"有{a}", f"{b}{box}"], question, kind)
+            asked = asked_up_to_number(question.replace(f"{b}{box}", "", 1))  # its number has been restated
+            return replace(wording, thought=(*wording.thought[:-1], asked))
         if operation == "/":
             people = rng.choice(("人", "人", "小朋友", "同学", "孩子", "学生"))
             told = [rng.choice((f"把{a}{story.unit}{story.thing}平均分给{b}个{people}",
@@ -340,7 +342,7 @@ class Writer:
 # ---------------------------------------------------------------------------------------------
 # bare sums
 
-SUMS = {  # operation: wordings that ask for a sum, and the first of all, which tells it
+SUMS = {  # operation: wordings of a sum; the first two are the most common
     "+": ("{a}加{b}", "{a}+{b}", "{a}加上{b}", "{a}再加{b}", "{a} + {b}", "{a}＋{b}"),
     "-": ("{a}减{b}", "{a}-{b}", "{a}减去{b}", "{a}再减{b}", "{a} - {b}", "{a}－{b}"),
     "*": ("{a}乘{b}", "{a}*{b}", "{a}乘以{b}", "{a}×{b}", "{a}x{b}"),
