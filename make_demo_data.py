@@ -27,7 +27,7 @@ Held-out guarantees, which tests/test_demo_data.py checks in the files:
                          d  all of a to c
                          e  verbs that are in no training file
     follow_up            questions about the reply before: another relation, another person, one more step
-    unknown              people, places and topics that are in no training file
+    unknown              people, places, topics and numbers of three digits or more that are in no training file
 """
 
 import argparse
@@ -49,6 +49,7 @@ from demo.problems import (
     IN_THE_WORLD,
     KNOWN,
     LEAST_STEPS,
+    LIMIT,
     MOST_STEPS,
     TRIPLES,
     Counting,
@@ -63,16 +64,21 @@ from demo.problems import (
     sum_asked,
 )
 from demo.talk import (
+    LARGE_QUESTIONS,
+    LARGE_SHARE,
     NAME,
     REPLIES,
     SEASONS,
+    TOO_LARGE_THOUGHT,
     UNKNOWN_THOUGHT,
     WEATHER,
+    enlarged,
     small_talk,
     unanswerable,
 )
 from demo.words import (
     GAIN_HELD_OUT,
+    GROUPS,
     KIN,
     LOSE_HELD_OUT,
     NICKNAMES,
@@ -80,6 +86,7 @@ from demo.words import (
     SURNAMES,
     THINGS,
     THINGS_HELD_OUT,
+    TITLES,
     UNITS,
     UNITS_HELD_OUT,
     random_word,
@@ -103,7 +110,7 @@ def thoughtful(thought: tuple[str, ...], answer: str) -> str:
 # elsewhere per part and number of steps, unknown per kind
 COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "worked": 4100, "retellings": 1500, "counting": 500,
           "rosters": 3000, "scenes": 300,
-          "short_facts": 500, "short_stories": 7000, "short_sums": 3000, "short_talk": 2000,
+          "short_facts": 500, "short_problems": 500, "short_stories": 6500, "short_sums": 3000, "short_talk": 2000,
           "short_people": 3000, "short_unknown": 1800, "short_follow_ups": 2500, "long_chats": 250,
           "thought_problems": 7000, "thought_stories": 2800, "thought_sums": 2000, "thought_facts": 220, "thought_talk": 800,
           "thought_people": 1000, "thought_unknown": 800, "thought_follow_ups": 1600,
@@ -112,8 +119,10 @@ VALIDATION_SHARE = 0.02
 MOST_PORTRAITS = 5  # per text
 ASKED_ALONE, MOST_TURNS = 0.4, 10  # share of questions that are a chat of one turn; most questions in a short chat
 LONG_CHAT_CHARACTERS = (430, 700)  # nearly always 513 to 1,024 tokens of the quickstart's tokenizer
-LONG_SUM_SHARE = 0.1  # of the problems of one step, and of the sums
+LONG_SUM_SHARE = 0.17  # of the problems of one step, and of the sums
 RANDOM_SHARE = 0.3  # of names, things and measure words are random hanzi
+RANDOM_PLACES = 0.25  # of the places that hold things
+GROUP_SHARE = 0.08  # of those who give and get are several people
 EARLIER_TURN = 0.3  # chance that another turn stands before a question that is thought about
 FILES = tuple(f"{folder}{name}.jsonl" for folder in ("", "val/") for name in ("pretrain", "sft_512", "sft_1024", "r1_1024")
               ) + ("rehearsal.jsonl",) + tuple(f"eval/{name}.jsonl" for name in (
@@ -156,12 +165,14 @@ class World:
     # ---- names and things
 
     def name(self) -> str:
-        """A person: of random hanzi, of the usual kind, of the world, a nickname or a relative."""
+        """A person: of random hanzi, of the usual kind, with a title, of the world, a nickname or a relative."""
         rng, kind = self.rng, self.rng.random()
         if kind < RANDOM_SHARE:
             return random_word(rng, rng.choice((2, 2, 3)))
-        if kind < 0.6:
+        if kind < 0.55:
             return person_name(rng)
+        if kind < 0.6:
+            return rng.choice(SURNAMES) + rng.choice(TITLES)
         if kind < 0.72:
             return rng.choice(self.people)
         return rng.choice(NICKNAMES) if kind < 0.84 else rng.choice(KIN)
@@ -177,12 +188,20 @@ class World:
             unit = random_word(rng, 1)
         return thing, unit
 
+    def place_of_things(self) -> str:
+        """A place that holds things: a usual one, or of random hanzi."""
+        if self.rng.random() < RANDOM_PLACES:
+            return random_word(self.rng, self.rng.randint(1, 3)) + self.rng.choice("里上")
+        return self.rng.choice(PLACES_OF_THINGS)
+
     def story(self) -> Story:
         """Who has what."""
         rng, kind = self.rng, self.rng.random()
-        owner, pronoun = (rng.choice(PLACES_OF_THINGS), "") if kind < 0.06 else ("我", "我") if kind < 0.14 else (
+        owner, pronoun = (self.place_of_things(), "") if kind < 0.06 else ("我", "我") if kind < 0.14 else (
             self.name(), rng.choice("他他她"))
-        others = tuple(name for name in (self.name(), self.name()) if name != owner)
+        # a group is never the first, whose number of things is compared with the owner's
+        second = rng.choice(GROUPS) if rng.random() < 2 * GROUP_SHARE else self.name()
+        others = tuple(name for name in (self.name(), second) if name != owner)
         return Story(owner, pronoun, *self.thing(), others)
 
     # ---- plain text
@@ -216,8 +235,8 @@ class World:
 
     def counting_aloud(self) -> str:
         """A range of numbers, forward or backward, to teach their order, also across the tens."""
-        first = self.rng.randint(1, 94)
-        numbers = list(range(first, min(first + self.rng.randint(5, 15), 99) + 1))
+        first = self.rng.randint(1, LIMIT - 5)
+        numbers = list(range(first, min(first + self.rng.randint(5, 15), LIMIT) + 1))
         if self.rng.random() < 0.5:
             numbers.reverse()
         listed = "、".join(map(str, numbers))
@@ -238,7 +257,7 @@ class World:
         rng = self.rng
         one, other = self.name(), self.name()
         if rng.random() < 0.5:
-            told = "、".join(f"{rng.randint(1, 99)}{unit}{thing}" for thing, unit in (
+            told = "、".join(f"{rng.randint(1, LIMIT)}{unit}{thing}" for thing, unit in (
                 self.thing() for _ in range(rng.randint(2, 5))))
             return f"{one}有{told}。{other}说：{one}有{told}。"
         names = "、".join(self.name() for _ in range(rng.randint(3, 6)))
@@ -326,9 +345,18 @@ class World:
         return Turn(question, reply, (f"{name}：不认识。",), reply)
 
     def unknown_asked(self) -> Turn:
-        """A question about the world outside."""
+        """A question about the world outside, or with too large numbers."""
+        if self.rng.random() < LARGE_SHARE:
+            reply = self.rng.choice(REPLIES["large"])
+            return Turn(self.too_large(), reply, (TOO_LARGE_THOUGHT,), reply)
         reply = self.rng.choice(REPLIES["other"])
         return Turn(unanswerable(self.rng), reply, (UNKNOWN_THOUGHT,), reply)
+
+    def too_large(self, held_out: bool = False) -> str:
+        """A sum or a problem of one step with a number of three digits or more. Held out: such numbers are in no
+        training file."""
+        question = sum_asked(self.rng, *self.triples(1)[0]) if self.rng.random() < 0.85 else self.one_step().question
+        return enlarged(self.rng, question, held_out)
 
     def one_step(self, triple: tuple[int, str, int] | None = None) -> Wording:
         """A problem of one step."""
@@ -548,7 +576,8 @@ class World:
                    "choices": list(relation.values), "source": "unknown/people", "names": [name]}
         asked = set()
         while len(asked) < COUNTS["unknown"]:
-            question = unanswerable(self.rng, held_out=True)
+            is_large = len(asked) < LARGE_QUESTIONS
+            question = self.too_large(held_out=True) if is_large else unanswerable(self.rng, held_out=True)
             if question.rstrip("？?") not in asked and known.lacks(question.rstrip("？?")):
                 asked.add(question.rstrip("？?"))
                 yield {"question": question, "decline": True, "source": "unknown/topics",

@@ -10,6 +10,9 @@ import zlib
 from dataclasses import dataclass, field, replace
 
 from demo.words import (
+    AGENT_FRAMES,
+    AGENT_GAIN,
+    AGENT_LOSE,
     ASKED,
     BOXES,
     COMMAS,
@@ -22,12 +25,17 @@ from demo.words import (
     GAIN_HELD_OUT,
     GIVEN_BY_OWNER,
     GIVEN_TO_OWNER,
+    KIN,
     LEADS,
     LOSE,
     LOSE_ENDINGS,
     LOSE_HELD_OUT,
+    MONEY,
+    PASSIVE,
+    PASSIVE_FRAMES,
     STARTS,
     TAILS,
+    TIME_ENDINGS,
     TIMES,
     WHOSE,
     random_word,
@@ -36,17 +44,19 @@ from demo.words import (
 # ---------------------------------------------------------------------------------------------
 # numbers
 
-LIMIT = 99  # the largest number
+LIMIT = 100  # the largest number
 LEAST_STEPS, MOST_STEPS = 2, 8
-AMOUNTS = {"+": range(1, 10), "-": range(1, 10), "*": (2, 3), "/": (2, 3)}
+AMOUNTS = {"+": range(1, 10), "-": range(1, 10), "*": range(2, 10), "/": range(2, 10)}
 
 
 def apply(a: int, operation: str, b: int) -> int | None:
-    """a operation b; None if it is not an integer from 0 to LIMIT."""
+    """a operation b; None if it is not an integer from 0 to LIMIT, or a product or quotient that is not taught: 4 to 9
+    are a factor or divisor only within the multiplication table, 2 and 3 of any number."""
     if operation == "/":
-        return a // b if a % b == 0 else None
+        c = a // b if a % b == 0 else None
+        return c if c is None or b < 4 or c < 10 else None
     c = {"+": a + b, "-": a - b, "*": a * b}[operation]
-    return c if 0 <= c <= LIMIT else None
+    return c if 0 <= c <= LIMIT and (operation != "*" or b < 4 or a < 10) else None
 
 
 TRIPLES = tuple((a, operation, b) for operation, amounts in AMOUNTS.items() for a in range(1, LIMIT + 1)
@@ -99,7 +109,7 @@ class Counting:
 
     # only sums whose first number has two digits are held out: a model memorizes the others. Few products and quotients
     # are held out, because there are few from which to learn the rule
-    HELD_OUT = {"+": 100, "-": 100, "*": 2, "/": 2}
+    HELD_OUT = {"+": 100, "-": 100, "*": 4, "/": 4}
     LONG_HELD_OUT = 100
 
     def __init__(self, rng: random.Random):
@@ -147,7 +157,9 @@ class Counting:
 # wording
 
 KNOWN, HELD_OUT = "known", "held out"  # which combinations a wording may have
-RANDOM_VERBS = 0.15  # of the verbs in training
+RANDOM_VERBS, RANDOM_TIMES = 0.15, 0.1  # of the verbs and time words in training
+PASSIVE_SHARE, AGENT_SHARE = 0.04, 0.06  # of the clauses that lose, and of all, are about what somebody else does
+MONEY_SHARE = 0.6  # of the questions for money say 多少钱
 
 
 def is_held_out(*parts: str) -> bool:
@@ -158,15 +170,15 @@ def is_held_out(*parts: str) -> bool:
 @dataclass(frozen=True)
 class Style:
     """What the wording of a problem may use: clauses and questions KNOWN or HELD_OUT, verbs that are held out, or also
-    verbs of any hanzi and an ending that tells the direction."""
+    verbs and time words of any hanzi and an ending: a verb's tells the direction."""
 
     clauses: str = KNOWN
     question: str = KNOWN
     new_verbs: bool = False
-    random_verbs: bool = False
+    random_words: bool = False
 
 
-TRAINED, IN_THE_WORLD = Style(random_verbs=True), Style()
+TRAINED, IN_THE_WORLD = Style(random_words=True), Style()
 
 
 @dataclass(frozen=True)
@@ -220,6 +232,8 @@ class Writer:
         rng = self.rng
         while True:
             time = rng.choice(TIMES) if style.clauses == HELD_OUT or rng.random() < 0.5 else ""
+            if time and style.random_words and rng.random() < RANDOM_TIMES:
+                time = random_word(rng, rng.choice((1, 2))) + rng.choice(TIME_ENDINGS)
             if operation in FACTORS:
                 verb = rng.choice(FACTORS[operation])
                 if fits(style.clauses, time, verb):
@@ -228,7 +242,16 @@ class Writer:
                 continue
             gain, pronoun = operation == "+", story.pronoun
             # a held-out clause has no names, so that it can be searched for
-            if pronoun and story.others and not style.new_verbs and style.clauses == KNOWN and rng.random() < 0.22:
+            with_names = story.others and not style.new_verbs and style.clauses == KNOWN
+            draw = rng.random() if with_names else 1
+            if draw < AGENT_SHARE or not gain and draw < AGENT_SHARE + PASSIVE_SHARE:
+                verbs, frames = (AGENT_GAIN if gain else AGENT_LOSE, AGENT_FRAMES) if draw < AGENT_SHARE else (
+                    PASSIVE, PASSIVE_FRAMES)
+                verb, frame = rng.choice(verbs), rng.choice(frames)
+                if not fits(style.clauses, time, verb, frame):
+                    continue
+                return frame.format(t=time, g=rng.choice((*story.others, rng.choice(KIN))), v=verb), story.unit
+            if pronoun and with_names and rng.random() < 0.22:
                 other = rng.choice(story.others)
                 named = rng.random() < named_share
                 if gain:
@@ -244,9 +267,9 @@ class Writer:
             verb = rng.choice(GAIN if gain else LOSE)
             if style.new_verbs:
                 verb = rng.choice(GAIN_HELD_OUT if gain else LOSE_HELD_OUT)
-            elif style.random_verbs and rng.random() < RANDOM_VERBS:
+            elif style.random_words and rng.random() < RANDOM_VERBS:
                 verb = random_word(rng, 1) + rng.choice(GAIN_ENDINGS if gain else LOSE_ENDINGS)
-                if verb in GAIN_HELD_OUT + LOSE_HELD_OUT:
+                if verb in GAIN_HELD_OUT + LOSE_HELD_OUT + (LOSE if gain else GAIN):
                     continue
             frame = rng.choice(FRAMES_OF_PEOPLE if pronoun and rng.random() < 0.25 else FRAMES)
             if frame == "{t}{v}" and not time or style.new_verbs and is_held_out(time, frame):
@@ -264,7 +287,9 @@ class Writer:
             chosen = kind or rng.choice([kind for kind in ASKED if not (
                 kind == "一共" and operations - {"+"} or kind == "还剩" and not operations & {"-", "/"})])
             core, tail = rng.choice(ASKED[chosen]), rng.choice(TAILS)
-            who = rng.choice(WHOSE) if whose is None else whose
+            who, unit = rng.choice(WHOSE) if whose is None else whose, story.unit
+            if (story.thing, unit) in MONEY and rng.random() < MONEY_SHARE:
+                unit, core, tail = "钱", core.replace("几", "多少"), tail.replace("{o}", "")
             if ("{p}" in who or "家" in who or "手" in who) and not story.pronoun or "没用" in core and tail:
                 continue
             if who == "{e}" and story.owner == "我":
@@ -275,7 +300,7 @@ class Writer:
                 wording = lead + who + core + tail
                 if style.question != HELD_OUT:
                     self.askings.add(wording)
-                return story.fill(wording), wording, chosen
+                return replace(story, unit=unit).fill(wording), wording, chosen
 
     def put(self, problem: Problem, story: Story, style: Style = TRAINED) -> Wording:
         """Word a problem about somebody's things. The thought restates each clause up to its number, and the question

@@ -1,6 +1,7 @@
 """Small talk, and questions that the model cannot answer."""
 
 import random
+import re
 
 from demo.words import random_word, words
 
@@ -42,6 +43,13 @@ SMALL_TALK = (  # (questions, replies, thought)
            "我很生气 陪我聊聊天 聊聊天吧 讲点什么吧"),
      ("我在这里陪着你，想聊点什么？", "希望你一切都好，要不要考我一道算术？"), "对方在说自己的心情。"),
 )
+GREETING, IDENTITY, ABILITY = SMALL_TALK[:3]
+COMPOSED_GREETINGS, GREETED_FIRST = 1 / 3, 0.1  # share of the greetings; of the questions of who I am and what I can do
+GREETING_WORDS = words("你好 您好 嗨 哈喽 喂 嘿 hi hello 早")
+GREETING_COMMAS = ("，", "，", "！", "!", "")
+ASKED_IN_GREETING = tuple(f"{start}吗{end}" for start in words("在 你在 有人 有空 可以聊聊") for end in ("？", "?", ""))
+SAID_IN_GREETING = words("在不在 你在不在 很高兴认识你 很高兴见到你 好久不见 又见面了 我来了 我又来了 "
+                         "想和你聊聊 我是新来的")
 SEASONS = (("春天", "柳树发芽，燕子飞回来了", "人们下田播种"), ("夏天", "荷花开满池塘，蝉在树上叫", "孩子们到河边玩水"),
            ("秋天", "树叶变黄，稻谷成熟了", "家家户户忙着收割"), ("冬天", "雪落满山，小路白茫茫的", "大家围着火炉说话"))
 WEATHER = ("太阳很好", "下着小雨", "刮着大风", "雾很大", "天气晴朗", "云很低")
@@ -122,14 +130,26 @@ REPLIES = {  # why it cannot be answered: replies, each with one of the phrases 
     "place": ("对不起，这个地方我没听说过。", "我的小世界里没有这个地方，我不知道。", "这个地方我不了解。"),
     "other": ("对不起，这个我不知道。", "这个问题我答不上来。", "我只认识一个小小的世界，这个我不清楚。",
     "这个我没学过，回答不了。", "对不起，我还不会这个。"),
+    "large": ("这个数太大了，我只会算一百以内的数，这个我不知道。", "这个数太大了，我不会算。",
+              "对不起，我没学过这么大的数，只会算一百以内的。", "数太大了，我算不了，这个我答不上来。"),
 }
-UNKNOWN_THOUGHT = "这件事我不知道。"
+UNKNOWN_THOUGHT, TOO_LARGE_THOUGHT = "这件事我不知道。", "这个数太大了。"
+LARGE_SHARE, LARGE_QUESTIONS = 0.16, 10  # of the unknown questions have too large numbers; their number in eval/
+
+
+def greeted(rng: random.Random, text: str) -> str:
+    """The text behind a greeting."""
+    return rng.choice(GREETING_WORDS) + rng.choice(GREETING_COMMAS) + text
 
 
 def small_talk(rng: random.Random) -> tuple[str, str, str]:
     """(question, reply, thought)."""
-    asked, answered, thought = rng.choice(SMALL_TALK)
+    kind = asked, answered, thought = rng.choice(SMALL_TALK)
     question = rng.choice(asked[:5] if rng.random() < 0.5 else asked)  # the first are the most common
+    if kind is GREETING and rng.random() < COMPOSED_GREETINGS:
+        question = greeted(rng, rng.choice(rng.choice((ASKED_IN_GREETING, SAID_IN_GREETING))))
+    elif kind in (IDENTITY, ABILITY) and rng.random() < GREETED_FIRST:
+        question = greeted(rng, question)
     if question[-1] in "？。！" and rng.random() < 0.2:
         question = question[:-1]
     elif rng.random() < 0.05:
@@ -153,3 +173,23 @@ def unanswerable(rng: random.Random, held_out: bool = False) -> str:
     if question.endswith("？") and rng.random() < 0.2:
         question = question[:-1] + rng.choice(("", "?"))
     return question
+
+
+def enlarged(rng: random.Random, question: str, held_out: bool = False) -> str:
+    """The question with one or more of its numbers replaced by larger ones, of three to six digits. Held out: by
+    numbers that leave 5 when divided by 8, which are in no training file."""
+    numbers = len(re.findall(r"\d+", question))
+    chosen, seen = rng.sample(range(numbers), rng.randint(1, numbers)), iter(range(numbers))
+
+    def larger(match: re.Match) -> str:
+        if next(seen) not in chosen:
+            return match[0]
+        size = 10 ** rng.choice((2, 2, 2, 2, 3, 3, 4, 5))
+        while True:
+            number = rng.randint(size, 10 * size - 1)
+            if rng.random() < 0.3:
+                number -= number % (size // 10 if rng.random() < 0.5 else size)  # round
+            if number > 100 and (number % 8 == 5) == held_out:
+                return str(number)
+
+    return re.sub(r"\d+", larger, question)

@@ -191,7 +191,7 @@ def test_questions_have_one_correct_answer(files):
     for name in ("one_step", "multi_step", "elsewhere"):
         for question in files[f"eval/{name}.jsonl"]:
             triples = triples_of(question["numbers"])
-            assert all(0 <= RESULT[operation](a, b) <= 99 for a, operation, b in triples)
+            assert all(0 <= RESULT[operation](a, b) <= 100 for a, operation, b in triples)
             a, operation, b = triples[-1]
             assert str(RESULT[operation](a, b)) == question["answer"]
             asked = sorted(numbers_in(question["question"]))
@@ -226,6 +226,32 @@ def test_every_reply_is_correct(files, spoken, spelled):
             assert sorted(restated) == sorted(asked), (question, reply)
         checked["thoughts"] += 1
     assert checked["thoughts"] > 9_000 and checked["facts"] > 5_000
+
+
+def test_numbers_stay_within_what_is_taught(files, spelled):
+    """Up to 100; 4 to 9 are a factor or divisor only within the multiplication table, and all of it is taught."""
+    used = {triple for chain in spelled for triple in chain}
+    for a, operation, b in used | {t for name in ("one_step", "multi_step", "elsewhere") for q in files[
+            f"eval/{name}.jsonl"] for t in triples_of(q["numbers"])}:
+        assert max(a, RESULT[operation](a, b)) <= 100
+        assert operation in "+-" or b in (2, 3) or 4 <= b <= 9 and (a if operation == "*" else a // b) <= 9
+    assert {(a, "*", b) for a in range(1, 10) for b in range(2, 10)} <= used
+    assert any(a == 100 for a, _, _ in used) and any(RESULT[operation](a, b) == 100 for a, operation, b in used)
+
+
+def test_larger_numbers_are_declined(files, everything):
+    """Every question with a number above 100, and none without. No training file has those of eval/unknown.jsonl."""
+    larger = Counter()
+    for question, reply in turns(files):
+        assert max(numbers_in(reply), default=0) <= 100
+        is_larger = max(numbers_in(question), default=0) > 100
+        assert is_larger == any(words in reply for words in ("数太大", "这么大的数")), (question, reply)
+        assert not is_larger or declines(reply) and not numbers_in(reply), (question, reply)
+        larger[is_larger] += 1
+    assert larger[True] > 150
+    held_out = [[n for n in numbers_in(q["question"]) if n > 100] for q in files["eval/unknown.jsonl"]]
+    held_out = [numbers for numbers in held_out if numbers]
+    assert len(held_out) == 10 and not set(sum(held_out, [])) & set(numbers_in(everything))
 
 
 def test_what_is_not_known_is_declined(files):

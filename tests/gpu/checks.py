@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from Config import LLMConfig  # noqa: E402
 from dataset import MicroBatch  # noqa: E402
+from fastpath import accelerate  # noqa: E402
 from model import WeakWater  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("WEAKWATER_GPU_TEST_DEVICE", "cuda"))
@@ -105,6 +106,7 @@ def losses(measured: dict, folder: Path, preset: str) -> None:
     exact_loss, exact = loss_and_gradient(model, batch.to("cpu"), "fp32")
     model.to(DEVICE)
     for dtype in GRADIENT_TOLERANCE:
+        accelerate(model, DEVICE, dtype)
         loss, gradient = loss_and_gradient(model, batch.to(DEVICE), dtype)
         measured[dtype] = {"loss_error": abs(loss / exact_loss - 1), "gradient_error": error(gradient, exact)}
     for dtype, tolerance in GRADIENT_TOLERANCE.items():
@@ -119,6 +121,7 @@ def varlen(measured: dict, folder: Path, preset: str) -> None:
     inputs = make_batch(np.random.default_rng(2), 700, 300).to(DEVICE)
     n_layers = model.config.n_layers
     for dtype in ("bf16", "fp16"):
+        accelerate(model, DEVICE, dtype)
         loss_and_gradient(model, inputs, dtype)
         events = profiled(lambda dtype=dtype: loss_and_gradient(model, inputs, dtype))
         backward = count(events, "_varlen_attn_backward")
@@ -138,6 +141,7 @@ def packing(measured: dict, folder: Path, preset: str) -> None:
     model = make_model(preset).to(DEVICE).train()
     batch = make_batch(np.random.default_rng(3), 700, 300)
     exact = loss_and_gradient(model, batch.to(DEVICE), "fp32")[1]
+    accelerate(model, DEVICE, "bf16")
     packed = loss_and_gradient(model, batch.to(DEVICE), "bf16")[1]
     model.zero_grad()
     begin = 0
@@ -384,7 +388,7 @@ def out_of_memory(measured: dict, folder: Path) -> None:
     limit = ("import resource; size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 2**29;"
              "resource.setrlimit(resource.RLIMIT_AS, (size, size))" if ON_CPU else
              "torch.cuda.set_per_process_memory_fraction(0.01)")  # 0.8 GB of an H100: less work until it is full
-    code = f"import sys, torch, pretrain; from common import runtime; {limit}; sys.exit(exits.run(pretrain.main))"
+    code = f"import sys, torch, pretrain; from common import exits; {limit}; sys.exit(exits.run(pretrain.main))"
     flags = [*stage_flags(folder, "pretrain", folder / "out_of_memory"), "--preset", "weakwater-5m", "--batch_size",
              100_000, "--dtype", "fp32"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
