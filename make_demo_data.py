@@ -111,9 +111,9 @@ def thoughtful(thought: tuple[str, ...], answer: str) -> str:
 COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "worked": 4100, "retellings": 1500, "counting": 500,
           "rosters": 3000, "scenes": 300,
           "short_facts": 500, "short_problems": 500, "short_stories": 6500, "short_sums": 3000, "short_talk": 2000,
-          "short_people": 3000, "short_unknown": 1800, "short_follow_ups": 2500, "long_chats": 250,
+          "short_people": 3000, "short_unknown": 2000, "short_follow_ups": 2500, "long_chats": 250,
           "thought_problems": 7000, "thought_stories": 2800, "thought_sums": 2000, "thought_facts": 220, "thought_talk": 800,
-          "thought_people": 1000, "thought_unknown": 800, "thought_follow_ups": 1600,
+          "thought_people": 1000, "thought_unknown": 1000, "thought_follow_ups": 1600,
           "long_validation": 20, "multi_step": 40, "elsewhere": 20, "unknown": 100}
 VALIDATION_SHARE = 0.02
 MOST_PORTRAITS = 5  # per text

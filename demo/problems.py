@@ -33,6 +33,7 @@ from demo.words import (
     MONEY,
     PASSIVE,
     PASSIVE_FRAMES,
+    PRICE_ASKED,
     STARTS,
     TAILS,
     TIME_ENDINGS,
@@ -321,48 +322,83 @@ class Writer:
         return self.finish(problem, story, told, thought, question, kind, comma, tuple(clauses), wording)
 
     def finish(self, problem: Problem, story: Story, told: list[str], thought: list[str], question: str, kind: str,
-               comma: str = "，", clauses: tuple[str, ...] = (), wording: str = "") -> Wording:
-        """A wording from the parts of its question and the restated clauses of its thought."""
+               comma: str = "，", clauses: tuple[str, ...] = (), wording: str = "", asked: str = "") -> Wording:
+        """A wording from the parts of its question and the restated clauses of its thought. `asked` is the part of the
+        question that is restated, if not all of it."""
         lines = [thought[0], *(f"{short}：{equations(*triple)}" for short, triple in zip(
-            thought[1:], problem.triples(), strict=True)), asked_up_to_number(question)]
+            thought[1:], problem.triples(), strict=True)), asked_up_to_number(asked or question)]
         end = self.rng.choice(ENDS)
         return Wording(problem, comma.join(told) + comma + question + end, tuple(lines),
                        f"{kind}{problem.result()}{story.unit}。", clauses, wording)
 
     def in_one_step(self, triple: tuple[int, str, int], story: Story, style: Style = TRAINED) -> Wording:
         """Word a single step: a story like the longer ones, or one of its own form."""
-        a, operation, b = triple
-        problem, rng = Problem(a, ((operation, b),)), self.rng
-        other = story.others[0] if story.others else ""
-        has = f"{story.owner}有{a}{story.unit}{story.thing}"
-        if not story.pronoun or rng.random() < 0.65:
-            return self.put(problem, story, style)
-        if operation == "*":
-            box = rng.choice(BOXES)
-            told = [rng.choice((f"每{box}有{a}{story.unit}{story.thing}", f"一{box}{a}{story.unit}{story.thing}",
-                                f"一{box}有{a}{story.unit}{story.thing}"))]
-            question, _, kind = self.asking({"+"}, story, style, whose=f"{b}{box}", kind="一共")
-            wording = self.finish(problem, story, told, [f"有{a}", f"{b}{box}"], question, kind)
-            asked = asked_up_to_number(question.replace(f"{b}{box}", "", 1))  # its number has been restated
-            return replace(wording, thought=(*wording.thought[:-1], asked))
-        if operation == "/":
-            people = rng.choice(("人", "人", "小朋友", "同学", "孩子", "学生"))
-            told = [rng.choice((f"把{a}{story.unit}{story.thing}平均分给{b}个{people}",
-                                f"{b}个{people}平分{a}{story.unit}{story.thing}",
-                                f"{has}，平均分给{b}个{people}", f"{a}{story.unit}{story.thing}平均分成{b}份"))]
-            each = "每份" if "份" in told[0] else rng.choice(("每人", "每个人"))
-            question, _, kind = self.asking(set(), story, style, whose=each, kind="有")
-            return self.finish(problem, story, told, [f"有{a}", f"分成{b}份"], question.replace("还有", "有"), kind)
-        if operation == "+" and rng.random() < 0.6:
-            told = [has, f"{other}有{b}{story.unit}{story.thing if rng.random() < 0.3 else ''}"]
-            question, _, kind = self.asking({"+"}, story, style, rng.choice(("", "", "他们", "两人", "两个人")), "一共")
-            return self.finish(problem, story, told, [f"{story.owner}有{a}", f"{other}有{b}"], question, kind)
-        word = "多" if operation == "+" else "少"
-        than = f"{other}比{rng.choice((story.owner, story.pronoun))}{word}{b}"
-        told = [has, than + story.unit]
-        question, _, kind = self.asking(set(), story, style, whose=other, kind="有")
-        return self.finish(problem, story, told, [f"{story.owner}有{a}", than], question, kind)
+        own_forms = {"*": self.boxes_or_price, "/": self.shared, "+": self.compared, "-": self.compared}[triple[1]]
+        if not story.pronoun or self.rng.random() < (0.5 if triple[1] in FACTORS else 0.6):
+            return self.put(Problem(triple[0], (triple[1:],)), story, style)
+        return own_forms(triple, story, style)
 
+    def boxes_or_price(self, triple: tuple[int, str, int], story: Story, style: Style) -> Wording:
+        """Boxes with as many things each, or things at a price."""
+        (a, _, b), rng, unit, thing = triple, self.rng, story.unit, story.thing
+        problem = Problem(a, (triple[1:],))
+        if thing and (thing, unit) not in MONEY and rng.random() < 0.4:
+            price = rng.choice(("一{u}{o}", "每{u}{o}", "{o}每{u}", "{o}一{u}")).format(u=unit, o=thing) + str(a)
+            told, asked = [f"{price}元", f"买{b}{unit}"], rng.choice(PRICE_ASKED)
+            question = rng.choice(("", "", "", *LEADS)) + asked
+            if rng.random() < 0.5:  # 买3个要多少元？
+                question = told.pop() + asked
+            return self.finish(problem, replace(story, unit="元"), told, [price, f"买{b}"], question, "要", asked=asked)
+        box = rng.choice(BOXES)
+        if rng.random() < 0.3:
+            told = [f"有{b}{box}{thing}", f"每{box}{rng.choice(('', '有'))}{a}{unit}"]
+            question, _, kind = self.asking({"+"}, story, style, whose="", kind="一共")
+            return self.finish(problem, story, told, [f"有{b}", told[1].removesuffix(unit)], question, kind)
+        each = rng.choice((f"每{box}有{a}", f"一{box}{a}", f"一{box}有{a}", f"每{box}{a}"))
+        question, _, kind = self.asking({"+"}, story, style, whose=f"{b}{box}", kind="一共")
+        return self.finish(problem, story, [each + unit + thing], [each, f"{b}{box}"], question, kind,
+                           asked=question.replace(f"{b}{box}", "", 1))
+
+    def shared(self, triple: tuple[int, str, int], story: Story, style: Style) -> Wording:
+        """Things that are shared equally."""
+        (a, _, b), rng, things = triple, self.rng, story.unit + story.thing
+        people = rng.choice(("人", "人", "小朋友", "同学", "孩子", "学生"))
+        box = rng.choice(("盒子", "箱子", "袋子", "盘子"))
+        person = rng.choice(("人", "个人", f"个{people}"))
+        told, first, second, each = rng.choice((  # the question, the clauses up to their numbers, and of whom it asks
+            (f"把{a}{things}平均分给{b}个{people}", f"把{a}", f"平均分给{b}", person),
+            (f"{story.owner}有{a}{things}，平均分给{b}个{people}", f"{story.owner}有{a}", f"平均分给{b}", person),
+            (f"{b}个{people}平分{a}{things}", f"{b}个{people}", f"平分{a}", person),
+            (f"{a}{things}平均分成{b}份", f"{a}", f"平均分成{b}", "份"),
+            (f"把{a}{things}平均分成{b}份", f"把{a}", f"平均分成{b}", "份"),
+            (f"{a}{things}平均装进{b}个{box}", f"{a}", f"平均装进{b}", f"个{box}")))
+        gets = rng.choice(("", "有", "有") if each == f"个{box}" else ("", "有", "有", "分", "分到", "得到", "能分到"))
+        question = f"{rng.choice(('', '', *LEADS))}每{each}{gets}{rng.choice(('几', '多少'))}{story.unit}"
+        tail = rng.choice(("", "", "", story.thing, "呢"))
+        return self.finish(Problem(a, (triple[1:],)), story, [told], [first, second], question + tail, "有")
+
+    def compared(self, triple: tuple[int, str, int], story: Story, style: Style) -> Wording:
+        """Things of two people: together, more or fewer, the difference; or their ages."""
+        (a, operation, b), rng = triple, self.rng
+        problem, owner, other = Problem(a, (triple[1:],)), story.owner, story.others[0] if story.others else "小林"
+        has, kind = f"{owner}有{a}", rng.random()
+        told = [has + story.unit + story.thing, f"{other}有{b}{story.unit}{story.thing if rng.random() < 0.3 else ''}"]
+        if kind < 0.15:
+            than = f"{other}比{rng.choice((owner, story.pronoun))}{'大' if operation == '+' else '小'}{b}"
+            question = rng.choice(("", "", *LEADS)) + other + rng.choice(("", "今年")) + rng.choice(("几岁", "多少岁"))
+            return self.finish(problem, replace(story, unit="岁"), [f"{owner}今年{a}岁", than + "岁"],
+                               [f"{owner}今年{a}", than], question, "今年")
+        if operation == "+" and kind < 0.65:
+            question, _, kind = self.asking({"+"}, story, style, rng.choice(("", "", "他们", "两人", "两个人")), "一共")
+            return self.finish(problem, story, told, [has, f"{other}有{b}"], question, kind)
+        if operation == "-" and kind < 0.5 and a > b:
+            more = rng.random() < 0.7
+            question = f"{owner}比{other}多" if more else f"{other}比{owner}少"
+            question = rng.choice(("", "", *LEADS)) + question + rng.choice(("几", "多少")) + story.unit
+            return self.finish(problem, story, told, [has, f"{other}有{b}"], question, "多" if more else "少")
+        than = f"{other}比{rng.choice((owner, story.pronoun))}{'多' if operation == '+' else '少'}{b}"
+        question, _, kind = self.asking(set(), story, style, whose=other, kind="有")
+        return self.finish(problem, story, [told[0], than + story.unit], [has, than], question, kind)
 
 # ---------------------------------------------------------------------------------------------
 # bare sums

@@ -134,7 +134,7 @@ REPLIES = {  # why it cannot be answered: replies, each with one of the phrases 
               "对不起，我没学过这么大的数，只会算一百以内的。", "数太大了，我算不了，这个我答不上来。"),
 }
 UNKNOWN_THOUGHT, TOO_LARGE_THOUGHT = "这件事我不知道。", "这个数太大了。"
-LARGE_SHARE, LARGE_QUESTIONS = 0.16, 10  # of the unknown questions have too large numbers; their number in eval/
+LARGE_SHARE, LARGE_QUESTIONS = 0.3, 10  # of the unknown questions have too large numbers; their number in eval/
 
 
 def greeted(rng: random.Random, text: str) -> str:
