@@ -35,7 +35,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -201,7 +201,10 @@ class World:
             self.name(), rng.choice("他他她"))
         # a group is never the first, whose number of things is compared with the owner's
         second = rng.choice(GROUPS) if rng.random() < 2 * GROUP_SHARE else self.name()
-        others = tuple(name for name in (self.name(), second) if name != owner)
+        first = self.name()
+        while first == owner:
+            first = self.name()
+        others = tuple(name for name in (first, second) if name != owner)
         return Story(owner, pronoun, *self.thing(), others)
 
     # ---- plain text
@@ -277,8 +280,8 @@ class World:
     def scene(self) -> str:
         """A season in a place, and two people with their hobbies."""
         place = self.rng.choice(PLACES)
-        season, nature, labour = self.rng.choice(SEASONS)
-        text = f"{season}的{place}，{nature}，{labour}。这天{self.rng.choice(WEATHER)}。"
+        season, nature, work = self.rng.choice(SEASONS)
+        text = f"{season}的{place}，{nature}，{work}。这天{self.rng.choice(WEATHER)}。"
         for fact in self.rng.sample(self.facts_of["爱好"], 2):
             text += f"{fact.entity}从{place}路过，{self.rng.choice(('想着', '说起'))}最爱的{fact.value}。"
         return text
@@ -350,7 +353,7 @@ class World:
             reply = self.rng.choice(REPLIES["large"])
             return Turn(self.too_large(), reply, (TOO_LARGE_THOUGHT,), reply)
         reply = self.rng.choice(REPLIES["other"])
-        return Turn(unanswerable(self.rng), reply, (UNKNOWN_THOUGHT,), reply)
+        return Turn(unanswerable(self.rng)[0], reply, (UNKNOWN_THOUGHT,), reply)
 
     def too_large(self, held_out: bool = False) -> str:
         """A sum or a problem of one step with a number of three digits or more. Held out: such numbers are in no
@@ -412,10 +415,17 @@ class World:
                  rng.choice(("那{e}呢？", "{e}呢？", "那么{e}呢？")).format(e=other.entity))
         return asked, fact_turn(again, other)
 
+    def step_before(self, triple: tuple[int, str, int]) -> tuple[int, str, int]:
+        """A sum that gives the first number of `triple`. The two together are no problem of eval/."""
+        while True:
+            first = self.rng.choice(self.counting.before[triple[0]])
+            if (first, triple) not in self.questions:
+                return first
+
     def sum_goes_on(self, triple: tuple[int, str, int]) -> tuple[Turn, Turn]:
         """A sum whose result is the first number of `triple`, and then that: 再加5呢？"""
         a, operation, b = triple
-        first = self.rng.choice(self.counting.before[a])
+        first = self.step_before(triple)
         word = {"+": "加", "-": "减", "*": "乘", "/": "除以"}[operation]
         again = self.rng.choice((f"再{word}{b}呢？", f"再{word}{b}等于多少？", f"再{word}{b}是多少？", f"再{word}{b}",
                                  f"{word}{b}呢？"))
@@ -425,7 +435,7 @@ class World:
     def one_more_step(self, triple: tuple[int, str, int]) -> tuple[Turn, Turn]:
         """A problem whose result is the first number of `triple`, and then that: 再给他5个呢？"""
         rng, story, (a, operation, b) = self.rng, self.story(), triple
-        first, *step = rng.choice(self.counting.before[a])
+        first, *step = self.step_before(triple)
         wording = self.writer.put(Problem(first, (tuple(step),)), story)
         begin, rest = self.writer.clause(operation, b, story)
         ask = rng.choice((*("呢？",) * 4, "呢", f"，还有多少{story.unit}？", f"，现在有几{story.unit}？",
@@ -554,11 +564,13 @@ class World:
         """A name for people outside of the world: of the usual kind, or of random hanzi."""
         return person_name(self.rng) if self.rng.random() < 0.7 else random_word(self.rng, 3)
 
-    def follow_up_questions(self) -> Iterator[dict]:
+    def follow_up_questions(self, known: "Known") -> Iterator[dict]:
         for kind, number in FOLLOW_UPS.items():
             held_out = self.rng.sample([t for t in sorted(self.counting.held_out) if t[1] in "+-"], number)
             for triple in held_out:
                 before, turn = self.follow_up(True, kind, triple)
+                while known.has_asked(before[0], turn.question):
+                    before, turn = self.follow_up(True, kind, triple)
                 record = {"history": chat(*before)["conversations"], "question": turn.question}
                 if kind in ("relation", "entity"):
                     fact = next(f for f in self.facts if f.answer() == turn.answer)
@@ -577,26 +589,30 @@ class World:
         asked = set()
         while len(asked) < COUNTS["unknown"]:
             is_large = len(asked) < LARGE_QUESTIONS
-            question = self.too_large(held_out=True) if is_large else unanswerable(self.rng, held_out=True)
-            if question.rstrip("？?") not in asked and known.lacks(question.rstrip("？?")):
-                asked.add(question.rstrip("？?"))
-                yield {"question": question, "decline": True, "source": "unknown/topics",
+            question, topic = (self.too_large(held_out=True), "") if is_large else unanswerable(self.rng, held_out=True)
+            if bare(question) not in asked and known.lacks(topic or bare(question)):
+                asked.add(bare(question))
+                yield {"question": question, "decline": True, "source": "unknown/topics", "topic": topic,
                        "choices": [value for value in values if value not in question]}
 
 
 class Known:
     """What the training files hold: eval/elsewhere.jsonl and eval/unknown.jsonl are drawn until they are not in it."""
 
-    def __init__(self, records: Iterable[dict], askings: set[str]):
-        self.text = "\n".join(r["text"] if "text" in r else "\n".join(m["content"] for m in r["conversations"])
-                              for r in records)
+    def __init__(self, records: list[dict]):
+        chats = [[m["content"] for m in r["conversations"]] for r in records if "text" not in r]
+        self.text = "\n".join([r["text"] for r in records if "text" in r] + ["\n".join(chat) for chat in chats])
+        # every question of a chat and the one before it
+        self.asked = {(bare(a), bare(b)) for chat in chats for a, b in zip(chat[::2], chat[2::2], strict=False)}
         # every word of two or three characters, so that it need not be searched for
         self.words = {word for n in (2, 3) for word in map("".join, zip(*(self.text[i:] for i in range(n)),
                                                                             strict=False))}
         masked = re.sub(r"\d+", "#", self.text)
         self.clauses = "\n".join(set(re.findall("[^#，,。\n]+#", masked)))
         self.units = set(re.findall("(?:[#几]|多少)(.)", masked))
-        self.askings, self.given = "\n".join(askings), set()
+        lines = {line for line in re.findall("[^，,。\n]+", self.text) if "几" in line or "多少" in line}
+        self.askings = self.masked("\n".join(lines))
+        self.given = set()
 
     def lacks(self, word: str) -> bool:
         return word not in (self.words if 2 <= len(word) <= 3 else self.text)
@@ -606,7 +622,16 @@ class Known:
         return clause + "#" not in self.clauses
 
     def lacks_asking(self, wording: str) -> bool:
-        return wording not in self.askings
+        """`wording` as in the tables of demo/words.py, with {p} and {u}."""
+        return self.masked(wording.format(p="他", u="个")) not in self.askings
+
+    @staticmethod
+    def masked(text: str) -> str:
+        """A text with one sign for all pronouns, and one for all measure words behind 几 and 多少."""
+        return re.sub("[他她我]", "P", re.sub("(几|多少).", r"\1U", text))
+
+    def has_asked(self, question: str, after: str) -> bool:
+        return (bare(question), bare(after)) in self.asked
 
     def lacks_verb(self, clause: str) -> bool:
         return self.lacks(next(verb for verb in GAIN_HELD_OUT + LOSE_HELD_OUT if verb in clause))
@@ -618,6 +643,11 @@ class Known:
             if self.lacks(name) and name not in self.given:
                 self.given.add(name)
                 return name
+
+
+def bare(question: str) -> str:
+    """A question without its mark."""
+    return question.rstrip("？?")
 
 
 def fact_turn(question: str, fact: Fact) -> Turn:
@@ -655,9 +685,9 @@ def make_files(world: World, share: float) -> dict[str, list[dict]]:
         for name, records in training.items():
             files[folder + name] = world.rng.sample(records, len(records))
     trained = [record for name, records in files.items() if not name.startswith("eval") for record in records]
-    known = Known(trained, world.writer.askings)
+    known = Known(trained)
     files["eval/elsewhere.jsonl"] = list(world.elsewhere_questions(problems, known))
-    files["eval/follow_up.jsonl"] = list(world.follow_up_questions())
+    files["eval/follow_up.jsonl"] = list(world.follow_up_questions(known))
     files["eval/unknown.jsonl"] = list(world.unknown_questions(known))
     assert files.keys() == set(FILES)
     return files

@@ -114,7 +114,7 @@ HELD_OUT_ALONE = words("今天是农历几月？ 明早会起雾吗？ 昨晚谁
                        "对不起用法语怎么说？ 幸福是什么？ 明天油价会涨吗？ 最近的地铁站在哪里？ 我的车停在哪里了？ "
                        "飞机几点起飞？ 早饭吃什么好？ 帮我关灯 帮我叫辆车 外面刮风了吗？")
 HELD_OUT_TOPICS = {
-    "w": words("蒸汽机 望远镜 丝绸之路 红楼梦 甲骨文 珊瑚 彩虹 极光 区块链 编译器 抗生素 板块运动 围棋 太极拳 端午节 "
+    "w": words("蒸汽机 望远镜 丝绸之路 水浒传 甲骨文 珊瑚 彩虹 极光 区块链 编译器 抗生素 板块运动 围棋 太极拳 端午节 "
                "青藏高原 西湖 纳米材料 期货 保险"),
     "who": words("英国首相 拿破仑 达尔文 岳飞 李清照 我邻居 我表弟 飞机的发明者 最早的皇帝 跑得最快的人"),
     "place": words("澳大利亚 墨西哥 瑞士 希腊 荷兰 土耳其 贵州 陕西 海南 西藏"),
@@ -157,11 +157,13 @@ def small_talk(rng: random.Random) -> tuple[str, str, str]:
     return question, rng.choice(answered), thought
 
 
-def unanswerable(rng: random.Random, held_out: bool = False) -> str:
-    """A question about the world outside. Held out: its topic is in no training file."""
+def unanswerable(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
+    """(question about the world outside, its topic: the whole question without its mark, if it has no other). Held out:
+    topics that training does not draw."""
     topics = HELD_OUT_TOPICS if held_out else TOPICS
     if rng.random() < 0.22:
         question = rng.choice(HELD_OUT_ALONE if held_out else ALONE)
+        topic = question.rstrip("？")
     else:
         frames = rng.choices(FRAMES, weights=[len(group) + 4 for group in FRAMES])[0]
         frame = rng.choice(frames)
@@ -172,7 +174,7 @@ def unanswerable(rng: random.Random, held_out: bool = False) -> str:
         question = frame.format(**{kind: topic})
     if question.endswith("？") and rng.random() < 0.2:
         question = question[:-1] + rng.choice(("", "?"))
-    return question
+    return question, topic
 
 
 def enlarged(rng: random.Random, question: str, held_out: bool = False) -> str:

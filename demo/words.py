@@ -57,12 +57,12 @@ THINGS = tuple((thing[1:], thing[0]) for thing in words("""
     元 人 人 人 块钱 块钱 米 斤 间房 位客人 名学生 名工人"""))
 THINGS_HELD_OUT = tuple((thing[1:], thing[0]) for thing in words("""
     匹骏马 匹绸缎 匹斑马 尾鲤鱼 尾草鱼 扇屏风 扇窗户 枝玫瑰 枝丁香 枝钢笔 顶草帽 顶帐篷 艘帆船 艘轮船 架飞机 架钢琴
-    架梯子 筐橘子 筐土豆 筐萝卜 筐柿子 罐可乐 罐奶粉 罐果酱 桶油漆 桶海水 捆木柴 捆稻草 捆电线 副手套 副眼镜 副耳环
+    架梯子 筐橘子 筐土豆 筐芒果 筐柿子 罐可乐 罐奶粉 罐果酱 桶油漆 桶海水 捆木柴 捆稻草 捆电线 副手套 副眼镜 副耳环
     册图谱 册字典 册诗集 粒珍珠 粒药丸 粒瓜子 粒豆子 节电池 节竹子 卷胶带 卷毛线 幅油画 幅地图 幅对联 壶开水 壶热茶
     群大雁 群绵羊 株水仙 株人参 滴墨水 坛好酒 坛泡菜"""))
 UNITS = tuple(dict.fromkeys(unit for _, unit in THINGS))
 UNITS_HELD_OUT = tuple(dict.fromkeys(unit for _, unit in THINGS_HELD_OUT))
-BOXES = words("盒 袋 箱 组 排 桌 层 包 筐子 天 人 家")
+BOXES = words("盒 袋 箱 组 排 桌 层 包 篮 天 人 家")
 
 # ---------------------------------------------------------------------------------------------
 # clauses: time word × frame × verb

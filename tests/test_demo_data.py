@@ -34,20 +34,22 @@ def files(folder) -> dict[str, list[dict]]:
             for p in folder.rglob("*.jsonl")}
 
 
+def chats(files, names=CHATS) -> list[list[tuple[str, str]]]:
+    """The (question, reply) pairs of each chat in the named files."""
+    contents = [[m["content"] for m in record["conversations"]] for name in names for record in files[name]]
+    return [list(zip(c[::2], c[1::2], strict=True)) for c in contents]
+
+
 def turns(files, names=CHATS) -> list[tuple[str, str]]:
     """All (question, reply) pairs of the chats in the named files."""
-    pairs = []
-    for name in names:
-        for record in files[name]:
-            contents = [m["content"] for m in record["conversations"]]
-            pairs += zip(contents[::2], contents[1::2], strict=True)
-    return pairs
+    return [pair for chat in chats(files, names) for pair in chat]
 
 
 # ---------------------------------------------------------------------------------------------
 # read sums and problems from the files, by their numbers alone
 
 SPELLED = re.compile(r"(?<!\d)(\d+)([-+*/])(\d+)=(\d+)(?!\d)")
+BOTH_NUMBERS = re.compile(r"(?<!\d)(\d+)([-+])(\d+)：")  # before the two steps of 25+38
 NUMBER = re.compile(r"\d+")
 RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b,
           "/": lambda a, b: a // b if b and a % b == 0 else None}
@@ -218,7 +220,7 @@ def test_every_reply_is_correct(files, spoken, spelled):
         [chain] = chains_of(sums)
         a, operation, b = chain[-1]
         assert read_reply(reply, is_number=True) == RESULT[operation](a, b), (question, reply)
-        if "：" in thought:  # a story: each line restates the number of its clause, the last one the question
+        if "\n" in thought and "：" in thought:  # a story: each line but the last restates the number of its clause
             restated = [numbers_in(line)[0] for line in thought.split("\n")[:-1]]
             asked = numbers_in(question)
             if thought.startswith("刚才是"):
@@ -255,15 +257,17 @@ def test_larger_numbers_are_declined(files, everything):
 
 
 def test_what_is_not_known_is_declined(files):
-    """Every question about somebody who is not in the world; no other fact is declined."""
+    """Every question of the world's form about somebody who is not in it, and none about somebody who is."""
     entities = {q["entity"] for q in files["eval/facts.jsonl"]}
+    forms = [re.compile(frame.rstrip("？").replace("{e}", "(.+)"))
+             for relation in RELATIONS for frame in relation.asked]
     declined = Counter()
     for question, reply in turns(files):
-        named = [entity for entity in entities if entity in question]
-        if declines(reply):
-            assert not named or not any(relation.name in reply for relation in RELATIONS), (question, reply)
-            declined[bool(named)] += 1
-    assert declined[False] > 3000
+        names = {match.group(1) for form in forms if (match := form.fullmatch(question.rstrip("？?")))}
+        if names and not [name for name in names if re.fullmatch("那?[他她它]|这个人", name)]:
+            assert declines(reply) == (not names & entities), (question, reply)
+            declined[declines(reply)] += 1
+    assert declined[True] > 2000 and declined[False] > 5000
     known = {person[:1] for person in entities}
     assert any(q["names"][0][0] in known for q in files["eval/unknown.jsonl"] if "names" in q)
 
@@ -312,9 +316,10 @@ def test_facts_never_asked_are_in_no_chat(files):
             assert not [pair for pair in mentions for words in forbidden if words in pair]
 
 
-def test_one_step_questions_are_in_no_training_file(files, spoken, spelled):
+def test_one_step_questions_are_in_no_training_file(files, spoken, spelled, everything):
     """Neither as a sum in words or symbols, nor as a story, nor as a step of a longer problem or of a thought."""
     trained = set(spoken) | {triple for chain in spelled for triple in chain}
+    trained |= {(int(a), operation, int(b)) for a, operation, b in BOTH_NUMBERS.findall(everything)}
     assert len(trained & set(TRIPLES)) > 1500 and len(trained & set(LONG_SUMS)) > 1000
     for name in ("one_step", "elsewhere"):
         held_out = [triples_of(q["numbers"]) for q in files[f"eval/{name}.jsonl"]]
@@ -323,13 +328,22 @@ def test_one_step_questions_are_in_no_training_file(files, spoken, spelled):
 
 
 def test_longer_questions_are_in_no_training_file(files, spelled):
-    """Start and steps, in any wording; also not as part of a longer problem."""
+    """Start and steps, in any wording; also not as part of a longer problem, or as a problem that goes on in the next
+    question."""
     parts = {chain[i:j] for chain in spelled for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)}
     questions = files["eval/multi_step.jsonl"] + files["eval/elsewhere.jsonl"]
     questions = [tuple(triples_of(question["numbers"])) for question in questions]
     questions = [triples for triples in questions if len(triples) > 1]
     assert len(set(questions)) == len(questions) == 680 and len(parts) > 10_000
     assert not parts & set(questions)
+    two_turns = set()
+    for chat in chats(files):
+        for (question, reply), (again, last) in zip(chat, chat[1:], strict=False):
+            numbers, results, sums = numbers_in(question), numbers_in(reply)[-1:], spelled_sums(last)
+            if len(numbers) == 2 and len(numbers_in(again)) == len(results) == 1 and sums:
+                firsts = spelled_sums(reply) or solutions(numbers, results[0])
+                two_turns |= {(first, sums[0]) for first in firsts if len(firsts) == 1}  # 2 and 2 give 4 in two ways
+    assert len(two_turns) > 2000 and not two_turns & set(questions)
 
 
 def test_elsewhere_is_in_no_training_file(files, everything):
@@ -378,13 +392,20 @@ def test_unknown_people_and_topics_are_in_no_training_file(files, everything):
         if question["source"] == "unknown/people":
             [name] = question["names"]
             assert name in question["question"] and name not in everything
+        elif not numbers_in(question["question"]):
+            assert question["topic"] in question["question"] and question["topic"] not in everything
 
 
 def test_follow_ups_need_what_was_said_before(files):
-    """The history ends with a reply; the question names neither the person nor the number that it is about."""
+    """The history ends with a reply. The question names the person or the relation, not both, or one number. In no
+    training file it is asked behind the same question."""
+    asked = {(one[0].rstrip("？?"), again[0].rstrip("？?")) for chat in chats(files)
+             for one, again in zip(chat, chat[1:], strict=False)}
+    assert len(asked) > 10_000
     for question in files["eval/follow_up.jsonl"]:
         history = question["history"]
         assert [m["role"] for m in history] == ["user", "assistant"] and "<think>" not in history[1]["content"]
+        assert (history[0]["content"].rstrip("？?"), question["question"].rstrip("？?")) not in asked
         if "choices" in question:
             assert not [c for c in question["choices"] if c in question["question"]]
         else:
