@@ -436,7 +436,8 @@ class Documents:
             digest.update(array.astype(dtype).tobytes())
         if self.shares is not None:  # which source a document is in decides the order
             digest.update(self.source.tobytes())
-            digest.update(b"own first" * self.own_first)
+            if self.own_first:
+                digest.update(b"own first")
         return digest.hexdigest()
 
 

@@ -61,7 +61,9 @@ def continuation(net: WeakWater, tokenizer, documents: Documents, device, dtype:
     shown = prompt[1:]
     if first_chat(documents) is not None:  # its last question alone
         chat = ChatEncoder.of(tokenizer)
-        before = prompt[:-len(chat.headers["assistant"]) - len(chat.newline) - 1]
+        opened = chat.prompt(thinking=False)  # distill's chats may begin with a reply behind an empty thought
+        header = opened if prompt[-len(opened):] == opened else chat.headers["assistant"]
+        before = prompt[:-len(header) - len(chat.newline) - 1]
         begin = max(i for i, token in enumerate(before) if token == encoder.bos_id)
         shown = before[begin + len(chat.headers["user"]):]
     return "sample: " + " → ".join(tokenizer.decode(part).strip().replace("\n", "\\n") for part in (shown, ids))

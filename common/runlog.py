@@ -176,7 +176,7 @@ def describe_run(net, loader, run) -> list[str]:
     args, train, tokens = run.args, loader.documents, loader.tokens_per_epoch
     parts = net.num_parameters()
     steps = loader.steps_in_epoch(0)
-    fills_up = loader.is_chat and next(net.parameters()).device.type == "cpu"  # MicroBatch.to; rows of text are full
+    fills_up = next(net.parameters()).device.type == "cpu"  # MicroBatch.to
     lines = [
         f"parameters: {sum(parts.values()):,} = " + " + ".join(f"{n:,} {part}" for part, n in parts.items() if n),
         f"a step: {loader.step_tokens:,} tokens = {args.batch_size} rows x {args.max_seq_len} x "

@@ -8,7 +8,8 @@ that thinks is only its plain answer: distill.py puts it behind an empty thought
 All other sources are used as they are; --val_path likewise, file by file.
 Counts the targets in the first --max_steps optimizer steps of distill.py on the original data with these settings, and
 how many steps distill.py --without_thoughts needs on the control's data for as many. The other flags must equal those
-of the distill.py run under comparison. Replies without thoughts are short, so the control sees many more conversations.
+of the distill.py run under comparison, and that run must name its --data_path too: without it an epoch is one pass over
+the first source. Replies without thoughts are short, so the control sees many more conversations.
 The last line on stdout, one JSON object, has these numbers (records, emptied and malformed: of the sources that are
 copied) and the words to pass to --data_path and --val_path.
 """

@@ -15,6 +15,7 @@ from common import checkpoint, continuation
 from common.weights import load_model, load_weights
 from Config import UserError
 from dataset import load_documents
+from text.content import Reading
 from text.tokenizer import OurTokenizer, TextEncoder, load_tokenizer, tokenizer_files, tokenizer_from_files
 
 ASK = ["--prompt", "你好", "--temperature", "0", "--max_new_tokens", "5", "--device", "cpu"]
@@ -162,14 +163,15 @@ def test_samples_change_no_loss(stage, out, text_file, tokenizer_dir, tmp_path, 
 def test_the_sample_is_what_the_model_says(out, tokenizer, text_file, tmp_path):
     """Its ids are those of an uncached greedy loop, and the line holds question and reply."""
     net, _ = load_model(out / "SFT.pth")
-    for kind, file in (("chat", out / "chats.jsonl"), ("text", text_file)):
-        documents = load_documents(str(file), tokenizer, kind, str(tmp_path), 256)
+    for kind, file in (("chat", out / "chats.jsonl"), ("thinking", out / "chats.jsonl"), ("text", text_file)):
+        reading = Reading("chat", thoughts=True) if kind == "thinking" else kind
+        documents = load_documents(str(file), tokenizer, reading, str(tmp_path), 256)
         record = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
         line = continuation.continuation(net, tokenizer, documents, "cpu", "fp32")
         ids = continuation.greedy(net, continuation.prompt_of(documents), 40, 800, 2, "cpu", "fp32")
         assert line.endswith(f" → {tokenizer.decode(ids).strip()}".replace("\n", "\\n"))
         shown = line.removeprefix("sample: ").partition(" → ")[0]
-        asked = [m["content"] for m in record["conversations"] if m["role"] == "user"][0] if kind == "chat" else ""
+        asked = [m["content"] for m in record["conversations"] if m["role"] == "user"][0] if kind != "text" else ""
         assert shown == asked.strip().replace("\n", "\\n") if asked else record["text"].startswith(shown[:5])
     net.train()
     prompt, generator = [1, 50, 60, 70], torch.random.get_rng_state()
