@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, train, write_jsonl
 
 from benchmarks import decode_throughput as decoding
 from benchmarks import step_profile
@@ -435,3 +435,39 @@ def test_recipes_end_with_a_comparison(tmp_path):
     assert json.loads(recipes()[-1])["runs"][2]["val_bpb"] == pytest.approx(muon["val_bpb"], rel=1e-6)
     assert (folder / "log" / "pretrain.jsonl").read_text(encoding="utf-8") == log
     assert "finished before" in (folder / "log" / "pretrain.log").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------
+# experiments/shares.sh
+
+
+@pytest.mark.parametrize("settings, reason", [
+    (dict(VAL=""), "must be set"), (dict(STAGE="pretrain"), "STAGE=pretrain"), (dict(STEPS="0"), "at least 1"),
+    (dict(SEEDS="1 b"), "whole numbers"), (dict(MIXTURES="a=1; ;b=1"), "an empty mixture"),
+    (dict(VAL="no.jsonl"), "no.jsonl: no such file")])
+def test_invalid_settings_of_shares(tmp_path, tokenizer_dir, text_file, settings, reason):
+    """Nothing is trained."""
+    train("pretrain", text_file, tokenizer_dir, tmp_path, preset="nano", max_seq_len=64, max_steps=1)
+    usual = {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "INIT_FROM": str(tmp_path / "pretrain.pth"),
+             "MIXTURES": "a=1; b=1", "VAL": str(text_file)}
+    done = subprocess.run(["bash", str(ROOT / "experiments/shares.sh")], capture_output=True, text=True,
+                          env=os.environ | usual | settings)
+    assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out/*/?_1*"))
+
+
+@pytest.mark.extra
+def test_shares_end_with_a_table(tmp_path, data_dir, tokenizer_dir):
+    """Each mixture, also one over two lines, is trained with each seed and scored on each file."""
+    train("pretrain", data_dir / "pretrain.jsonl", tokenizer_dir, tmp_path, preset="nano", max_steps=2)
+    chats, text = data_dir / "sft.jsonl", data_dir / "pretrain.jsonl"
+    settings = {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "INIT_FROM": str(tmp_path / "pretrain.pth"),
+                "MIXTURES": f"{chats}=1;\n{chats}=0.5\n{text}=0.5", "VAL": f"{text} {chats}", "STEPS": "2", "JOBS": "2",
+                "OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
+    done = subprocess.run(["bash", str(ROOT / "experiments/shares.sh"), "--batch_size", "2", "--save_interval", "1000"],
+                          capture_output=True, text=True, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()]
+    assert [cell.strip() for cell in rows[0]] == ["mixture", "seed", "pretrain.jsonl", "sft.jsonl"] and len(rows) == 7
+    scores = [tuple(map(float, row[2:])) for row in rows[2:]]
+    assert len(set(scores)) == 5 and all(0 < bpb < 10 for row in scores for bpb in row)
