@@ -37,7 +37,7 @@ fi
 mkdir -p $OUT/eval
 echo $$ > $OUT/running
 
-steps=(1150 260 35 800)  # optimizer steps of pretrain, SFT, SFT_long, distill
+steps=(1150 260 35 950)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
@@ -88,8 +88,8 @@ took SFT_long
 mixture="$DATA/r1_1024.jsonl=0.72 $DATA/sft_512.jsonl=0.16 $DATA/rehearsal.jsonl=0.12"
 last="$same --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --epochs 100"
 
-# The control trains beside distill, since a model this small gains little from more cores: the same mixture from the same
-# weights, without the thoughts, for as many target tokens.
+# The control trains and is scored beside distill, since a model this small gains little from more cores: the same mixture
+# from the same weights, without the thoughts, for as many target tokens.
 threads=${OMP_NUM_THREADS:-}
 export OMP_NUM_THREADS=$(( $(python -c "import os; print(os.cpu_count())") / 2 ))
 [ "$OMP_NUM_THREADS" -gt 0 ] || export OMP_NUM_THREADS=1
@@ -100,17 +100,18 @@ value = json.loads(open('$OUT/control.json').read().splitlines()[-1])['$1']
 print(*value if isinstance(value, list) else [value])"
 }
 # shellcheck disable=SC2046,SC2086
-train_control() {
+control() {
     run python experiments/no_think_control.py --data_path $mixture --val_path $DATA/val/r1_1024.jsonl \
         --tokenizer_path $OUT/tokenizer --out_dir $OUT/control \
         --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
     run python distill.py --data_path $(of_control data_path) --val_path $(of_control val_path) $last --without_thoughts \
         --out_dir $OUT/control --init_from $OUT/SFT_long.pth --max_steps "$(of_control control_steps)"
+    score control off "facts one_step multi_step elsewhere"
 }
 echo
-echo "the control trains beside the next stage; its output goes to $OUT/control.log"
+echo "the control trains beside the next stage and the scores; its output goes to $OUT/control.log"
 set -m  # in a process group of its own, which can be stopped as a whole
-train_control > $OUT/control.log 2>&1 &
+control > $OUT/control.log 2>&1 &
 jobs=$!
 set +m
 # shellcheck disable=SC2086
@@ -125,7 +126,6 @@ score distill both "facts one_step multi_step elsewhere follow_up unknown"
 took scoring
 wait "$jobs" || { tail -n 3 $OUT/control.log >&2; echo "quickstart.sh: the control failed" >&2; exit 2; }
 jobs=""
-score control off "facts one_step multi_step elsewhere"
 took control
 unset OMP_NUM_THREADS
 [ ! "$threads" ] || export OMP_NUM_THREADS=$threads
