@@ -37,7 +37,7 @@ fi
 mkdir -p $OUT/eval
 echo $$ > $OUT/running
 
-steps=(1150 260 35 950)  # optimizer steps of pretrain, SFT, SFT_long, distill
+steps=(1150 260 35 750)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
@@ -62,8 +62,10 @@ trap 'rm -f $OUT/running; [ ! "$jobs" ] || kill -- -$jobs 2> /dev/null || true' 
 score() {  # stage, thinking or "", questions: its losses and answers, on one thread
     weights=$OUT/$1.pth
     [ "$1" != control ] || weights=$OUT/control/distill.pth
+    most=$longest
+    [ "$1" != pretrain ] || most=$((longest < 32 ? longest : 32))  # its replies have no end
     # shellcheck disable=SC2086,SC2046
-    OMP_NUM_THREADS=1 python evaluate.py --checkpoint $weights --out_dir $OUT --as_chat --max_new_tokens $longest \
+    OMP_NUM_THREADS=1 python evaluate.py --checkpoint $weights --out_dir $OUT --as_chat --max_new_tokens $most \
         --data_path $DATA/val --data_path $(printf "$DATA/eval/%s.jsonl " $3) ${2:+--thinking $2} --batch_size 256 \
         --generations "$OUT/eval/$1.jsonl" > "$OUT/eval/$1.json" || { echo "quickstart.sh: scoring $1 failed" >&2; exit 2; }
 }
