@@ -44,7 +44,8 @@ SMALL_TALK = (  # (questions, replies, thought)
      ("我在这里陪着你，想聊点什么？", "希望你一切都好，要不要考我一道算术？"), "对方在说自己的心情。"),
 )
 GREETING, IDENTITY, ABILITY = SMALL_TALK[:3]
-COMPOSED_GREETINGS, GREETED_FIRST = 1 / 3, 0.1  # share of the greetings; of the questions of who I am and what I can do
+TALK_WEIGHTS = (4, 2, *[1] * (len(SMALL_TALK) - 2))  # most conversations begin with the first
+COMPOSED_GREETINGS, GREETED_FIRST = 0.25, 0.1  # share of the greetings; of the questions of who I am and what I can do
 GREETING_WORDS = words("你好 您好 嗨 哈喽 喂 嘿 hi hello 早")
 GREETING_COMMAS = ("，", "，", "！", "!", "")
 ASKED_IN_GREETING = tuple(f"{start}吗{end}" for start in words("在 你在 有人 有空 可以聊聊") for end in ("？", "?", ""))
@@ -144,8 +145,8 @@ def greeted(rng: random.Random, text: str) -> str:
 
 def small_talk(rng: random.Random) -> tuple[str, str, str]:
     """(question, reply, thought)."""
-    kind = asked, answered, thought = rng.choice(SMALL_TALK)
-    question = rng.choice(asked[:5] if rng.random() < 0.5 else asked)  # the first are the most common
+    kind = asked, answered, thought = rng.choices(SMALL_TALK, weights=TALK_WEIGHTS)[0]
+    question = rng.choice(asked[:3] if rng.random() < 0.5 else asked)  # the first are the most common
     if kind is GREETING and rng.random() < COMPOSED_GREETINGS:
         question = greeted(rng, rng.choice(rng.choice((ASKED_IN_GREETING, SAID_IN_GREETING))))
     elif kind in (IDENTITY, ABILITY) and rng.random() < GREETED_FIRST:
