@@ -37,7 +37,7 @@ fi
 mkdir -p $OUT/eval
 echo $$ > $OUT/running
 
-steps=(1150 260 35 1500)  # optimizer steps of pretrain, SFT, SFT_long, distill
+steps=(1150 260 35 750)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
@@ -88,7 +88,7 @@ run python SFT_long.py --data_path $DATA/sft_1024.jsonl=0.75 $DATA/rehearsal.jso
     --max_seq_len 1024 --batch_size 4 --learning_rate 6e-4 --max_steps "${steps[2]}" --epochs 100
 took SFT_long
 mixture="$DATA/r1_1024.jsonl=0.72 $DATA/sft_512.jsonl=0.16 $DATA/rehearsal.jsonl=0.12"
-last="$same --max_seq_len 1024 --batch_size 2 --learning_rate 2e-3 --epochs 100"
+last="$same --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --epochs 100"
 
 # The control trains and is scored beside distill, since a model this small gains little from more cores: the same mixture
 # from the same weights, without the thoughts, for as many target tokens.
@@ -105,7 +105,7 @@ print(*value if isinstance(value, list) else [value])"
 control() {
     run python experiments/no_think_control.py --data_path $mixture --val_path $DATA/val/r1_1024.jsonl \
         --tokenizer_path $OUT/tokenizer --out_dir $OUT/control \
-        --seed "$seed" --max_seq_len 1024 --batch_size 2 --max_steps "${steps[3]}" | tee $OUT/control.json
+        --seed "$seed" --max_seq_len 1024 --batch_size 4 --max_steps "${steps[3]}" | tee $OUT/control.json
     run python distill.py --data_path $(of_control data_path) --val_path $(of_control val_path) $last --without_thoughts \
         --out_dir $OUT/control --init_from $OUT/SFT_long.pth --max_steps "$(of_control control_steps)"
     score control off "facts one_step multi_step elsewhere"
