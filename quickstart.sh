@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model that thinks, in seven to ten minutes on two CPU cores: generates a small Chinese world, trains the
+# From nothing to a model that thinks, in eight to ten minutes on two CPU cores: generates a small Chinese world, trains the
 # tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
 #
 #   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in under a minute, too short to learn anything
