@@ -21,9 +21,9 @@ from text.records import ROLES, MalformedRecord, check_conversation
 from text.tokenizer import TAGS, Encoded, TextEncoder
 
 EMPTY_THOUGHT = f"{OPEN_THINK}\n\n{CLOSE_THINK}\n"
-# The same formats for other programs: the thinking format is used where enable_thinking is true or false. The ids are the
-# same for tokenizers with the tags. Without them (train_tokenizer.py --no_think_tokens) the ids of a given thought may
-# differ: a prompt ends in <think>, so training splits there too, but a template's ">\n" can become one token.
+# The same formats for other programs: the thinking format is used where enable_thinking is true or false. The ids are
+# the same for tokenizers with the tags. Without them (train_tokenizer.py --no_think_tokens) the ids of a given thought
+# may differ: a prompt ends in <think>, so training splits there too, but a template's ">\n" can become one token.
 CHAT_TEMPLATE = (
     r"{% set thinks = enable_thinking is defined and enable_thinking is not none %}{% set ns = namespace(last=-1) %}"
     r"{% for message in messages %}{% if message['role'] == 'assistant' and not add_generation_prompt %}"
