@@ -244,7 +244,7 @@ class Writer:
                 continue
             gain, pronoun = operation == "+", story.pronoun
             # a held-out clause has no names, so that it can be searched for
-            with_names = story.others and not style.new_verbs and style.clauses == KNOWN
+            with_names = not style.new_verbs and style.clauses == KNOWN
             draw = rng.random() if with_names else 1
             if draw < AGENT_SHARE or not gain and draw < AGENT_SHARE + PASSIVE_SHARE:
                 verbs, frames = (AGENT_GAIN if gain else AGENT_LOSE, AGENT_FRAMES) if draw < AGENT_SHARE else (
@@ -382,7 +382,7 @@ class Writer:
     def compared(self, triple: tuple[int, str, int], story: Story, style: Style) -> Wording:
         """Things of two people: together, more or fewer, the difference; or their ages."""
         (a, operation, b), rng = triple, self.rng
-        problem, owner, other = Problem(a, (triple[1:],)), story.owner, story.others[0] if story.others else "小林"
+        problem, owner, other = Problem(a, (triple[1:],)), story.owner, story.others[0]
         has, draw = f"{owner}有{a}", rng.random()
         told = [has + story.unit + story.thing, f"{other}有{b}{story.unit}{story.thing if rng.random() < 0.3 else ''}"]
         if draw < 0.15:
