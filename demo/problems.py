@@ -402,6 +402,7 @@ class Writer:
         question, _, kind = self.asking(set(), story, style, whose=other, kind="有")
         return self.finish(problem, story, [told[0], than + story.unit], [has, than], question, kind)
 
+
 # ---------------------------------------------------------------------------------------------
 # bare sums
 
