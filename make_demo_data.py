@@ -113,7 +113,7 @@ COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "work
           "short_facts": 500, "short_problems": 500, "short_stories": 6500, "short_sums": 3000, "short_talk": 2000,
           "short_people": 3000, "short_unknown": 2000, "short_follow_ups": 2500, "long_chats": 250,
           "thought_problems": 7000, "thought_stories": 2800, "thought_sums": 2000, "thought_facts": 220, "thought_talk": 800,
-          "thought_people": 1000, "thought_unknown": 1000, "thought_follow_ups": 1600,
+          "thought_people": 1000, "thought_unknown": 1200, "thought_follow_ups": 1600,
           "long_validation": 20, "multi_step": 40, "elsewhere": 20, "unknown": 100}
 VALIDATION_SHARE = 0.02
 MOST_PORTRAITS = 5  # per text
@@ -437,7 +437,7 @@ class World:
         rng, story, (a, operation, b) = self.rng, self.story(), triple
         first, *step = self.step_before(triple)
         wording = self.writer.put(Problem(first, (tuple(step),)), story)
-        begin, rest = self.writer.clause(operation, b, story)
+        begin, rest = self.writer.next_clause(operation, b, story)
         ask = rng.choice((*("呢？",) * 4, "呢", f"，还有多少{story.unit}？", f"，现在有几{story.unit}？",
                           f"，是多少{story.unit}？"))
         lead = rng.choice(("", "", "如果", "要是", "那", "那么"))

@@ -17,6 +17,7 @@ from demo.words import (
     ASKED,
     BOXES,
     COMMAS,
+    DONE,
     ENDS,
     FACTORS,
     FRAMES,
@@ -32,6 +33,8 @@ from demo.words import (
     LOSE_ENDINGS,
     LOSE_HELD_OUT,
     MONEY,
+    NEXT_GAIN,
+    NEXT_LOSE,
     PASSIVE,
     PASSIVE_FRAMES,
     PRICE_ASKED,
@@ -280,6 +283,14 @@ class Writer:
                 rest = story.unit + (story.thing if rng.random() < 0.2 else "")
                 return frame.format(t=time, v=verb, p=pronoun), rest
 
+    def next_clause(self, operation: str, b: int, story: Story) -> tuple[str, str]:
+        """(clause up to its number, the rest) of a step that is asked about behind an answer."""
+        rng = self.rng
+        if operation in FACTORS or not story.others or rng.random() < 0.6:
+            return self.clause(operation, b, story)
+        verb = rng.choice(NEXT_GAIN if operation == "+" else NEXT_LOSE)
+        return verb.format(p=story.pronoun or "他", g=rng.choice(story.others)), story.unit
+
     def asking(self, operations: set[str], story: Story, style: Style, whose: str | None = None,
                kind: str | None = None) -> tuple[str, str, str]:
         """(question, its wording without the names, what is asked: a key of ASKED)."""
@@ -383,8 +394,10 @@ class Writer:
         """Things of two people: together, more or fewer, the difference; or their ages."""
         (a, operation, b), rng = triple, self.rng
         problem, owner, other = Problem(a, (triple[1:],)), story.owner, story.others[0]
-        has, draw = f"{owner}有{a}", rng.random()
-        told = [has + story.unit + story.thing, f"{other}有{b}{story.unit}{story.thing if rng.random() < 0.3 else ''}"]
+        verb = rng.choice(DONE) if rng.random() < 0.3 else ""
+        have, draw = f"{verb}了" if verb else "有", rng.random()
+        has, other_has = f"{owner}{have}{a}", f"{other}{have}{b}"
+        told = [has + story.unit + story.thing, other_has + story.unit + (story.thing if rng.random() < 0.3 else "")]
         if draw < 0.15:
             than = f"{other}比{rng.choice((owner, story.pronoun))}{'大' if operation == '+' else '小'}{b}"
             question = rng.choice(("", "", *LEADS)) + other + rng.choice(("", "今年")) + rng.choice(("几岁", "多少岁"))
@@ -392,12 +405,13 @@ class Writer:
                                [f"{owner}今年{a}", than], question, "今年")
         if operation == "+" and draw < 0.65:
             question, _, kind = self.asking({"+"}, story, style, rng.choice(("", "", "他们", "两人", "两个人")), "一共")
-            return self.finish(problem, story, told, [has, f"{other}有{b}"], question, kind)
+            return self.finish(problem, story, told, [has, other_has], question, kind)
         if operation == "-" and draw < 0.5 and a > b:
             more = rng.random() < 0.7
             question = f"{owner}比{other}多" if more else f"{other}比{owner}少"
-            question = rng.choice(("", "", *LEADS)) + question + rng.choice(("几", "多少")) + story.unit
-            return self.finish(problem, story, told, [has, f"{other}有{b}"], question, "多" if more else "少")
+            question += rng.choice((verb, "")) + rng.choice(("几", "多少")) + story.unit
+            question = rng.choice(("", "", *LEADS)) + question
+            return self.finish(problem, story, told, [has, other_has], question, "多" if more else "少")
         than = f"{other}比{rng.choice((owner, story.pronoun))}{'多' if operation == '+' else '少'}{b}"
         question, _, kind = self.asking(set(), story, style, whose=other, kind="有")
         return self.finish(problem, story, [told[0], than + story.unit], [has, than], question, kind)

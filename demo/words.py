@@ -18,6 +18,7 @@ GIVEN = ("小文子雨思云若家明梅兰竹菊松柏荷枫舟川溪岚晴朗�
          "中")
 NICKNAMES = tuple("小" + c for c in "明红刚丽华强芳军兰东亮美燕龙虎雨雪宝") + tuple("阿" + c for c in "明强花牛福")
 NICKNAMES += ("张三", "李四", "王五", "赵六")
+DONE = words("做 买 摘 写 看 画 读 折 捡 拍")  # two people have done it: 小红比小明多做几道
 KIN = words("妈妈 爸爸 奶奶 爷爷 哥哥 姐姐 弟弟 妹妹 老师 同学 邻居 叔叔 阿姨 舅舅 姑姑 外婆 外公 表哥 同桌 朋友 "
             "表弟 表妹 堂哥 堂姐 小姨 大伯 伯伯 婶婶 姨妈 姥姥 姥爷 孙子 女儿 儿子 班长 大夫 店主 师傅")
 TITLES = words("老师 阿姨 叔叔 师傅")  # behind a surname
@@ -99,6 +100,10 @@ AGENT_LOSE = words("吃 喝 用 拿走 借走 吃掉 喝掉")
 AGENT_FRAMES = words("{t}{g}{v}了 {t}{g}又{v}了 {g}{t}{v}了")
 FRAMES = words("{t}{v} {t}{v}了 {t}又{v} {t}又{v}了 {t}再{v}了 {t}还{v}了 {t}先{v}了 {t}也{v}了 {t}共{v}了 {t}就{v}了")
 FRAMES_OF_PEOPLE = words("{t}{p}{v}了 {t}{p}又{v}了 {p}{t}{v}了 {p}{t}又{v}了 {t}{p}{v} {p}{t}还{v}了")
+# what happens next in a question that follows on: 再给他5个呢？
+NEXT_GAIN = words("再买 再来 再加 再放 再拿 再得 再做 再摘 又买 又来 再给{p} 再送{p} {g}再给{p} {g}再送{p}")
+NEXT_LOSE = words("再吃 再用 再卖 再丢 再花 再喝 再拿走 再吃掉 再用掉 再卖掉 又吃 又用 "
+                  "再给{g} 再送给{g} 再借给{g} 再分给{g}")
 FACTORS = {"*": words("数量变成{b}倍 变成原来的{b}倍 增加到{b}倍 涨到{b}倍 变成{b}倍 扩大到{b}倍"),
            "/": words("平均分成{b}份留下一份 分成{b}份只留一份 分成{b}堆留下一堆 平分成{b}份留一份 分成{b}份留下一份")}
 
