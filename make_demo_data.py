@@ -112,14 +112,14 @@ COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "work
           "rosters": 3000, "scenes": 300,
           "short_facts": 500, "short_problems": 500, "short_stories": 6500, "short_sums": 3000, "short_talk": 2000,
           "short_people": 3000, "short_unknown": 2000, "short_follow_ups": 2500, "long_chats": 250,
-          "thought_problems": 7000, "thought_stories": 2800, "thought_sums": 2000, "thought_facts": 220, "thought_talk": 800,
+          "thought_problems": 9500, "thought_stories": 2500, "thought_sums": 2000, "thought_facts": 220, "thought_talk": 800,
           "thought_people": 1000, "thought_unknown": 1200, "thought_follow_ups": 1600,
           "long_validation": 20, "multi_step": 40, "elsewhere": 20, "unknown": 100}
 VALIDATION_SHARE = 0.02
 MOST_PORTRAITS = 5  # per text
 ASKED_ALONE, MOST_TURNS = 0.4, 10  # share of questions that are a chat of one turn; most questions in a short chat
 LONG_CHAT_CHARACTERS = (430, 700)  # nearly always 513 to 1,024 tokens of the quickstart's tokenizer
-LONG_SUM_SHARE = 0.17  # of the problems of one step, and of the sums
+LONG_SUM_SHARE = 0.2  # of the problems of one step, and of the sums
 RANDOM_SHARE = 0.3  # of names, things and measure words are random hanzi
 RANDOM_PLACES = 0.25  # of the places that hold things
 GROUP_SHARE = 0.08  # of those who give and get are several people
