@@ -27,6 +27,7 @@ from demo.words import (
     GAIN_HELD_OUT,
     GIVEN_BY_OWNER,
     GIVEN_TO_OWNER,
+    GOODS,
     KIN,
     LEADS,
     LOSE,
@@ -165,6 +166,7 @@ class Counting:
 KNOWN, HELD_OUT = "known", "held out"  # which combinations a wording may have
 RANDOM_VERBS, RANDOM_TIMES = 0.15, 0.1  # of the verbs and time words in training
 PASSIVE_SHARE, AGENT_SHARE = 0.04, 0.06  # of the clauses that lose, and of all, are about what somebody else does
+SPENT_SHARE = 0.4  # of the clauses that lose money say what was bought
 MONEY_SHARE = 0.6  # of the questions for money say 多少钱
 
 
@@ -249,6 +251,8 @@ class Writer:
             # a held-out clause has no names, so that it can be searched for
             with_names = not style.new_verbs and style.clauses == KNOWN
             draw = rng.random() if with_names else 1
+            if with_names and not gain and (story.thing, story.unit) in MONEY and rng.random() < SPENT_SHARE:
+                return f"{time}买{rng.choice(GOODS)}{rng.choice(('花了', '用了', '花'))}", story.unit
             if draw < AGENT_SHARE or not gain and draw < AGENT_SHARE + PASSIVE_SHARE:
                 verbs, frames = (AGENT_GAIN if gain else AGENT_LOSE, AGENT_FRAMES) if draw < AGENT_SHARE else (
                     PASSIVE, PASSIVE_FRAMES)
@@ -404,9 +408,12 @@ class Writer:
             return self.finish(problem, replace(story, unit="岁"), [f"{owner}今年{a}岁", than + "岁"],
                                [f"{owner}今年{a}", than], question, "今年")
         if operation == "+" and draw < 0.65:
-            question, _, kind = self.asking({"+"}, story, style, rng.choice(("", "", "他们", "两人", "两个人")), "一共")
+            both = rng.choice(("", "", "他们", "两人", "两个人"))
+            question, _, kind = self.asking({"+"}, story, style, both, "一共")
+            if verb and rng.random() < 0.5:
+                question = f"{both}一共{verb}了" + rng.choice(("几", "多少")) + story.unit
             return self.finish(problem, story, told, [has, other_has], question, kind)
-        if operation == "-" and draw < 0.5 and a > b:
+        if operation == "-" and draw < 0.7 and a > b:
             more = rng.random() < 0.7
             question = f"{owner}比{other}多" if more else f"{other}比{owner}少"
             question += rng.choice((verb, "")) + rng.choice(("几", "多少")) + story.unit

@@ -44,7 +44,7 @@ THRESHOLDS = (  # name, smallest share, and how to get it from the scores of all
     ("SFT_long answers one-step problems", 0.90, accuracy("SFT_long", "one_step")),
     ("SFT_long answers facts asked in other words", 0.95, accuracy("SFT_long", "facts/asked")),
     ("SFT_long answers facts never asked", 0.80, accuracy("SFT_long", "facts/never_asked")),
-    ("thinking: 2 to 8 steps in the world's words", 0.90, accuracy("distill", "multi_step")),
+    ("thinking: 2 to 8 steps in the world's words", 0.93, accuracy("distill", "multi_step")),
     ("thinking: sums and one-step problems", 0.93, accuracy("distill", "one_step")),
     ("thinking: of these replies, the thought's number", 0.99, accuracy("distill", "thought_answers")),
     ("thinking: elsewhere a, names and things", 0.90, accuracy("distill", "elsewhere/a")),
@@ -58,7 +58,7 @@ THRESHOLDS = (  # name, smallest share, and how to get it from the scores of all
     ("thinking off: facts never asked", 0.80, accuracy("distill_off", "facts/never_asked")),
     ("thinking: follow-ups", 0.85, accuracy("distill", "follow_up")),
     ("thinking: unknown people and topics declined", 0.90, accuracy("distill", "unknown")),
-    ("thinking: facts that are not declined", 0.95, accuracy("distill", "facts_not_declined")),
+    ("thinking: facts that are not declined", 0.97, accuracy("distill", "facts_not_declined")),
     ("thinking: well-formed", 0.98, accuracy("distill", "well_formed")),
     ("thinking off: without tags, ended", 0.98, accuracy("distill_off", "well_formed")),
 )

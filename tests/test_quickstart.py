@@ -21,11 +21,11 @@ RIGHT = {  # row of the report: how many of 100 questions of each source are rig
     "distill_off": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 50, "multi_step/2": 9, "elsewhere/a": 9,
                     "follow_up/step": 9, "unknown/people": 9},
 }
-LIMITS = [0.9, 0.95, 0.8, 0.9, 0.93, 0.99, 0.9, 0.85, 0.85, 0.8, 0.3, 0.9, 0.8, 0.9, 0.8, 0.85, 0.9, 0.95, 0.98, 0.98]
+LIMITS = [0.9, 0.95, 0.8, 0.93, 0.93, 0.99, 0.9, 0.85, 0.85, 0.8, 0.3, 0.9, 0.8, 0.9, 0.8, 0.85, 0.9, 0.97, 0.98, 0.98]
 THOUGHT = ["有3", "买2：3+2=5", "问有多少"]
 
 
-def write_run(out, changes=None, well_formed=98, thought_answers=99, declined=5):
+def write_run(out, changes=None, well_formed=98, thought_answers=99, declined=3):
     """What quickstart.sh leaves for the report. `changes`: {row: {source: how many are right}}; the others: of 100."""
     write_jsonl(out / "data" / "eval" / "multi_step.jsonl", [{"thought": THOUGHT}] * 100)
     replies = {}
