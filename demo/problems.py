@@ -336,11 +336,15 @@ class Writer:
         return self.finish(problem, story, told, thought, question, kind, comma, tuple(clauses), wording)
 
     def finish(self, problem: Problem, story: Story, told: list[str], thought: list[str], question: str, kind: str,
-               comma: str = "，", clauses: tuple[str, ...] = (), wording: str = "", asked: str = "") -> Wording:
+               comma: str = "，", clauses: tuple[str, ...] = (), wording: str = "", asked: str = "",
+               question_decides: bool = False) -> Wording:
         """A wording from the parts of its question and the restated clauses of its thought. `asked` is the part of the
-        question that is restated, if not all of it."""
-        lines = [thought[0], *(f"{short}：{equations(*triple)}" for short, triple in zip(
-            thought[1:], problem.triples(), strict=True)), asked_up_to_number(asked or question)]
+        question that is restated, if not all of it. Where the `question_decides` what to do with two numbers, the sum
+        stands behind it."""
+        lines = [*thought, asked_up_to_number(asked or question)]
+        first = 2 if question_decides else 1
+        for number, triple in enumerate(problem.triples(), start=first):
+            lines[number] += f"：{equations(*triple)}"
         end = self.rng.choice(ENDS)
         return Wording(problem, comma.join(told) + comma + question + end, tuple(lines),
                        f"{kind}{problem.result()}{story.unit}。", clauses, wording)
@@ -412,13 +416,14 @@ class Writer:
             question, _, kind = self.asking({"+"}, story, style, both, "一共")
             if verb and rng.random() < 0.5:
                 question = f"{both}一共{verb}了" + rng.choice(("几", "多少")) + story.unit
-            return self.finish(problem, story, told, [has, other_has], question, kind)
-        if operation == "-" and draw < 0.7 and a > b:
+            return self.finish(problem, story, told, [has, other_has], question, kind, question_decides=True)
+        if operation == "-" and draw < 0.6 and a > b:
             more = rng.random() < 0.7
             question = f"{owner}比{other}多" if more else f"{other}比{owner}少"
             question += rng.choice((verb, "")) + rng.choice(("几", "多少")) + story.unit
             question = rng.choice(("", "", *LEADS)) + question
-            return self.finish(problem, story, told, [has, other_has], question, "多" if more else "少")
+            return self.finish(problem, story, told, [has, other_has], question, "多" if more else "少",
+                               question_decides=True)
         than = f"{other}比{rng.choice((owner, story.pronoun))}{'多' if operation == '+' else '少'}{b}"
         question, _, kind = self.asking(set(), story, style, whose=other, kind="有")
         return self.finish(problem, story, [told[0], than + story.unit], [has, than], question, kind)
