@@ -41,6 +41,7 @@ class LLMConfig:
     tie_embeddings: bool = True
     qk_norm: bool = False  # RMSNorm on each head's query and key before RoPE, as in Qwen3
     dropout: float = 0.0  # on the embedding and on each residual branch, in training only
+    head_dim: int | None = None  # width of one attention head; None: dim / n_heads
 
     def __post_init__(self):
         if self.n_kv_heads is None:
@@ -56,10 +57,14 @@ class LLMConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise UserError(f"LLMConfig.{name} must be a finite number, not {value!r}")
-        if self.dim % self.n_heads:
-            raise UserError(
-                f"LLMConfig: dim {self.dim} is not divisible by n_heads {self.n_heads}: every head has the same width"
-            )
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise UserError(
+                    f"LLMConfig: dim {self.dim} is not divisible by n_heads {self.n_heads}: every head has the same width"
+                )
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if isinstance(self.head_dim, bool) or not isinstance(self.head_dim, int) or self.head_dim < 1:
+            raise UserError(f"LLMConfig.head_dim must be a whole number of at least 1, not {self.head_dim!r}")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"LLMConfig: n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}: "
@@ -67,21 +72,19 @@ class LLMConfig:
             )
         if self.head_dim % 2:
             raise UserError(
-                f"LLMConfig: head width {self.head_dim} (dim / n_heads) is odd: RoPE rotates pairs of dimensions"
+                f"LLMConfig: head width {self.head_dim} is odd: RoPE rotates pairs of dimensions"
             )
         if self.rope_theta <= 0 or self.norm_eps <= 0:
             raise UserError("LLMConfig: rope_theta and norm_eps must be greater than 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"LLMConfig.dropout must be in [0, 1), not {self.dropout}")
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.n_heads
-
     def to_dict(self) -> dict:
-        """Plain types, as stored in a checkpoint."""
-        return asdict(self)
+        """Plain types, as stored in a checkpoint. A head_dim of dim / n_heads is left out, as in earlier versions."""
+        values = asdict(self)
+        if self.head_dim * self.n_heads == self.dim:
+            del values["head_dim"]
+        return values
 
     def for_run(self, max_seq_len: int, dropout: float) -> "LLMConfig":
         """The same architecture with the dropout of a run and a context for its rows (RoPE has no weights to grow)."""

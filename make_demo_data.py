@@ -124,7 +124,6 @@ RANDOM_SHARE = 0.3  # of names, things and measure words are random hanzi
 RANDOM_PLACES = 0.25  # of the places that hold things
 GROUP_SHARE = 0.08  # of those who give and get are several people
 EARLIER_TURN = 0.3  # chance that another turn stands before a question that is thought about
-ANSWER_ALONE = 0.7  # share of earlier replies in these chats that thought, so that their answer alone is left
 FILES = tuple(f"{folder}{name}.jsonl" for folder in ("", "val/") for name in ("pretrain", "sft_512", "sft_1024", "r1_1024")
               ) + ("rehearsal.jsonl",) + tuple(f"eval/{name}.jsonl" for name in (
                   "facts", "one_step", "multi_step", "elsewhere", "follow_up", "unknown"))
@@ -448,8 +447,8 @@ class World:
             (f"刚才是{a}", f"{begin}{b}：{equations(*triple)}", asked_up_to_number(ask.lstrip("，"))), answer)
 
     def said(self, turn: Turn, thinking: bool) -> list[str]:
-        """An earlier turn: without a thought, or mostly (`thinking`) what is left of a reply that thought."""
-        return [turn.question, turn.answer if thinking and self.rng.random() < ANSWER_ALONE else turn.reply]
+        """An earlier turn: without a thought, or sometimes (`thinking`) what is left of a reply that thought."""
+        return [turn.question, turn.answer if thinking and self.rng.random() < 0.2 else turn.reply]
 
     # ---- records
 

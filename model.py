@@ -293,8 +293,8 @@ class WeakWater(nn.Module):
         return parts
 
     def flops_per_token(self, context: float) -> float:
-        """Training FLOPs per token, forward and backward: 6N + 12·L·T·C, where N counts the parameters in matmuls and T
-        is the `context` in tokens (PaLM, Chowdhery et al. 2022, appendix B; the causal mask is not deducted)."""
-        parts = self.num_parameters()
-        head = self.config.vocab_size * self.config.dim
-        return 6 * (parts["attention"] + parts["mlp"] + head) + 12 * self.config.n_layers * context * self.config.dim
+        """Training FLOPs per token, forward and backward: 6N + 12·L·T·H·D, where N counts the parameters in matmuls and
+        T is the `context` in tokens (PaLM, Chowdhery et al. 2022, appendix B; the causal mask is not deducted)."""
+        parts, c = self.num_parameters(), self.config
+        matmuls = parts["attention"] + parts["mlp"] + c.vocab_size * c.dim
+        return 6 * matmuls + 12 * c.n_layers * context * c.n_heads * c.head_dim

@@ -3,6 +3,7 @@
     python benchmarks/decode_throughput.py --preset weakwater-30m --repeats 5
 
 ours            common/generation.py with its static key/value cache, as in eval_model.py and evaluate.py
+ours int8       the same with weights as export.py --format int8 writes them; only one prompt
 transformers    LlamaForCausalLM.generate (Qwen3 with qk_norm) on the same weights, used as in its documentation
 llama.cpp       a GGUF file of the same weights in F32, BF16 and Q8_0 (pip install -r requirements-extra.txt); only one
                 prompt; skipped with a message on a GPU or if the packages are missing
@@ -10,9 +11,10 @@ llama.cpp       a GGUF file of the same weights in F32, BF16 and Q8_0 (pip insta
 Each decoder runs in a separate process. If a decoder crashes, its table cell says so.
 
 Each prompt of --prompt_tokens is continued by exactly --new_tokens, greedily and sampled (temperature 0.7, top_p 0.9),
-for one prompt and for a batch of --batch. "first token" is the time of the same call for one new token. The weights are
-random, but large enough that replies do not repeat themselves. "of the limit" is relative to the rate that memory
-bandwidth allows if each token reads all weights and the cache; the bandwidth is measured in the same turns.
+for one prompt and for a batch of --batch. "first token" and "32 tokens" are the times of the same call for as many new
+tokens; "peak MiB" is the memory of the decoder's process, with Python and all libraries. The weights are random, but
+large enough that replies do not repeat themselves. "of the limit" is relative to the rate that memory bandwidth allows
+if each token reads all weights and the cache; the bandwidth is measured in the same turns.
 
 First the decoders are compared. In float32 the greedy tokens must equal those of transformers, for one prompt and for
 the batch, and those of llama.cpp for one prompt (with a float32 cache here; the default is float16). In bf16 the
@@ -26,6 +28,7 @@ import re
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -41,16 +44,19 @@ from benchmarks.measure import (
     end,
     failures,
     make_parser,
+    peak_mebibytes,
     print_head,
     print_row,
     ratio,
     take_turns,
-    to_transformers,
     warn_of_load,
 )
 from common import exits, runtime
 from common.generation import Decoder, Sampling, generate
 from Config import LLMConfig, number
+from fastpath.int8 import round_weights
+from formats import gguf, llama_cpp
+from formats.hf import to_transformers
 from model import WeakWater
 
 SAMPLED = Sampling(temperature=0.7, top_p=0.9)
@@ -64,18 +70,28 @@ INIT_SCALE = 1.6  # std of the layers' weights times the root of their width; be
 # the three decoders: a batch of prompts → new tokens
 
 
-class Ours:
+class Measured:
+    """A decoder that knows the memory of its process."""
+
+    def memory(self) -> float:
+        """Peak MiB."""
+        return peak_mebibytes()
+
+
+class Ours(Measured):
     """common.generation.generate with one Decoder and no stop tokens."""
 
-    def __init__(self, model: WeakWater, device: torch.device, dtype: str, plain: bool = False):
-        self.decoder = Decoder(model, dtype, plain)
+    def __init__(self, model: WeakWater, device: torch.device, dtype: str, plain: bool = False, int8: bool = False):
+        if int8:
+            round_weights(model)
+        self.decoder = Decoder(model, dtype, plain, int8)
 
     def __call__(self, prompts: list[list[int]], new_tokens: int, sampled: bool) -> list[list[int]]:
         done = generate(self.decoder, prompts, new_tokens, SAMPLED if sampled else Sampling(), ())
         return [generation.ids for generation in done]
 
 
-class Transformers:
+class Transformers(Measured):
     """transformers' `generate` with weights in `dtype`."""
 
     def __init__(self, model: WeakWater, device: torch.device, dtype: str):
@@ -91,19 +107,11 @@ class Transformers:
         return out[:, ids.shape[1]:].tolist()
 
 
-class LlamaCpp:
+class LlamaCpp(Measured):
     """llama.cpp's server in this process. Its cache is float16, the default, or float32 if `exact`."""
 
     def __init__(self, path: Path, context: int, exact: bool):
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(path), context, 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.fit_params, params.warmup, params.verbosity = False, False, 0
-        if exact:
-            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        self.server = xllamacpp.Server(params)
+        self.server = llama_cpp.open_server(path, context, torch.get_num_threads(), exact)
 
     def __call__(self, prompts: list[list[int]], new_tokens: int, sampled: bool) -> list[list[int]]:
         (prompt,) = prompts
@@ -114,63 +122,6 @@ class LlamaCpp:
         if len(ids) != new_tokens:
             raise RuntimeError(f"{len(ids)} new tokens instead of {new_tokens}")
         return [ids]
-
-
-def write_gguf(model: WeakWater, path: Path, kind: str) -> None:
-    """Write the weights as a GGUF file for llama.cpp, of kind "F32", "BF16" or "Q8_0". The text of token i is "<i>".
-
-    RoPE in llama.cpp's Llama rotates adjacent dimensions (2i, 2i+1); here and in transformers it rotates i and i + D/2.
-    The rows of q and k are therefore permuted. RoPE in llama.cpp's Qwen3 needs no permutation.
-    """
-    import gguf
-
-    config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
-    writer.add_token_scores([0.0] * config.vocab_size)
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
-    quantization = getattr(gguf.GGMLQuantizationType, kind)
-
-    def add(name: str, tensor: torch.Tensor, heads: int = 0) -> None:
-        data = tensor.detach().float().cpu().numpy()
-        if heads and not config.qk_norm:
-            data = data.reshape(heads, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
-        if data.ndim == 1:
-            writer.add_tensor(name, data)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(data, quantization), raw_dtype=quantization)
-
-    add("token_embd.weight", state["model.embed_tokens.weight"])
-    add("output_norm.weight", state["model.norm.weight"])
-    add("output.weight", state["lm_head.weight"])
-    for i in range(config.n_layers):
-        ours, theirs = f"model.layers.{i}.", f"blk.{i}."
-        for name, target, heads in (
-                ("input_layernorm", "attn_norm", 0), ("post_attention_layernorm", "ffn_norm", 0),
-                ("self_attn.q_proj", "attn_q", config.n_heads), ("self_attn.k_proj", "attn_k", config.n_kv_heads),
-                ("self_attn.v_proj", "attn_v", 0), ("self_attn.o_proj", "attn_output", 0),
-                ("mlp.gate_proj", "ffn_gate", 0), ("mlp.up_proj", "ffn_up", 0), ("mlp.down_proj", "ffn_down", 0)):
-            add(theirs + target + ".weight", state[ours + name + ".weight"], heads)
-        if config.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                add(f"{theirs}attn_{name}.weight", state[f"{ours}self_attn.{name}.weight"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,19 +139,22 @@ def make_model(config: LLMConfig, device: torch.device) -> WeakWater:
     return model.to(device).eval()
 
 
-def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str, context: int, exact: bool = False,
-                 plain: bool = False):
+def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str, context: int, threads: int,
+                 exact: bool = False, plain: bool = False):
     """Build a decoder in its worker process. The fixed seed gives all decoders the same weights."""
-    if name == "ours":
+    if name.startswith("ours"):
         runtime.prepare(device, 0, False)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = make_model(config, device)
     if not name.startswith("llama.cpp"):
-        return Ours(model, device, dtype, plain) if name == "ours" else Transformers(model, device, dtype)
+        if name == "transformers":
+            return Transformers(model, device, dtype)
+        return Ours(model, device, dtype, plain, int8=name == "ours int8")
     kind = name.removeprefix("llama.cpp ")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{kind}.gguf"
-        write_gguf(model, path, kind)
+        gguf.write(path, model, kind.lower())
         return LlamaCpp(path, context, exact)
 
 
@@ -229,7 +183,7 @@ def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> li
     if len(set(replies[0][0])) < new_tokens / 2:
         raise RuntimeError(f"the reply has only {len(set(replies[0][0]))} different tokens: too few to compare")
     for name, decoder in decoders.items():
-        if name == "ours":
+        if name.startswith("ours"):  # int8 rounds
             continue
         compared = equal = 0
         for call, ours in list(zip(calls, replies, strict=True))[:1 if name.startswith("llama.cpp") else 2]:
@@ -260,7 +214,7 @@ def check_found(decoders: dict, prompts: list[list[int]], replies: list[list[int
     shares = {}
     for name, decoder in decoders.items():
         for rows, starts in ((1, places), (len(prompts), places[::4])):
-            if rows > 1 and name.startswith("llama.cpp"):
+            if rows > 1 and only_one_prompt(name):
                 continue
             right = []
             try:
@@ -277,23 +231,32 @@ def check_found(decoders: dict, prompts: list[list[int]], replies: list[list[int
     print("of float32's tokens found: " + "; ".join(f"{name} {share:.0%}" for name, share in shares.items()),
           flush=True)
     for rows in (1, len(prompts)):
-        best = max(share for name, share in shares.items() if name.endswith(f", {rows} at once") and "Q8_0" not in name)
+        best = max(share for name, share in shares.items()
+                   if name.endswith(f", {rows} at once") and "Q8_0" not in name and "int8" not in name)
         if (share := shares[f"ours, {rows} at once"]) < best - 0.2:
             raise RuntimeError(f"ours, {rows} at once, finds {share:.0%} of float32's tokens, another {best:.0%}")
     return shares
 
 
-def time_case(case: str, decoders: dict[str, Worker], prompts: list[list[int]], new_tokens: int, sampled: bool,
-              repeats: int, block: torch.Tensor) -> tuple[dict, dict, float]:
-    """(seconds to the first token, seconds of whole replies, memory bandwidth), the first two by decoder.
+def only_one_prompt(name: str) -> bool:
+    """True for a decoder that is measured with one prompt at a time."""
+    return name.startswith("llama.cpp") or name == "ours int8"
+
+
+def time_case(decoders: dict[str, Worker], prompts: list[list[int]], new_tokens: int, sampled: bool, repeats: int,
+              block: torch.Tensor) -> tuple[dict, dict, dict, float]:
+    """(seconds to the first token, to 32 tokens, of whole replies, memory bandwidth), the first three by decoder.
 
     Decoders that failed are absent. The bandwidth, in bytes per second, is measured by reading `block` in the same
     turns.
     """
-    first = take_turns({n: partial(d.time, "__call__", prompts, 1, sampled) for n, d in decoders.items()}, repeats)
-    whole = take_turns({n: partial(decoders[n].time, "__call__", prompts, new_tokens, sampled) for n in first}
-                       | {"memory": block.sum}, repeats)
-    return first, whole, block.nbytes / statistics.median(whole.pop("memory"))
+    def timed(names: Iterable[str], n: int) -> dict[str, Callable[[], float]]:
+        return {name: partial(decoders[name].time, "__call__", prompts, n, sampled) for name in names}
+
+    first = take_turns(timed(decoders, 1), repeats)
+    some = take_turns(timed(first, min(32, new_tokens)), repeats)
+    whole = take_turns(timed(some, new_tokens) | {"memory": block.sum}, repeats)
+    return first, some, whole, block.nbytes / statistics.median(whole.pop("memory"))
 
 
 def compare(args, config: LLMConfig, device: torch.device, own: str, result: dict) -> None:
@@ -305,15 +268,16 @@ def compare(args, config: LLMConfig, device: torch.device, own: str, result: dic
         model = WeakWater(config)  # only its sizes are needed
     if trouble := why_no_llama_cpp(device):
         print(f"llama.cpp is skipped: {trouble}", flush=True)
-    head = ["", "", "first token, ms", "tokens/s", "range", "of the limit"]
-    widths = [len(f"fp32, {args.batch} rows, sampled"), len("llama.cpp BF16"), 16, 8, 16, 12]
+    head = ["", "", "first token, ms", "32 tokens, ms", "tokens/s", "range", "of the limit", "peak MiB"]
+    widths = [len(f"fp32, {args.batch} rows, sampled"), len("llama.cpp BF16"), 16, 13, 8, 16, 12, 8]
     for dtype in dict.fromkeys(("fp32", own)):
         timed = not args.quick or dtype == own
         kinds = [] if trouble or not timed else ["F32"] if dtype == "fp32" else ["BF16", "Q8_0"]
-        decoders = {name: Worker(make_decoder, name, config, device, dtype, context, False, args.plain)
-                    for name in ["ours", "transformers", *(f"llama.cpp {kind}" for kind in kinds)]}
-        exact = {"llama.cpp F32": Worker(make_decoder, "llama.cpp F32", config, device, dtype, context, True)
-                 } if dtype == "fp32" and not trouble else {}
+        int8 = ["ours int8"] if dtype == own and timed and device.type == "cpu" and not args.plain else []
+        decoders = {name: Worker(make_decoder, name, config, device, dtype, context, args.threads, False, args.plain)
+                    for name in ["ours", *int8, "transformers", *(f"llama.cpp {kind}" for kind in kinds)]}
+        exact = {name: Worker(make_decoder, name, config, device, dtype, context, args.threads, True)
+                 for name in ("llama.cpp F32",) if dtype == "fp32" and not trouble}
         try:
             if dtype == "fp32":
                 replies = check_equal(decoders | exact, prompts, args.new_tokens)
@@ -326,24 +290,27 @@ def compare(args, config: LLMConfig, device: torch.device, own: str, result: dic
             for batch, sampled in ((1, False), (1, True), (args.batch, False), (args.batch, True)):
                 if not timed or (args.quick and sampled):
                     continue
-                taking = {n: d for n, d in decoders.items() if batch == 1 or not n.startswith("llama.cpp")}
+                taking = {n: d for n, d in decoders.items() if batch == 1 or not only_one_prompt(n)}
                 case = f"{dtype}, {batch} row{'s' * (batch > 1)}, {'sampled' if sampled else 'greedy'}"
-                first, whole, bandwidth = time_case(case, taking, prompts[:batch], args.new_tokens, sampled,
-                                                    args.repeats, block)
+                first, some, whole, bandwidth = time_case(taking, prompts[:batch], args.new_tokens, sampled,
+                                                          args.repeats, block)
                 for name, decoder in taking.items():
                     if name not in whole:
                         result["cases"][f"{case}, {name}"] = {"failed": decoder.failure}
-                        print_row([case, name, decoder.failure, "", "", ""], widths)
+                        print_row([case, name, decoder.failure, *[""] * 5], widths)
                         continue
-                    n_bytes = 34 / 32 if name.endswith("Q8_0") else runtime.DTYPES[dtype].itemsize
+                    n_bytes = 34 / 32 if name.endswith("Q8_0") else 1 if name == "ours int8" else (
+                        runtime.DTYPES[dtype].itemsize)
                     limit = batch * bandwidth / bytes_per_token(
                         model, n_bytes, batch * (args.prompt_tokens + args.new_tokens / 2))
                     rates = [batch * args.new_tokens / seconds for seconds in whole[name]]
                     result["cases"][f"{case}, {name}"] = dict(
-                        tokens_per_second=rates, limit=limit, bytes_per_second=bandwidth, first_token=first[name])
+                        tokens_per_second=rates, limit=limit, bytes_per_second=bandwidth, first_token=first[name],
+                        some_tokens=some[name], peak_mebibytes=decoder.call("memory"))
                     print_row([case, name, f"{1000 * statistics.median(first[name]):.1f}",
-                               f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}",
-                               f"{statistics.median(rates) / limit:.0%}"], widths)
+                               f"{1000 * statistics.median(some[name]):.1f}", f"{statistics.median(rates):,.0f}",
+                               f"{min(rates):,.0f} to {max(rates):,.0f}", f"{statistics.median(rates) / limit:.0%}",
+                               f"{decoder.call('memory'):,.0f}"], widths)
                 if batch == 1 and not sampled:
                     add_ratios(result["ratios"], whole, dtype, own)
         finally:
@@ -364,6 +331,10 @@ def add_ratios(ratios: dict, whole: dict[str, list[float]], dtype: str, own: str
             ratios[f"batch1_vs_transformers_{dtype}"] = ratio(whole[name], whole["ours"])
             if dtype == own:
                 ratios["batch1_vs_transformers"] = ratios[f"batch1_vs_transformers_{dtype}"]
+        elif name == "ours int8":
+            ratios["int8_vs_bf16" if own == "bf16" else f"int8_vs_{own}"] = ratio(whole["ours"], whole[name])
+            if "llama.cpp Q8_0" in whole:
+                ratios["int8_vs_llama_cpp_q8_0"] = ratio(whole["llama.cpp Q8_0"], whole[name])
         elif name != "ours":
             ratios[f"batch1_vs_llama_cpp_{kind}"] = ratio(whole[name], whole["ours"])
             if kind == {"bf16": "bf16", "fp32": "f32"}.get(own):
@@ -375,6 +346,8 @@ def main() -> int:
     parser.add_argument("--prompt_tokens", type=number(int, 1), default=128, help="length (default: %(default)s)")
     parser.add_argument("--new_tokens", type=number(int, 2), default=256, help="length (default: %(default)s)")
     parser.add_argument("--batch", type=number(int, 2), default=16, help="prompts per batch (default: 16)")
+    parser.add_argument("--threads", type=number(int, 1), default=torch.get_num_threads(),
+                        help="of each decoder (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--plain", action="store_true", help="ours computes as in model.py, without fastpath/")
     parser.add_argument("--quick", action="store_true", help="time only greedy decoding in the best precision")
@@ -386,7 +359,7 @@ def main() -> int:
     result = {"ratios": {}, "machine": runtime.describe_machine(device), "preset": args.preset, "found_of_float32": {},
               "failures": {}, "cases": {}}
     print(f"{result['machine']}; {args.preset}; {args.prompt_tokens} tokens continued by {args.new_tokens}, "
-          f"{args.repeats} turns", flush=True)
+          f"{args.threads} threads, {args.repeats} turns", flush=True)
     return end(result, partial(compare, args, config, device, own))
 
 

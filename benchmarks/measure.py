@@ -341,22 +341,6 @@ def train_a_tokenizer(data_path: str, folder: Path, preset: str) -> str:
     return path
 
 
-def to_transformers(model):
-    """The transformers model with the same weights, whose names are equal: Llama, or Qwen3 with qk_norm."""
-    import transformers
-
-    config = model.config
-    name = "Qwen3" if config.qk_norm else "Llama"
-    theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(
-        vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim,
-        intermediate_size=config.hidden_dim, max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie_embeddings, attn_implementation="sdpa",
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}))
-    theirs.load_state_dict(model.state_dict())
-    return theirs
-
-
 def print_row(cells: list[str], widths: list[int]) -> None:
     """Print one row of a Markdown table and flush it, so that an interrupted benchmark loses no finished row."""
     print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |", flush=True)

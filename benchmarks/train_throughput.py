@@ -59,7 +59,6 @@ from benchmarks.measure import (
     sample_records,
     seconds_since_start,
     take_turns,
-    to_transformers,
     train_a_tokenizer,
     warn_of_load,
 )
@@ -68,6 +67,7 @@ from common.optim import make_optimizers
 from Config import PRESETS, LLMConfig, UserError, number
 from dataset import MicroBatch, load_documents
 from fastpath import accelerate
+from formats.hf import to_transformers
 from model import WeakWater
 from text.chat import CONTEXT
 from text.sources import find_files

@@ -50,6 +50,28 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def write_file(path: Path, fill: Callable[[Path], object]):
+    """The same for a library that opens a file by its name: `fill` gets the path of the temporary file. Returns what
+    `fill` does."""
+    path = Path(path)
+    temporary = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = fill(temporary)
+        with open(temporary, "rb+") as stream:
+            _sync(stream.fileno())
+        rename(temporary, path)
+        sync_folder(path.parent)
+        return result
+    except OSError as error:
+        raise cannot_save(path, error) from None
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(path))) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines of text in UTF-8 atomically, each ended by a line feed. Raises UserError as `write_whole`.
 
@@ -64,9 +86,10 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> None:
     write_lines(path, (json.dumps(record, ensure_ascii=False) for record in records))
 
 
-def write_folder(folder: Path, fill: Callable[[Path], object]) -> bool:
+def write_folder(folder: Path, fill: Callable[[Path], object], over: bool = False) -> bool:
     """Write a folder of files atomically: `fill` writes into a temporary folder, which is synced and renamed to
-    `folder`. Returns False if another process made `folder` first. Raises UserError as `write_whole`."""
+    `folder`. With `over`, a folder of that name is deleted once the new one has its name. Returns False if another
+    process made `folder` first. Raises UserError as `write_whole`."""
     temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
     try:
@@ -76,12 +99,18 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> bool:
             with open(file, "rb+") as stream:
                 _sync(stream.fileno())
         sync_folder(temporary)
+        old = temporary_name(folder.with_name(f"{folder.name}.old"))
+        if over and folder.exists():
+            rename(folder, old, over=False)
         try:
             rename(temporary, folder, over=False)
         except OSError:
-            if not folder.is_dir():
+            if old.exists():
+                rename(old, folder, over=False)
+            if not folder.is_dir() or over:
                 raise
             return False
+        shutil.rmtree(old, ignore_errors=True)
         sync_folder(folder.parent)
         return True
     except OSError as error:

@@ -59,20 +59,22 @@ class Sampling:
 
 class Decoder:
     """A model that generates in `dtype` ("bf16", "fp16", "fp32"), with faster forwards where they agree with model.py
-    (none with `plain`). `lines` are the log lines of fastpath.accelerate."""
+    (none with `plain`). With `int8` decode.c computes single rows in int8: for weights that int8 keeps exactly. `lines`
+    are the log lines of fastpath.accelerate."""
 
-    def __init__(self, model: WeakWater, dtype: str = "fp32", plain: bool = False):
-        self.model, self.config, self.dtype = model, model.config, dtype
+    def __init__(self, model: WeakWater, dtype: str = "fp32", plain: bool = False, int8: bool = False):
+        self.model, self.config, self.dtype, self.int8 = model, model.config, dtype, int8
         weight = next(model.parameters())
         self.weight_dtype, self.device = weight.dtype, weight.device
-        self.lines = accelerate(model, self.device, dtype, inference=True, plain=plain)
+        self.lines = accelerate(model, self.device, dtype, inference=True, plain=plain, int8=int8)
         self.native_reason: str | None = model.native_reason
         self.versions = versions(*model.parameters())
 
     @functools.cached_property
     def native(self) -> NativeDecoder | None:
         """The C decoder of single rows, created on first use; None if it cannot be used."""
-        return None if self.native_reason else NativeDecoder(self.model, DTYPES[self.dtype])
+        dtype = torch.int8 if self.int8 else DTYPES[self.dtype]
+        return None if self.native_reason else NativeDecoder(self.model, dtype)
 
     def refresh_weights(self) -> None:
         """Drop the C decoder's copies of the weights if the weights have changed."""
@@ -83,8 +85,10 @@ class Decoder:
     @property
     def computed_by(self) -> str:
         """A message that says what computes single rows."""
-        return (f"tokens are computed by torch's operations: {self.native_reason}" if self.native_reason
-                else f"tokens are computed by decode.c, {library()[1]}")
+        if self.native_reason:
+            restored = f", with the int8 weights restored to {self.dtype}" if self.int8 else ""
+            return f"tokens are computed by torch's operations{restored}: {self.native_reason}"
+        return f"tokens are computed by decode.c{' in int8' if self.int8 else ''}, {library()[1]}"
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache of the dtype that suits the device."""

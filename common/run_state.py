@@ -13,7 +13,7 @@ from common.exits import TrainingStopped
 from common.files import remove_leftovers
 from common.lock import OutDirLock
 from common.runtime import autocast
-from common.weights import load_strict, load_weights, save_weights
+from common.weights import load_strict, load_weights, refuse_int8, save_weights
 from Config import FLAGS, LLMConfig, UserError
 from dataset import Step, StepLoader, make_micro_batch
 from model import WeakWater
@@ -52,7 +52,9 @@ class RunState:
         self.start = None  # (state dict, config, meta) of the weights in --init_from
         if not self.from_scratch and (self.resumed is None or Path(args.init_from).is_file()):
             try:
-                self.start = load_weights(args.init_from)
+                start = load_weights(args.init_from)
+                refuse_int8(args.init_from, start[2])
+                self.start = start
             except UserError as error:
                 if self.resumed is None:
                     raise

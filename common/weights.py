@@ -15,6 +15,7 @@ from common import runtime
 from common.checkpoint import load, save
 from common.generation import Decoder
 from Config import FLAGS, LLMConfig, OneLineParser, UserError, number
+from fastpath.int8 import state_from_int8, state_to_int8
 from model import WeakWater
 from text.tokenizer import TextEncoder, choose_tokenizer
 
@@ -38,8 +39,29 @@ def weights_sha256(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def save_int8(path: Path, model: WeakWater, meta: dict) -> None:
+    """Write weights whose matrices are in int8, with "scales" (fastpath/int8.py), to decode with; meta gets
+    {"quant": "int8"} and loses the SHA-256 of the weights that were rounded."""
+    state, scales = state_to_int8(model.state_dict())
+    meta = {key: value for key, value in meta.items() if key != "weights_sha256"} | {"quant": "int8"}
+    save({"model": state, "scales": scales, "config": model.config.to_dict(), "meta": meta}, path)
+
+
+def is_int8(meta: dict) -> bool:
+    """True for the metadata of `save_int8`."""
+    return meta.get("quant") == "int8"
+
+
+def refuse_int8(path: Path | str, meta: dict) -> None:
+    """Raises UserError for weights of `save_int8`."""
+    if is_int8(meta):
+        raise UserError(f"{path}: its weights are rounded to int8, to decode with; take the weights that it was "
+                        "exported from")
+
+
 def load_weights(path: Path, hint: str = "") -> tuple[dict[str, torch.Tensor], LLMConfig, dict]:
-    """(state dict, config, meta) of a weights file. Raises UserError; `hint` says how the file is made."""
+    """(state dict, config, meta) of a weights file; int8 is restored to float32. Raises UserError; `hint` says how the
+    file is made."""
     if hint and not Path(path).is_file():
         raise UserError(f"{path}: no such file ({hint})")
     content = load(path, ("model", "config", "meta"))
@@ -49,7 +71,12 @@ def load_weights(path: Path, hint: str = "") -> tuple[dict[str, torch.Tensor], L
         config = LLMConfig.from_dict(content["config"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return content["model"], config, content["meta"]
+    if not is_int8(content["meta"]):
+        return content["model"], config, content["meta"]
+    try:
+        return state_from_int8(content["model"], content["scales"]), config, content["meta"]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: damaged int8 weights: {error}") from None
 
 
 def load_strict(model: WeakWater, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -92,6 +119,13 @@ def model_parser(prog: str, description: str) -> OneLineParser:
                             help=flag.help if flag.default is None else f"{flag.help} (default: {flag.default})")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="seed of all chance (default: 42)")
     return parser
+
+
+def check_tokenizer_fits(encoder: TextEncoder, model: WeakWater, path: Path) -> None:
+    """Raises UserError if the tokenizer has more entries than the weights."""
+    if encoder.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer has {encoder.vocab_size:,} entries, {path} only {model.config.vocab_size:,}: "
+                        "not the one it was trained with; name that with --tokenizer_path")
 
 
 @dataclass
@@ -137,11 +171,13 @@ def open_weights(args) -> Loaded:
     stage = str(meta.get("stage", stage))
     tokenizer = choose_tokenizer(args.tokenizer_path, str(path), meta.get("tokenizer"), meta.get("tokenizer_sha256"))
     encoder = TextEncoder.of(tokenizer)
-    if encoder.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {encoder.vocab_size:,} entries, {path} only {model.config.vocab_size:,}: "
-                        "not the one it was trained with; name that with --tokenizer_path")
+    check_tokenizer_fits(encoder, model, path)
     described = [f"{stage}: {path}, step {meta.get('step', '?')}, {sum(model.num_parameters().values()):,} parameters, "
                  f"context of {model.config.max_seq_len:,} tokens",
                  f"device {device}: {device_reason}; dtype {dtype}: {dtype_reason}"]
-    decoder = Decoder(model, dtype, args.plain)
+    decoder = Decoder(model, dtype, args.plain, is_int8(meta))
+    if is_int8(meta):
+        single = "restored, too" if decoder.native_reason else "computed in int8, by decode.c"
+        described.append(f"weights in int8, restored to {dtype} for prompts and for several rows at once; single rows "
+                         f"are {single}")
     return Loaded(model, tokenizer, encoder, path, stage, device, dtype, decoder, described + decoder.lines)

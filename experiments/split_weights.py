@@ -20,7 +20,7 @@ import torch
 
 from common import exits
 from common.files import write_whole
-from common.weights import load_model, load_strict, save_weights
+from common.weights import load_model, load_strict, refuse_int8, save_weights
 from Config import LLMConfig, OneLineParser, UserError, number
 from model import WeakWater
 
@@ -35,6 +35,7 @@ def piece_path(prefix: Path, i: int) -> Path:
 def pack(source: Path, prefix: Path, mib: int) -> None:
     """Write the weights in `source` as pieces of at most `mib` MiB."""
     model, meta = load_model(source)
+    refuse_int8(source, meta)
     tensors = {id(tensor): tensor.detach().bfloat16() for tensor in model.parameters()}  # tied weights stay one
     state = {name: tensors[id(parameter)] for name, parameter in model.state_dict(keep_vars=True).items()}
     stream = io.BytesIO()

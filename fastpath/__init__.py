@@ -120,15 +120,15 @@ def patch_for_decoding(model: nn.Module, case: Case, edited: set[str] = frozense
 
 @torch.inference_mode(False)  # the comparison needs gradients
 def accelerate(model: WeakWater, device: torch.device, dtype: str, compile: bool = False, inference: bool = False,
-               plain: bool = False) -> list[str]:
+               plain: bool = False, int8: bool = False) -> list[str]:
     """Replace forwards of `model` by faster ones. Returns log lines: what computes each part, and what is not replaced
     and why.
 
     The model is on `device` with its weights loaded; `dtype` is the run's ("bf16", "fp16", "fp32"). With `compile`,
     norm and SwiGLU are left to the compiler, which fuses them itself. With `inference`, the forward with a cache is
     replaced too, which suits weights that seldom change; `model.native_reason` is then the reason why decode.c cannot
-    decode single rows, or None if it can. With `plain` nothing is replaced. Call this after everything that changes
-    modules, and before torch.compile and DistributedDataParallel.
+    decode single rows (with `int8` in int8), or None if it can. With `plain` nothing is replaced. Call this after
+    everything that changes modules, and before torch.compile and DistributedDataParallel.
     """
     restore(model)
     case = Case(model.config, device, DTYPES[dtype], compile)
@@ -138,7 +138,7 @@ def accelerate(model: WeakWater, device: torch.device, dtype: str, compile: bool
             edited = known.edited()
             lines = choose(model, case, twin, edited)
             if inference:
-                native_reason = why_not_native(model, case, twin, edited)
+                native_reason = why_not_native(model, case, twin, edited, int8)
                 lines += choose_decoding(model, case, twin, edited)
         else:
             lines, native_reason = [f"computed as model.py says, without replacements: {reason}"], reason
@@ -206,15 +206,17 @@ def choose_decoding(model: WeakWater, case: Case, twin: Twin, edited: set[str]) 
     return []
 
 
-def why_not_native(model: WeakWater, case: Case, twin: Twin, edited: set[str]) -> str | None:
-    """The reason why decode.c cannot decode single rows; None if it can and agrees with model.py."""
+def why_not_native(model: WeakWater, case: Case, twin: Twin, edited: set[str], int8: bool = False) -> str | None:
+    """The reason why decode.c cannot decode single rows (with `int8` in int8); None if it can and agrees with model.py.
+    """
+    dtype = torch.int8 if int8 else case.dtype
     if case.device.type != "cpu":
         return f"on {case.device.type}"
     if parts := edited - {"WeakWater.loss", "Packing"}:
         return f"{', '.join(sorted(parts))} edited in model.py"
     if type(model) is not WeakWater:
         return f"{type(model).__name__} is not model.py's WeakWater"
-    if (reason := why_unsupported(model, case.dtype)) is not None:
+    if (reason := why_unsupported(model, dtype)) is not None:
         return reason
-    mismatch = twin.mismatch_of_decoder(lambda target: NativeDecoder(target, case.dtype))
+    mismatch = twin.mismatch_of_decoder(lambda target: NativeDecoder(target, dtype), int8)
     return None if mismatch is None else f"decode.c {mismatch}"

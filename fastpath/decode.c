@@ -4,26 +4,32 @@
    small operations costs about as much time as reading the weights; here one call does all of them.
    fastpath/native_decoder.py passes the weights and the key/value cache.
 
-   Matrices (rows, columns) are row-major, in float32 or bfloat16. Everything else, and every sum, is in float32. The number
-   of columns is a multiple of 64. */
+   Matrices (rows, columns) are row-major, in float32, in bfloat16, or in int8 with a scale for each row. Everything else is
+   in float32, but that a vector which an int8 matrix multiplies is rounded to int16. The number of columns is a multiple of
+   64. */
 
 #include <math.h>
 #include <stddef.h>
 
 #include "simd.h"
 
-enum { FLOAT32, BFLOAT16 };
+enum { FLOAT32, BFLOAT16, INT8 };
+
+typedef struct {
+    const void *weights;
+    const float *scale; /* (rows,) in int8, else NULL */
+} Matrix;
 
 typedef struct {
     const float *attention_norm, *q_norm, *k_norm, *mlp_norm; /* q_norm and k_norm: (D,) or NULL */
-    const void *q, *k, *v, *o, *gate, *up, *down;
+    Matrix q, k, v, o, gate, up, down;
 } Layer;
 
 typedef struct {
     int32_t dim, hidden, n_layers, n_heads, n_kv_heads, head_dim, vocab, matrix_type;
     float norm_eps;
     const float *embedding, *norm, *cos, *sin; /* (V, C), (C,), (S, D) and (S, D) */
-    const void *head;                          /* (V, C) */
+    Matrix head;                               /* (V, C) */
 } Model;
 
 /* Threads split the rows of every matrix, and the heads. */
@@ -64,14 +70,50 @@ static int range_end(int n, Worker me) { return (int)((int64_t)n * (me.thread + 
 MATVEC(matvec_float32, float, load_float32)
 MATVEC(matvec_bfloat16, uint16_t, load_bfloat16)
 
-/* This thread's rows of y (rows,) = w (rows, columns) x. */
-static void matvec(int type, const void *w, const float *x, float *y, int rows, int columns, Worker me) {
+/* Rounds x (n,) to int16. Returns the scale, NaN if x is not finite. */
+static float round_to_int16(const float *x, int n, int16_t *rounded) {
+    float largest = 0, sum = 0;
+    _Pragma("omp simd reduction(max : largest) reduction(+ : sum)") for (int i = 0; i < n; i++) {
+        float size = fabsf(x[i]);
+        largest = size > largest ? size : largest;
+        sum += size;
+    }
+    float inverse = largest > 1e-30f && isfinite(sum) ? 32767 / largest : 0;
+    for (int i = 0; i < n; i++) {
+        float scaled = inverse > 0 ? x[i] * inverse : 0;
+        rounded[i] = (int16_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+    }
+    return isfinite(sum) ? largest / 32767 : NAN;
+}
+
+/* The same for int8 and int16, which a CPU multiplies and adds in one instruction. A block's sum fits into 32 bits. */
+static void matvec_int8(const int8_t *w, const float *scale, const int16_t *x, float x_scale, float *y, int rows,
+                        int columns) {
+    enum { BLOCK = 512 };
+    for (int row = 0; row < rows; row++) {
+        float total = 0;
+        for (int begin = 0; begin < columns; begin += BLOCK) {
+            int end = columns < begin + BLOCK ? columns : begin + BLOCK;
+            int32_t sum = 0;
+            for (int i = begin; i < end; i++) sum += (int16_t)w[i] * x[i];
+            total += sum;
+        }
+        y[row] = total * scale[row] * x_scale;
+        w += columns;
+    }
+}
+
+/* This thread's rows of y (rows,) = w (rows, columns) x. `rounded` has room for `columns` numbers. */
+static void matvec(int type, Matrix w, const float *x, float *y, int rows, int columns, int16_t *rounded, Worker me) {
     int begin = range_begin(rows, me), end = range_end(rows, me);
     size_t first = (size_t)begin * columns;
-    if (type == BFLOAT16)
-        matvec_bfloat16((const uint16_t *)w + first, x, y + begin, end - begin, columns);
+    if (type == INT8) {
+        float scale = round_to_int16(x, columns, rounded);
+        matvec_int8((const int8_t *)w.weights + first, w.scale + begin, rounded, scale, y + begin, end - begin, columns);
+    } else if (type == BFLOAT16)
+        matvec_bfloat16((const uint16_t *)w.weights + first, x, y + begin, end - begin, columns);
     else
-        matvec_float32((const float *)w + first, x, y + begin, end - begin, columns);
+        matvec_float32((const float *)w.weights + first, x, y + begin, end - begin, columns);
 }
 
 static void rms_norm(const float *x, const float *weight, float eps, int n, float *y) {
@@ -121,10 +163,16 @@ int has_openmp(void) {
 #endif
 }
 
+/* The number of columns of the widest matrix. */
+static int64_t widest(const Model *m) {
+    int64_t heads = m->n_heads * (int64_t)m->head_dim, columns = m->dim > m->hidden ? m->dim : m->hidden;
+    return heads > columns ? heads : columns;
+}
+
 /* Returns the number of floats that `scratch` must hold. */
 int64_t scratch_size(const Model *m, int slots, int threads) {
     return m->dim + (m->n_heads * 2 + m->n_kv_heads * 2) * (int64_t)m->head_dim + 2 * (int64_t)m->hidden +
-           (m->dim + (int64_t)slots) * threads;
+           (m->dim + widest(m) / 2 + (int64_t)slots) * threads;
 }
 
 /* Stores `token` in the cache at `position` and writes the logits (V,) of the next token. keys and values: (layers, K,
@@ -139,13 +187,14 @@ void decode_token(const Model *m, const Layer *layers, int token, int position, 
 #pragma omp parallel num_threads(threads)
     {
         Worker me = this_worker();
-        float *x = per_thread + me.thread * (size_t)(C + slots), *scores = x + C;
+        float *x = per_thread + me.thread * (size_t)(C + widest(m) / 2 + slots), *scores = x + C + widest(m) / 2;
+        int16_t *rounded = (int16_t *)(x + C);
         for (int l = 0; l < m->n_layers; l++) {
             const Layer *layer = layers + l;
             rms_norm(stream, layer->attention_norm, m->norm_eps, C, x);
-            matvec(m->matrix_type, layer->q, x, q, H * D, C, me);
-            matvec(m->matrix_type, layer->k, x, k, K * D, C, me);
-            matvec(m->matrix_type, layer->v, x, v, K * D, C, me);
+            matvec(m->matrix_type, layer->q, x, q, H * D, C, rounded, me);
+            matvec(m->matrix_type, layer->k, x, k, K * D, C, rounded, me);
+            matvec(m->matrix_type, layer->v, x, v, K * D, C, rounded, me);
             barrier();
             for (int g = range_begin(K, me); g < range_end(K, me); g++) { /* a key/value head and its query heads */
                 size_t first = ((size_t)l * K + g) * slots * D, here = first + (size_t)position * D;
@@ -158,20 +207,20 @@ void decode_token(const Model *m, const Layer *layers, int token, int position, 
                 }
             }
             barrier();
-            matvec(m->matrix_type, layer->o, attended, x, C, H * D, me);
+            matvec(m->matrix_type, layer->o, attended, x, C, H * D, rounded, me);
             for (int i = range_begin(C, me); i < range_end(C, me); i++) stream[i] += x[i];
             barrier();
             rms_norm(stream, layer->mlp_norm, m->norm_eps, C, x);
-            matvec(m->matrix_type, layer->gate, x, gate, hidden, C, me);
-            matvec(m->matrix_type, layer->up, x, up, hidden, C, me);
+            matvec(m->matrix_type, layer->gate, x, gate, hidden, C, rounded, me);
+            matvec(m->matrix_type, layer->up, x, up, hidden, C, rounded, me);
             for (int i = range_begin(hidden, me); i < range_end(hidden, me); i++)
                 gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
             barrier();
-            matvec(m->matrix_type, layer->down, gate, x, C, hidden, me);
+            matvec(m->matrix_type, layer->down, gate, x, C, hidden, rounded, me);
             for (int i = range_begin(C, me); i < range_end(C, me); i++) stream[i] += x[i];
             barrier();
         }
         rms_norm(stream, m->norm, m->norm_eps, C, x);
-        matvec(m->matrix_type, m->head, x, logits, m->vocab, C, me);
+        matvec(m->matrix_type, m->head, x, logits, m->vocab, C, rounded, me);
     }
 }

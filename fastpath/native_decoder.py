@@ -5,17 +5,24 @@ from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 
 import torch
 
+from fastpath.int8 import to_int8
 from fastpath.native import library
 from model import WeakWater
 
-MATRIX_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+MATRIX_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class Matrix(ctypes.Structure):
+    """The struct of decode.c."""
+
+    _fields_ = [("weights", c_void_p), ("scale", c_void_p)]
 
 
 class Layer(ctypes.Structure):
     """The struct of decode.c."""
 
-    _fields_ = [(name, c_void_p) for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm",
-                                              "q", "k", "v", "o", "gate", "up", "down")]
+    _fields_ = [(name, c_void_p) for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm")]
+    _fields_ += [(name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
 class Model(ctypes.Structure):
@@ -24,15 +31,16 @@ class Model(ctypes.Structure):
     _fields_ = [(name, c_int32) for name in ("dim", "hidden", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab",
                                              "matrix_type")]
     _fields_ += [("norm_eps", c_float)]
-    _fields_ += [(name, c_void_p) for name in ("embedding", "norm", "cos", "sin", "head")]
+    _fields_ += [(name, c_void_p) for name in ("embedding", "norm", "cos", "sin")]
+    _fields_ += [("head", Matrix)]
 
 
 def why_unsupported(model: WeakWater, dtype: torch.dtype) -> str | None:
     """The reason why decode.c cannot decode with this model and matmuls in `dtype`; None if it can."""
     weight, c = model.lm_head.weight, model.config
     if weight.dtype != torch.float32 or dtype not in MATRIX_TYPES:
-        return "decode.c supports fp32 and bf16 only"
-    if c.dim % 64 or c.hidden_dim % 64:
+        return "decode.c supports fp32, bf16 and int8 only"
+    if c.dim % 64 or c.hidden_dim % 64 or c.n_heads * c.head_dim % 64:
         return "decode.c needs widths that are multiples of 64"
     if library()[0] is None:
         return f"decode.c was not compiled: {library()[1]}"
@@ -40,8 +48,8 @@ def why_unsupported(model: WeakWater, dtype: torch.dtype) -> str | None:
 
 
 class NativeDecoder:
-    """A decoder for single rows, with matrices in `dtype`; only for a model that `why_unsupported` returns None for.
-    Holds copies of the weights: create a new one after they change."""
+    """A decoder for single rows, with matrices in `dtype` (int8: each row with a scale); only for a model that
+    `why_unsupported` returns None for. Holds copies of the weights: create a new one after they change."""
 
     def __init__(self, model: WeakWater, dtype: torch.dtype):
         c, decoder = model.config, model.model
@@ -58,12 +66,18 @@ class NativeDecoder:
             self.tensors.append(tensor.detach().to(dtype).contiguous())
             return self.tensors[-1].data_ptr()
 
+        def matrix(linear: torch.nn.Linear, shape: tuple) -> Matrix:
+            if dtype != torch.int8:
+                return Matrix(address(linear.weight, shape, dtype), None)
+            numbers, scale = to_int8(linear.weight)
+            return Matrix(address(numbers, shape, torch.int8), address(scale, shape[:1]))
+
         C, F, D, V, S = c.dim, c.hidden_dim, c.head_dim, c.vocab_size, c.max_seq_len
         self.model = Model(
             C, F, c.n_layers, c.n_heads, c.n_kv_heads, D, V, MATRIX_TYPES[dtype], c.norm_eps,
             address(decoder.embed_tokens.weight, (V, C)), address(decoder.norm.weight, (C,)),
             address(decoder.rotary.cos_SD, (S, D)), address(decoder.rotary.sin_SD, (S, D)),
-            address(model.lm_head.weight, (V, C), dtype))
+            matrix(model.lm_head, (V, C)))
         self.layers = (Layer * c.n_layers)()
         for layer, block in zip(self.layers, decoder.layers, strict=True):
             attention, mlp = block.self_attn, block.mlp
@@ -73,7 +87,7 @@ class NativeDecoder:
                 address(block.input_layernorm.weight, (C,)),
                 *(norm and address(norm.weight, (D,)) for norm in head_norms),
                 address(block.post_attention_layernorm.weight, (C,)),
-                *(address(matrix.weight, shape, dtype) for matrix, shape in (
+                *(matrix(linear, shape) for linear, shape in (
                     (attention.q_proj, (queries, C)), (attention.k_proj, (keys, C)), (attention.v_proj, (keys, C)),
                     (attention.o_proj, (C, queries)), (mlp.gate_proj, (F, C)), (mlp.up_proj, (F, C)),
                     (mlp.down_proj, (C, F)))))

@@ -6,6 +6,7 @@ embeddings are so small that the eps of a norm matters.
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +16,13 @@ from torch import nn
 
 from Config import LLMConfig
 from fastpath.decoding import cache_dtype
+from fastpath.int8 import round_weights
 from fastpath.replace import restore
 from model import KVCache, WeakWater
 
 LENGTHS = [3, 1, 134, 21, 2, 21]  # of documents; the longest has more than one block of queries
 VOCAB = 61
+INT8_LIMIT = 1e-3  # with weights in int8, decode.c rounds vectors to int16: an error of 1e-4
 
 
 @contextlib.contextmanager
@@ -35,19 +38,18 @@ def one_thread():
 
 def twin_config(config: LLMConfig) -> LLMConfig:
     """A small architecture that the same replacements support."""
-    group = config.n_heads // config.n_kv_heads
+    group, width = config.n_heads // config.n_kv_heads, config.n_heads * config.head_dim
 
     def same_multiples(n_kv_heads: int) -> bool:
-        """True if dim is a multiple of the C code's vector widths exactly where the model's dim is."""
-        dim = group * n_kv_heads * config.head_dim
-        return all((dim % n == 0) == (config.dim % n == 0) for n in (16, 64))
+        """True if the heads together are a multiple of the C code's vector widths exactly where the model's are."""
+        return all((group * n_kv_heads * config.head_dim % n == 0) == (width % n == 0) for n in (16, 64))
 
     n_kv_heads = next((n for n in range(min(2, config.n_kv_heads), config.n_kv_heads) if same_multiples(n)),
                       config.n_kv_heads)
     n_heads = group * n_kv_heads
+    dim = n_heads * config.head_dim if config.dim == width else 64 + config.dim % 64
     return replace(config, vocab_size=VOCAB, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads,
-                   dim=n_heads * config.head_dim, hidden_dim=64 + config.hidden_dim % 64, max_seq_len=max(LENGTHS),
-                   dropout=0.0)
+                   dim=dim, hidden_dim=64 + config.hidden_dim % 64, max_seq_len=max(LENGTHS), dropout=0.0)
 
 
 def small_copy(model: WeakWater) -> WeakWater:
@@ -169,9 +171,16 @@ class Twin:
         """Compare the forward with a cache after a change."""
         return self.compare(lambda: self.compare_cached(2, change))
 
-    def mismatch_of_decoder(self, make: Callable[[nn.Module], Callable]) -> str | None:
-        """Compare a decoder of single rows, which `make` creates for a model."""
-        return self.compare(lambda: self.compare_cached(1, lambda twin: None, make))
+    def mismatch_of_decoder(self, make: Callable[[nn.Module], Callable], int8: bool = False) -> str | None:
+        """Compare a decoder of single rows, which `make` creates for a model; with `int8` for weights that int8 keeps.
+        """
+        weights = copy.deepcopy(self.twin.state_dict())
+        if int8:
+            round_weights(self.twin)
+        try:
+            return self.compare(lambda: self.compare_cached(1, lambda twin: None, make, INT8_LIMIT if int8 else 0))
+        finally:
+            self.twin.load_state_dict(weights)
 
     @one_thread()
     def compare(self, compute: Callable[[], tuple[float, float]]) -> str | None:
@@ -184,8 +193,10 @@ class Twin:
             restore(self.twin)
         return None if error <= limit else f"differs from model.py by {error:.2g}, more than {limit:.2g}"
 
-    def compare_cached(self, rows: int, change: Change, make: Callable | None = None) -> tuple[float, float]:
-        """(error, limit) of cached_logits after `change`, or with the decoder that `make` creates."""
+    def compare_cached(self, rows: int, change: Change, make: Callable | None = None,
+                       least: float = 0) -> tuple[float, float]:
+        """(error, limit) of cached_logits after `change`, or with the decoder that `make` creates. The limit is not
+        below `least`."""
         def logits(step=None) -> torch.Tensor:
             with torch.no_grad(), self.context():
                 return cached_logits(self.twin, rows, self.cache_dtype, step).double().cpu()
@@ -193,7 +204,7 @@ class Twin:
         with torch.no_grad():
             expected = cached_logits(self.twin.eval().to("cpu", torch.float64), rows, self.cache_dtype)
         self.twin.to(self.device, torch.float32)
-        limit = 1.5 * relative(logits(), expected) + 1e-5
+        limit = max(1.5 * relative(logits(), expected) + 1e-5, least)
         change(self.twin)
         return relative(logits(make and make(self.twin)), expected), limit
 

@@ -24,7 +24,7 @@ SMALLER = {  # flags that make a command small; of a flag that is given twice th
     "train_tokenizer.py": [], "make_demo_data.py": [],
     "pretrain.py": [*TINY, "--preset", "nano"], "SFT.py": TINY, "SFT_long.py": TINY, "distill.py": TINY,
     "eval_model.py": ["--max_new_tokens", "8"],
-    "evaluate.py": ["--max_new_tokens", "8", "--max_questions", "4", "--eval_tokens", "2000"],
+    "evaluate.py": ["--max_new_tokens", "8", "--max_questions", "4", "--eval_tokens", "2000"], "export.py": [],
 }
 OTHERS = ("bash quickstart.sh", "bash test.sh", "python3 -m venv .venv", "source .venv/bin/activate",
           "pip install -r requirements.txt")  # run by the fixture, by CI, and by runs/venv.sh, which both source

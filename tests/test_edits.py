@@ -108,7 +108,7 @@ for folder in folders:  # fork, because importing torch takes longer than everyt
 
 def copy_with(folder, *edits: str) -> None:
     """Copy the code to a folder and edit model.py there."""
-    for path in [*ROOT.glob("*.py"), ROOT / "common", ROOT / "fastpath", ROOT / "text"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "common", ROOT / "fastpath", ROOT / "formats", ROOT / "text"]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     source = (folder / "model.py").read_text(encoding="utf-8")
     for before, after in edits:

@@ -138,8 +138,8 @@ def test_unsupported_models_use_torch(model):
     for dtype in ("fp32", "bf16"):
         assert Decoder(copy.deepcopy(model), dtype).native is not None
     narrow = WeakWater(LLMConfig.preset("nano", vocab_size=300, hidden_dim=100))
-    for other, dtype, reason in ((narrow, "fp32", "multiples of 64"), (copy.deepcopy(model), "fp16", "fp32 and bf16"),
-                                 (copy.deepcopy(model).double(), "fp32", "fp32 and bf16 only")):
+    for other, dtype, reason in ((narrow, "fp32", "multiples of 64"), (copy.deepcopy(model), "fp16", "bf16 and int8"),
+                                 (copy.deepcopy(model).double(), "fp32", "bf16 and int8 only")):
         decoder = Decoder(other, dtype)
         assert decoder.native is None and reason in decoder.computed_by
     assert Decoder(model, plain=True).native is None

@@ -15,7 +15,7 @@ RIGHT = {  # row of the report: how many of 100 questions of each source are rig
                  "elsewhere/b": 9, "elsewhere/c": 9, "elsewhere/d": 9, "elsewhere/e": 9},
     "control": {"facts/asked": 50, "facts/never_asked": 50, "one_step": 50, "multi_step/2": 30, "elsewhere/a": 60,
                 "elsewhere/b": 55, "elsewhere/c": 55, "elsewhere/d": 50, "elsewhere/e": 9},
-    "distill": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 93, "multi_step/2": 90, "elsewhere/a": 90,
+    "distill": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 93, "multi_step/2": 93, "elsewhere/a": 90,
                 "elsewhere/b": 85, "elsewhere/c": 85, "elsewhere/d": 80, "elsewhere/e": 9, "follow_up/step": 85,
                 "unknown/people": 90},
     "distill_off": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 50, "multi_step/2": 9, "elsewhere/a": 9,

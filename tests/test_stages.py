@@ -81,11 +81,13 @@ def test_a_stage_can_be_read(stage):
     assert commands.count(f"python {stage}.py") == 2 and "--resume" in commands
 
 
-SCRIPTS = {"pretrain", "SFT", "SFT_long", "distill", "train_tokenizer", "eval_model", "evaluate", "make_demo_data"}
+SCRIPTS = {"pretrain", "SFT", "SFT_long", "distill", "train_tokenizer", "eval_model", "evaluate", "export",
+           "make_demo_data"}
 FOR_ALL = {"common.files", "common.exits"}  # import nothing but Config, and no torch
-ALL = {"Config", "model", "dataset", "text", "common", "fastpath"}
+ALL = {"Config", "model", "dataset", "text", "common", "fastpath", "formats"}
 MAY_IMPORT = {"Config": set(), "model": {"Config"}, "text": {"Config"}, "dataset": {"Config", "text"},
-              "fastpath": {"Config", "model"}, "common": ALL} | {script: ALL for script in SCRIPTS} | {
+              "fastpath": {"Config", "model"}, "formats": {"Config", "model", "text", "common"},
+              "common": ALL - {"formats"}} | {script: ALL for script in SCRIPTS} | {
     "SFT_long": ALL | {"SFT"}} | {file: {"Config"} for file in FOR_ALL}
 
 
@@ -105,9 +107,9 @@ def test_who_imports_whom():
     """Scripts → all below them; common → fastpath, dataset, text, model; dataset → text; all → Config, and common's
     files and exits. No script imports another, but SFT_long SFT."""
     parts = {path.stem for path in ROOT.glob("*.py")} | {
-        "common", "fastpath", "text", "tests", "experiments", "benchmarks"}
+        "common", "fastpath", "formats", "text", "tests", "experiments", "benchmarks"}
     seen = set()
-    for path in [*ROOT.glob("*.py"), *(file for folder in ("common", "fastpath", "text")
+    for path in [*ROOT.glob("*.py"), *(file for folder in ("common", "fastpath", "formats", "text")
                                        for file in (ROOT / folder).glob("*.py"))]:
         part = path.stem if path.parent == ROOT else path.parent.name
         if part not in MAY_IMPORT:
@@ -120,7 +122,7 @@ def test_who_imports_whom():
             for_all = part in MAY_IMPORT and own not in FOR_ALL and any(name.startswith(each) for each in FOR_ALL)
             assert target not in parts or target in allowed or for_all, f"{path.name} imports {name}"
             assert own not in FOR_ALL or target != "torch", f"{path.name} imports torch"
-    assert seen >= {"Config", "model", "dataset", "text", "common", "fastpath", "train_tokenizer", *STAGES}
+    assert seen >= {"Config", "model", "dataset", "text", "common", "fastpath", "formats", "train_tokenizer", *STAGES}
 
 
 @pytest.mark.parametrize("module", ["common.files", "common.exits", "dataset", "train_tokenizer", "make_demo_data"])

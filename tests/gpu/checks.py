@@ -161,7 +161,7 @@ def packing(measured: dict, folder: Path, preset: str) -> None:
 
 def transformers_logits(measured: dict, folder: Path, preset: str) -> None:
     """Logits in float32 are those of transformers' model with the same weights."""
-    from benchmarks.measure import to_transformers
+    from formats.hf import to_transformers
 
     torch.set_float32_matmul_precision("highest")
     ours = make_model(preset)

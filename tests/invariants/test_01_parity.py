@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import replace_forwards
 
-from benchmarks.measure import to_transformers
 from Config import LLMConfig, UserError
 from fastpath import accelerate, kernels, training
+from formats.hf import to_transformers
 from model import WeakWater, attention
 
 VARIANTS = {
