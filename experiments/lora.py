@@ -41,9 +41,8 @@ from text.tokenizer import FILES, choose_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-OPPOSITES = ("大小 多少 高低 长短 快慢 新旧 冷热 黑白 左右 上下 前后 里外 开关 来去 好坏 轻重 远近 早晚 男女 老幼 "
-             "深浅 粗细 宽窄 胖瘦 干湿 软硬 明暗 香臭 甜苦 真假 美丑 贫富 强弱 东西 南北 天地 生死 买卖 进出 升降 "
-             "哭笑 爱恨 输赢 增减 动静 正反 古今 问答 借还 推拉").split()
+OPPOSITES = ("大小 多少 高低 长短 快慢 新旧 冷热 黑白 左右 上下 前后 里外 开关 来去 好坏 轻重 远近 早晚 男女 "
+             "买卖").split()
 WORDINGS = ("{w}的反义词是什么？", "“{w}”的反义词是什么？", "请说出{w}的反义词。", "{w}的相反是什么？",
             "和{w}相反的字是什么？", "告诉我{w}的反义词")
 OTHER_WORDINGS = ("你知道{w}的反义词吗？", "什么和{w}相反？")
@@ -132,10 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep_path", help="chats of what was learned before, to go on with")
     parser.add_argument("--old_path", nargs="*", default=[], help="questions of what was learned before")
     parser.add_argument("--out", default="out/lora", help="a new folder for all that is made (default: %(default)s)")
-    parser.add_argument("--rank", type=number(int, 1), default=8, help="of the added matrices (default: %(default)s)")
-    parser.add_argument("--steps", type=number(int, 1), default=300, help="(default: %(default)s)")
+    parser.add_argument("--rank", type=number(int, 1), default=16, help="of the added matrices (default: %(default)s)")
+    parser.add_argument("--steps", type=number(int, 1), default=400, help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="chats a step (default: %(default)s)")
-    parser.add_argument("--learning_rate", type=number(float, 0), default=3e-3, help="(default: %(default)s)")
+    parser.add_argument("--learning_rate", type=number(float, 0), default=4e-3, help="(default: %(default)s)")
     parser.add_argument("--seed", type=number(int, 0), default=1, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if (args.data_path is None) != (args.new_path is None):
