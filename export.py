@@ -35,6 +35,7 @@ from common.weights import (
 )
 from Config import FLAGS, OneLineParser, UserError
 from fastpath.int8 import round_weights
+from fastpath.twin import INT8_LIMIT
 from formats import gguf, hf, llama_cpp
 from formats.modelfile import modelfile
 from model import WeakWater
@@ -44,7 +45,7 @@ FORMATS = ("hf", "gguf", "int8")
 TRY_HF = ('to try it: python -c "from transformers import pipeline; '
           "print(pipeline('text-generation', '{out}')({prompt}))\"")
 PROMPTS = {True: "'<s>从前'", False: "[{'role': 'user', 'content': '你好'}]"}  # for weights that continue text; others
-INT8_TOKENS, INT8_LIMIT = 8, 1e-3  # decoded to check decode.c; the relative error that rounding to int16 may make
+INT8_TOKENS = 8  # decoded to check decode.c
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

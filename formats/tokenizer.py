@@ -7,7 +7,7 @@ other programs do not know which of the two chat formats the weights learned.
 
 import json
 
-from text.chat import CHAT_TEMPLATE
+from text.chat import CHAT_TEMPLATE, FIND_LAST_REPLY, KEEP_OR_EMPTY_THOUGHT
 from text.content import CLOSE_ANSWER, OPEN_ANSWER
 from text.tokenizer import FILES, OurTokenizer, TextEncoder, tokenizer_from_files
 
@@ -21,21 +21,13 @@ PLAIN_TEMPLATE = (
 # in reasoning_content (text/content.py); that of an earlier reply is replaced by an empty one, which also stands before
 # a reply without one.
 THINKING_TEMPLATE = (
-    r"{% set ns = namespace(last=-1) %}"
-    r"{% for message in messages %}{% if message['role'] == 'assistant' and not add_generation_prompt %}"
-    r"{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    FIND_LAST_REPLY +
     r"{% for message in messages %}{% set text = message['content'] or '' %}{{ '<s>' + message['role'] + '\n' }}"
     r"{% if message['role'] != 'assistant' %}{{ text }}"
     r"{% elif '<think>' not in text %}"
     r"{% if loop.index0 == ns.last and message.reasoning_content and '<answer>' not in text %}"
     r"{{ '<think>\n' + message.reasoning_content + '\n</think>\n<answer>\n' + text + '\n</answer>' }}"
-    r"{% else %}{{ '<think>\n\n</think>\n' + text }}{% endif %}"
-    r"{% elif loop.index0 == ns.last or "
-    r"'</think>' in text and not text.split('<think>')[1].split('</think>')[0].strip() %}{{ text }}"
-    r"{% else %}{% set rest = text.split('</think>')[-1] if '</think>' in text else text.split('<think>')[0] %}"
-    r"{{ '<think>\n\n</think>\n' + "
-    r"rest.replace('<think>', '').replace('<answer>', '').replace('</answer>', '').strip() }}{% endif %}"
-    r"{{ '</s>\n' }}{% endfor %}"
+    r"{% else %}{{ '<think>\n\n</think>\n' + text }}{% endif %}" + KEEP_OR_EMPTY_THOUGHT +
     r"{% if add_generation_prompt %}{{ '<s>assistant\n' }}"
     r"{{ '<think>\n\n</think>\n' if enable_thinking is defined and enable_thinking is false else '<think>' }}"
     r"{% endif %}")

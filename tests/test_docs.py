@@ -27,7 +27,8 @@ SMALLER = {  # flags that make a command small; of a flag that is given twice th
     "evaluate.py": ["--max_new_tokens", "8", "--max_questions", "4", "--eval_tokens", "2000"], "export.py": [],
 }
 OTHERS = ("bash quickstart.sh", "bash test.sh", "python3 -m venv .venv", "source .venv/bin/activate",
-          "pip install -r requirements.txt")  # run by the fixture, by CI, and by runs/venv.sh, which both source
+          "pip install -r requirements.txt", "pip install -r requirements-extra.txt")
+# run by the fixture, by CI, and by runs/venv.sh, which both source
 
 
 def blocks(document: str, language: str) -> list[str]:

@@ -21,22 +21,26 @@ from text.records import ROLES, MalformedRecord, check_conversation
 from text.tokenizer import TAGS, Encoded, TextEncoder
 
 EMPTY_THOUGHT = f"{OPEN_THINK}\n\n{CLOSE_THINK}\n"
-# The same formats for other programs: the thinking format is used where enable_thinking is true or false. The ids are
-# the same for tokenizers with the tags. Without them (train_tokenizer.py --no_think_tokens) the ids of a given thought
-# may differ: a prompt ends in <think>, so training splits there too, but a template's ">\n" can become one token.
-CHAT_TEMPLATE = (
-    r"{% set thinks = enable_thinking is defined and enable_thinking is not none %}{% set ns = namespace(last=-1) %}"
+# Parts of chat templates: where the last reply is, and a reply with a thought, which only the last one keeps.
+FIND_LAST_REPLY = (
+    r"{% set ns = namespace(last=-1) %}"
     r"{% for message in messages %}{% if message['role'] == 'assistant' and not add_generation_prompt %}"
-    r"{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-    r"{% for message in messages %}{% set text = message['content'] %}{{ '<s>' + message['role'] + '\n' }}"
-    r"{% if not thinks or message['role'] != 'assistant' %}{{ text }}"
-    r"{% elif '<think>' not in text %}{{ '<think>\n\n</think>\n' + text }}"
+    r"{% set ns.last = loop.index0 %}{% endif %}{% endfor %}")
+KEEP_OR_EMPTY_THOUGHT = (
     r"{% elif loop.index0 == ns.last or "
     r"'</think>' in text and not text.split('<think>')[1].split('</think>')[0].strip() %}{{ text }}"
     r"{% else %}{% set rest = text.split('</think>')[-1] if '</think>' in text else text.split('<think>')[0] %}"
     r"{{ '<think>\n\n</think>\n' + "
     r"rest.replace('<think>', '').replace('<answer>', '').replace('</answer>', '').strip() }}{% endif %}"
-    r"{{ '</s>\n' }}{% endfor %}"
+    r"{{ '</s>\n' }}{% endfor %}")
+# The same formats for other programs: the thinking format is used where enable_thinking is true or false. The ids are
+# the same for tokenizers with the tags. Without them (train_tokenizer.py --no_think_tokens) the ids of a given thought
+# may differ: a prompt ends in <think>, so training splits there too, but a template's ">\n" can become one token.
+CHAT_TEMPLATE = (
+    r"{% set thinks = enable_thinking is defined and enable_thinking is not none %}" + FIND_LAST_REPLY +
+    r"{% for message in messages %}{% set text = message['content'] %}{{ '<s>' + message['role'] + '\n' }}"
+    r"{% if not thinks or message['role'] != 'assistant' %}{{ text }}"
+    r"{% elif '<think>' not in text %}{{ '<think>\n\n</think>\n' + text }}" + KEEP_OR_EMPTY_THOUGHT +
     r"{% if add_generation_prompt %}{{ '<s>assistant\n' }}"
     r"{% if thinks %}{{ '<think>' if enable_thinking else '<think>\n\n</think>\n' }}{% endif %}{% endif %}")
 THINK_PATTERN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
