@@ -112,8 +112,8 @@ COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "work
           "rosters": 3000, "scenes": 300,
           "short_facts": 500, "short_problems": 500, "short_stories": 6500, "short_sums": 3000, "short_talk": 2000,
           "short_people": 3000, "short_unknown": 2000, "short_follow_ups": 2500, "long_chats": 250,
-          "thought_problems": 9500, "thought_stories": 2500, "thought_sums": 2000, "thought_facts": 220, "thought_talk": 800,
-          "thought_people": 1000, "thought_unknown": 1200, "thought_follow_ups": 1600,
+          "thought_problems": 9500, "thought_stories": 2500, "thought_sums": 2000, "thought_facts": 185, "thought_talk": 800,
+          "thought_people": 1000, "thought_unknown": 1250, "thought_follow_ups": 1600,
           "long_validation": 20, "multi_step": 40, "elsewhere": 20, "unknown": 100}
 VALIDATION_SHARE = 0.02
 MOST_PORTRAITS = 5  # per text
@@ -124,6 +124,9 @@ RANDOM_SHARE = 0.3  # of names, things and measure words are random hanzi
 RANDOM_PLACES = 0.25  # of the places that hold things
 GROUP_SHARE = 0.08  # of those who give and get are several people
 EARLIER_TURN = 0.3  # chance that another turn stands before a question that is thought about
+# share of earlier replies in these chats that thought, so that their answer alone is left: of those that a follow-up goes
+# back to, and of others, few, since they are learned as replies without a thought too
+ANSWER_ALONE, OTHERS_ALONE = 0.7, 0.2
 FILES = tuple(f"{folder}{name}.jsonl" for folder in ("", "val/") for name in ("pretrain", "sft_512", "sft_1024", "r1_1024")
               ) + ("rehearsal.jsonl",) + tuple(f"eval/{name}.jsonl" for name in (
                   "facts", "one_step", "multi_step", "elsewhere", "follow_up", "unknown"))
@@ -381,7 +384,7 @@ class World:
                 return problem
 
     def new_problem(self) -> Wording:
-        n_steps = max(self.rng.randint(LEAST_STEPS, MOST_STEPS) for _ in range(2))  # more of the long ones
+        n_steps = max(self.rng.randint(LEAST_STEPS, MOST_STEPS) for _ in range(3))  # most of them long
         return self.writer.put(self.draw_problem(n_steps), self.story())
 
     def problem_asked(self) -> Turn:
@@ -393,7 +396,7 @@ class World:
         if kind in ("step", "sum"):
             make = self.one_more_step if kind == "step" else self.sum_goes_on
             first, turn = make(triple or self.counting.triple())
-            return self.said(first, thinking), turn
+            return self.said(first, ANSWER_ALONE if thinking else 0), turn
         return self.asked_about_another(kind)
 
     def asked_about_another(self, kind: str) -> tuple[list[str], Turn]:
@@ -446,9 +449,9 @@ class World:
             f"{lead}{begin}{b}{rest}{ask}", f"{equations(*triple)}，{answer}",
             (f"刚才是{a}", f"{begin}{b}：{equations(*triple)}", asked_up_to_number(ask.lstrip("，"))), answer)
 
-    def said(self, turn: Turn, thinking: bool) -> list[str]:
-        """An earlier turn: without a thought, or sometimes (`thinking`) what is left of a reply that thought."""
-        return [turn.question, turn.answer if thinking and self.rng.random() < 0.2 else turn.reply]
+    def said(self, turn: Turn, alone: float) -> list[str]:
+        """An earlier turn: without a thought, or (in a share `alone`) what is left of a reply that thought."""
+        return [turn.question, turn.answer if self.rng.random() < alone else turn.reply]
 
     # ---- records
 
@@ -477,7 +480,7 @@ class World:
         kinds = (self.fact_asked, self.story_asked, self.sum_asked, self.talk, self.stranger_asked, self.unknown_asked)
         kind = self.rng.choices((*kinds, None), weights=(6, 6, 3, 3, 1, 2, 2))[0]
         before, turn = self.follow_up(thinking) if kind is None else ([], kind())
-        return [*before, *self.said(turn, thinking)]
+        return [*before, *self.said(turn, OTHERS_ALONE if thinking else 0)]
 
     def long_chat(self) -> dict:
         """A chat with many questions of every kind."""
