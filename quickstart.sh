@@ -37,7 +37,7 @@ fi
 mkdir -p $OUT/eval
 echo $$ > $OUT/running
 
-steps=(1150 260 35 740)  # optimizer steps of pretrain, SFT, SFT_long, distill
+steps=(1150 260 35 750)  # optimizer steps of pretrain, SFT, SFT_long, distill
 preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
@@ -87,7 +87,7 @@ run python SFT_long.py --data_path $DATA/sft_1024.jsonl=0.75 $DATA/rehearsal.jso
     --val_path $DATA/val/sft_1024.jsonl $same \
     --max_seq_len 1024 --batch_size 4 --learning_rate 6e-4 --max_steps "${steps[2]}" --epochs 100
 took SFT_long
-mixture="$DATA/r1_1024.jsonl=0.75 $DATA/sft_512.jsonl=0.14 $DATA/rehearsal.jsonl=0.11"
+mixture="$DATA/r1_1024.jsonl=0.76 $DATA/sft_512.jsonl=0.14 $DATA/rehearsal.jsonl=0.10"
 last="$same --max_seq_len 1024 --batch_size 4 --learning_rate 3e-3 --epochs 100"
 
 # The control trains and is scored beside distill, since a model this small gains little from more cores: the same mixture
