@@ -112,7 +112,7 @@ COUNTS = {"portraits": 45, "lists": 400, "lessons": 6500, "stories": 2500, "work
           "rosters": 3000, "scenes": 300,
           "short_facts": 500, "short_problems": 500, "short_stories": 6500, "short_sums": 3000, "short_talk": 2000,
           "short_people": 3000, "short_unknown": 2000, "short_follow_ups": 2500, "long_chats": 250,
-          "thought_problems": 9500, "thought_stories": 2500, "thought_sums": 2000, "thought_facts": 220, "thought_talk": 800,
+          "thought_problems": 9500, "thought_stories": 2500, "thought_sums": 2000, "thought_facts": 205, "thought_talk": 800,
           "thought_people": 1000, "thought_unknown": 1200, "thought_follow_ups": 1600,
           "long_validation": 20, "multi_step": 40, "elsewhere": 20, "unknown": 100}
 VALIDATION_SHARE = 0.02
@@ -384,7 +384,7 @@ class World:
                 return problem
 
     def new_problem(self) -> Wording:
-        n_steps = max(self.rng.randint(LEAST_STEPS, MOST_STEPS) for _ in range(2))  # more of the long ones
+        n_steps = max(self.rng.randint(LEAST_STEPS, MOST_STEPS) for _ in range(3))  # most of them long
         return self.writer.put(self.draw_problem(n_steps), self.story())
 
     def problem_asked(self) -> Turn:

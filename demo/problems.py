@@ -27,6 +27,7 @@ from demo.words import (
     GAIN_HELD_OUT,
     GIVEN_BY_OWNER,
     GIVEN_TO_OWNER,
+    GOODS,
     KIN,
     LEADS,
     LOSE,
@@ -165,6 +166,7 @@ class Counting:
 KNOWN, HELD_OUT = "known", "held out"  # which combinations a wording may have
 RANDOM_VERBS, RANDOM_TIMES = 0.15, 0.1  # of the verbs and time words in training
 PASSIVE_SHARE, AGENT_SHARE = 0.04, 0.06  # of the clauses that lose, and of all, are about what somebody else does
+SPENT_SHARE = 0.2  # of the clauses that lose money say what was bought
 MONEY_SHARE = 0.6  # of the questions for money say 多少钱
 
 
@@ -249,6 +251,8 @@ class Writer:
             # a held-out clause has no names, so that it can be searched for
             with_names = not style.new_verbs and style.clauses == KNOWN
             draw = rng.random() if with_names else 1
+            if with_names and not gain and (story.thing, story.unit) in MONEY and rng.random() < SPENT_SHARE:
+                return f"{time}买{rng.choice(GOODS)}{rng.choice(('花了', '用了', '花'))}", story.unit
             if draw < AGENT_SHARE or not gain and draw < AGENT_SHARE + PASSIVE_SHARE:
                 verbs, frames = (AGENT_GAIN if gain else AGENT_LOSE, AGENT_FRAMES) if draw < AGENT_SHARE else (
                     PASSIVE, PASSIVE_FRAMES)
@@ -332,11 +336,15 @@ class Writer:
         return self.finish(problem, story, told, thought, question, kind, comma, tuple(clauses), wording)
 
     def finish(self, problem: Problem, story: Story, told: list[str], thought: list[str], question: str, kind: str,
-               comma: str = "，", clauses: tuple[str, ...] = (), wording: str = "", asked: str = "") -> Wording:
+               comma: str = "，", clauses: tuple[str, ...] = (), wording: str = "", asked: str = "",
+               question_decides: bool = False) -> Wording:
         """A wording from the parts of its question and the restated clauses of its thought. `asked` is the part of the
-        question that is restated, if not all of it."""
-        lines = [thought[0], *(f"{short}：{equations(*triple)}" for short, triple in zip(
-            thought[1:], problem.triples(), strict=True)), asked_up_to_number(asked or question)]
+        question that is restated, if not all of it. Where the `question_decides` what to do with two numbers, the sum
+        stands behind it."""
+        lines = [*thought, asked_up_to_number(asked or question)]
+        first = 2 if question_decides else 1
+        for number, triple in enumerate(problem.triples(), start=first):
+            lines[number] += f"：{equations(*triple)}"
         end = self.rng.choice(ENDS)
         return Wording(problem, comma.join(told) + comma + question + end, tuple(lines),
                        f"{kind}{problem.result()}{story.unit}。", clauses, wording)
@@ -404,14 +412,18 @@ class Writer:
             return self.finish(problem, replace(story, unit="岁"), [f"{owner}今年{a}岁", than + "岁"],
                                [f"{owner}今年{a}", than], question, "今年")
         if operation == "+" and draw < 0.65:
-            question, _, kind = self.asking({"+"}, story, style, rng.choice(("", "", "他们", "两人", "两个人")), "一共")
-            return self.finish(problem, story, told, [has, other_has], question, kind)
-        if operation == "-" and draw < 0.5 and a > b:
+            both = rng.choice(("", "", "他们", "两人", "两个人"))
+            question, _, kind = self.asking({"+"}, story, style, both, "一共")
+            if verb and rng.random() < 0.5:
+                question = f"{both}一共{verb}了" + rng.choice(("几", "多少")) + story.unit
+            return self.finish(problem, story, told, [has, other_has], question, kind, question_decides=True)
+        if operation == "-" and draw < 0.6 and a > b:
             more = rng.random() < 0.7
             question = f"{owner}比{other}多" if more else f"{other}比{owner}少"
             question += rng.choice((verb, "")) + rng.choice(("几", "多少")) + story.unit
             question = rng.choice(("", "", *LEADS)) + question
-            return self.finish(problem, story, told, [has, other_has], question, "多" if more else "少")
+            return self.finish(problem, story, told, [has, other_has], question, "多" if more else "少",
+                               question_decides=True)
         than = f"{other}比{rng.choice((owner, story.pronoun))}{'多' if operation == '+' else '少'}{b}"
         question, _, kind = self.asking(set(), story, style, whose=other, kind="有")
         return self.finish(problem, story, [told[0], than + story.unit], [has, than], question, kind)

@@ -61,6 +61,7 @@ THINGS_HELD_OUT = tuple((thing[1:], thing[0]) for thing in words("""
     架梯子 筐橘子 筐土豆 筐芒果 筐柿子 罐可乐 罐奶粉 罐果酱 桶油漆 桶海水 捆木柴 捆稻草 捆电线 副手套 副眼镜 副耳环
     册图谱 册字典 册诗集 粒珍珠 粒药丸 粒瓜子 粒豆子 节电池 节竹子 卷胶带 卷毛线 幅油画 幅地图 幅对联 壶开水 壶热茶
     群大雁 群绵羊 株水仙 株人参 滴墨水 坛好酒 坛泡菜"""))
+GOODS = tuple(thing for thing, unit in THINGS if thing not in ("", "钱") and unit not in "位名")  # to be bought
 UNITS = tuple(dict.fromkeys(unit for _, unit in THINGS))
 UNITS_HELD_OUT = tuple(dict.fromkeys(unit for _, unit in THINGS_HELD_OUT))
 BOXES = words("盒 袋 箱 组 排 桌 层 包 篮 天 人 家")
