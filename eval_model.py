@@ -7,7 +7,7 @@ no thoughts  python eval_model.py --model_mode 2 --no_think
 
 --model_mode 0 is pretrain, which continues text; 1 SFT, 2 distill and 3 SFT_long hold a conversation. Distill's weights
 think before they answer: the prompt opens their <think>, or with --no_think an empty thought; in a conversation /think
-and /no_think switch between the two. Ctrl-C stops the answer, or at the prompt the program. Ctrl-D quits, and /help
+and /no_think switch between the two. Ctrl-C stops an answer; at the prompt it ends the program. Ctrl-D quits, and /help
 lists the commands. The answer goes to stdout, everything else to stderr. On a terminal the text in <think> is dimmed
 and the tags are hidden; elsewhere the text is unchanged.
 """
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=512, help="longest answer (default: 512)")
     parser.add_argument("--history_turns", type=number(int, 0), default=3, help="past turns in the prompt (default: 3)")
     parser.add_argument("--no_think", action="store_true",
-                        help="distill's weights answer without a thought: behind an empty one")
+                        help="answer at once, without a thought (distill's weights only)")
     parser.add_argument("--no_color", action="store_true", help="no ANSI codes (also with NO_COLOR set, or in a pipe)")
     args = parser.parse_args(argv)
     if args.prompt is not None and is_empty(args.prompt):

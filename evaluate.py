@@ -1,8 +1,8 @@
 """Score the weights of any stage: loss, perplexity and bits per byte on a file, exact-match accuracy on questions.
 
-a file       python evaluate.py --model_mode 0 --data_path data/pretrain_val.jsonl
-questions    python evaluate.py --model_mode 2 --data_path data/math.jsonl --max_questions 500
-any weights  python evaluate.py --checkpoint out/SFT_best.pth --data_path data/sft_val.jsonl --max_tokens 512
+a file       python evaluate.py --model_mode 0 --data_path data/val/pretrain.jsonl
+questions    python evaluate.py --model_mode 2 --data_path data/eval/multi_step.jsonl --max_questions 500
+any weights  python evaluate.py --checkpoint out/SFT_best.pth --data_path data/val/sft_512.jsonl --max_tokens 512
 
 The keys of a record decide how it is scored. {"text"} and {"conversations"} get a loss. Questions are answered greedily
 and compared exactly (see common/answers.py):
@@ -333,8 +333,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--generations", metavar="PATH", help="file for the replies, JSONL (default: in out_dir/eval)")
     for name in ("max_bad_ratio", "max_text_loss"):
         parser.add_argument(f"--{name}", type=number(float, 0, 1), default=FLAGS[name].default, help=FLAGS[name].help)
-    for name in ("split_documents", "keep_malformed_thoughts"):
-        parser.add_argument(f"--{name}", action="store_true", help=FLAGS[name].help)
+    parser.add_argument("--split_documents", action="store_true", help=FLAGS["split_documents"].help)
+    parser.add_argument("--keep_malformed_thoughts", action="store_true",
+                        help="also score replies whose tags are cut, repeated or out of order")
     args = parser.parse_args(argv)
     sources = [source for paths in args.data_path for source in find_sources(paths)]
     files = list(dict.fromkeys(file for source in sources for file in source.files))

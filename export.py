@@ -63,13 +63,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="hf: the folder; gguf, int8: the folder for the files; with --from_hf the weights file")
     parser.add_argument("--force", action="store_true",
                         help="replace what an earlier export wrote there, its model card or Modelfile included")
-    for name in ("out_dir", "tokenizer_path"):
-        flag = FLAGS[name]
-        parser.add_argument(f"--{name}", default=flag.default,
-                            help=flag.help if flag.default is None else f"{flag.help} (default: {flag.default})")
+    parser.add_argument("--out_dir", help=f"where --model_mode looks for weights (default: {FLAGS['out_dir'].default})")
+    parser.add_argument("--tokenizer_path", help=FLAGS["tokenizer_path"].help)
     args = parser.parse_args(argv)
     if args.from_hf is not None and args.format is not None:
         parser.error("--from_hf makes a weights file: it takes no --format")
+    if args.from_hf is not None and args.tokenizer_path is not None:
+        parser.error("--from_hf takes the tokenizer in the folder, no --tokenizer_path")
+    if args.model_mode is None and args.out_dir is not None:
+        parser.error("--out_dir: only with --model_mode; --out says where to write")
+    args.out_dir = args.out_dir or FLAGS["out_dir"].default
     if args.from_hf is None and args.format is None:
         parser.error("--format: say what to write: hf, gguf or int8")
     if args.quant is not None and args.format != "gguf":

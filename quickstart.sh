@@ -42,7 +42,7 @@ preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
 fi
-# pretraining decays, which makes sums a rule; later stages would forget by it. On this corpus, unlike on real text, layers
+# Weight decay in pretraining helps the model learn sums as a rule; in later stages it makes it forget. On this corpus, unlike on real text, layers
 # that begin as the identity learn less (docs/PERFORMANCE.md, "Recipe").
 same="--out_dir $OUT --tokenizer_path $OUT/tokenizer --seed $seed
       --eval_interval 200 --save_interval 100000 --log_interval 50 --weight_decay 0"

@@ -117,7 +117,8 @@ def model_parser(prog: str, description: str) -> OneLineParser:
         flag = FLAGS[name]
         parser.add_argument(f"--{name}", default=flag.default, choices=flag.choices or None,
                             help=flag.help if flag.default is None else f"{flag.help} (default: {flag.default})")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, help="seed of all chance (default: 42)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42,
+                        help="seed of all random choices (default: 42)")
     return parser
 
 

@@ -18,6 +18,7 @@ one, against forgetting. The steps, each a command or a few lines that can be co
 The last line on stdout is a JSON object with the scores.
 """
 
+import argparse
 import json
 import random
 import shutil
@@ -123,16 +124,18 @@ def scores(weights: Path, files: list[Path], out: Path) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(prog="experiments/lora.py", description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser = OneLineParser(prog="experiments/lora.py", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="out/quickstart/distill.pth",
                         help="weights that chat (default: %(default)s)")
     parser.add_argument("--data_path", help="chats of the new domain (default: opposites, made here)")
     parser.add_argument("--new_path", help="questions of the new domain; needed with --data_path")
-    parser.add_argument("--keep_path", help="chats of what was learned before, to go on with")
+    parser.add_argument("--keep_path", help="chats of what was learned before: every second place in a batch, against "
+                        "forgetting")
     parser.add_argument("--old_path", nargs="*", default=[], help="questions of what was learned before")
     parser.add_argument("--out", default="out/lora", help="a new folder for all that is made (default: %(default)s)")
     parser.add_argument("--rank", type=number(int, 1), default=16, help="of the added matrices (default: %(default)s)")
-    parser.add_argument("--steps", type=number(int, 1), default=400, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=number(int, 1), default=400, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="chats a step (default: %(default)s)")
     parser.add_argument("--learning_rate", type=number(float, 0), default=4e-3, help="(default: %(default)s)")
     parser.add_argument("--seed", type=number(int, 0), default=1, help="(default: %(default)s)")

@@ -7,14 +7,14 @@ language: zh
 library_name: transformers
 pipeline_tag: text-generation
 license: other
-license_name: data-licence-to-be-named
+license_name: license-of-the-data-to-be-named
 ---
 
 # WeakWater, {stage}
 
 {origin}
 
-**Licence of the data**: to be filled in, also above, by whoever publishes this folder.
+**License of the data**: to be filled in, also above, by whoever publishes this folder.
 
 | | |
 |---|---|

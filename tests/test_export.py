@@ -1,5 +1,6 @@
 """Exports: transformers loads them and computes the same, int8 decodes, and what cannot be held is refused."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -404,7 +405,7 @@ def test_int8_is_small_and_close(weights, tmp_path, capsys, data_dir):
     assert f"{small}: " in printed
     assert ("decode.c in int8 differs from model.py by" in printed) == bool(shutil.which("cc"))
     kept = len(json.dumps(load_weights(path)[2]["tokenizer"]))
-    assert small.stat().st_size - kept < 0.3 * (path.stat().st_size - kept)
+    assert small.stat().st_size - kept < 0.27 * (path.stat().st_size - kept)
     scores = []
     for file in (path, small):
         evaluate.main(["--checkpoint", str(file), "--data_path", str(data_dir / "sft.jsonl"), "--dtype", "fp32",
@@ -587,6 +588,8 @@ def test_a_tokenizer_larger_than_the_weights_is_refused(weights, tmp_path):
     (["--from_hf", "y", "--format", "hf", "--out", "x"], "--from_hf makes a weights file"),
     (["--format", "hf", "--out", "x"], "one of the arguments --model_mode --checkpoint --from_hf is required"),
     (["--model_mode", "1", "--format", "hf"], "--out"),
+    (["--from_hf", "y", "--out", "x", "--tokenizer_path", "z"], "the tokenizer in the folder"),
+    (["--checkpoint", "y", "--format", "hf", "--out", "x", "--out_dir", "z"], "only with --model_mode"),
     (["--model_mode", "1", "--format", "hf", "--out", "x", "--out_dir", "nowhere"], "python SFT.py makes it"),
 ])
 def test_flags_that_do_not_go_together(words, message):
@@ -612,7 +615,7 @@ for p in model.parameters():
 save_weights("x.pth", model, {{"stage": "SFT", "tokenizer": {tokenizer.files!r}}})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
-    for fmt in ("hf", "int8"):
+    for fmt in ("hf", "int8", *(["gguf"] if importlib.util.find_spec("gguf") else [])):
         done = subprocess.run([sys.executable, "export.py", "--checkpoint", "x.pth", "--format", fmt, "--out", fmt],
                               cwd=tmp_path, capture_output=True, text=True)
         allowed = fmt == "int8" or edit == "nothing"

@@ -25,7 +25,7 @@ from text.chat import encode_chat
 from text.tokenizer import TextEncoder, load_tokenizer
 
 pytestmark = pytest.mark.extra
-pytest.importorskip("gguf")
+GGUFReader = pytest.importorskip("gguf").GGUFReader
 pytest.importorskip("xllamacpp")
 
 
@@ -111,6 +111,10 @@ def test_every_shape_in_every_precision(tmp_path, tokenizer, shape, quant):
     model = make_model(vocab_size=len(tokenizer), **SHAPES[shape])
     gguf.write(tmp_path / "x.gguf", model, quant, tokenizer.files, "SFT")
     gguf.check(tmp_path / "x.gguf", model, quant)
+    fields = GGUFReader(tmp_path / "x.gguf").fields
+    assert {name: fields[f"tokenizer.ggml.{name}"].contents() for name in (
+        "model", "pre", "bos_token_id", "eos_token_id", "add_bos_token")} == {
+            "model": "gpt2", "pre": "qwen2", "bos_token_id": 1, "eos_token_id": 2, "add_bos_token": False}
     assert llama_cpp.check(tmp_path / "x.gguf", model, quant) is not None
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight.mul_(-1)
@@ -150,6 +154,8 @@ def test_the_ids_of_any_text_are_the_same(server):
     for begin in range(0, len(points), 4000):
         text = "，".join(points[begin:begin + 4000])
         assert theirs(text) == encoder.encode([text])[0], f"from U+{ord(points[begin]):04X}"
+    special = post(address, "/tokenize", {"content": "你好", "add_special": True})["tokens"]
+    assert special == encoder.encode(["你好"])[0]  # no <s> is added
     for text in ("a" * 100_000, " " * 5000, "1" * 5000, "\n" * 5000, "啊" * 20_000):
         assert theirs(text) == encoder.encode([text])[0]
 
@@ -175,6 +181,22 @@ def test_the_server_shows_a_thought_apart_and_hides_the_tags(server):
     again = served.handle_chat_completions(ask | {"messages": [
         *ask["messages"], {"role": "assistant", "content": "鳄🐊", "reasoning_content": "想"}, *ask["messages"]]})
     assert again["choices"][0]["message"]["content"].strip() == "鳄🐊"
+
+
+def test_weights_that_do_not_think_have_a_plain_template(tmp_path, tokenizer_dir):
+    """llama.cpp's server asks every template to think."""
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    path = save_nano(tmp_path / "SFT.pth", tokenizer, "SFT", TextEncoder.of(tokenizer).encode(["鳄🐊"])[0])
+    model, meta = load_model(path)
+    save_weights(path, model, meta | {"tokenizer": tokenizer.files})
+    export.main(["--checkpoint", str(path), "--format", "gguf", "--quant", "f32", "--out", str(tmp_path)])
+    served = llama_cpp.open_server(tmp_path / "SFT-f32.gguf", 128)
+    for conversation in CONVERSATIONS[:2]:
+        found = post(served.listening_address, "/apply-template", {"messages": conversation})["prompt"]
+        assert found == tokenizer.decode(encode_chat(tokenizer, conversation, True)[0])
+    message = served.handle_chat_completions(dict(messages=[{"role": "user", "content": "你好"}], temperature=0.0,
+                                                  max_tokens=20))["choices"][0]["message"]
+    assert message["content"] == "鳄🐊" and not message.get("reasoning_content")
 
 
 def test_a_modelfile_of_ones_own_is_kept(tmp_path, tokenizer, capsys):
