@@ -137,7 +137,7 @@ def test_the_readmes_show_the_recorded_run():
     all thresholds."""
     results = ROOT / "docs" / "results" / "quickstart"
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("seed_*.json"))]
-    assert [report["seed"] for report in reports] == list(range(1, len(reports) + 1)) != []
+    assert [report["seed"] for report in reports] == [1, 2, 3, 4, 5]
     for report in reports:
         assert [(verdict["what"], verdict["least"]) for verdict in report["thresholds"]] == [
             (what, least) for what, least, _ in THRESHOLDS]

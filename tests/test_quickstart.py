@@ -15,17 +15,17 @@ RIGHT = {  # row of the report: how many of 100 questions of each source are rig
                  "elsewhere/b": 9, "elsewhere/c": 9, "elsewhere/d": 9, "elsewhere/e": 9},
     "control": {"facts/asked": 50, "facts/never_asked": 50, "one_step": 50, "multi_step/2": 30, "elsewhere/a": 60,
                 "elsewhere/b": 55, "elsewhere/c": 55, "elsewhere/d": 50, "elsewhere/e": 9},
-    "distill": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 93, "multi_step/2": 93, "elsewhere/a": 90,
+    "distill": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 92, "multi_step/2": 93, "elsewhere/a": 90,
                 "elsewhere/b": 85, "elsewhere/c": 85, "elsewhere/d": 80, "elsewhere/e": 9, "follow_up/step": 85,
                 "unknown/people": 90},
     "distill_off": {"facts/asked": 90, "facts/never_asked": 80, "one_step": 50, "multi_step/2": 9, "elsewhere/a": 9,
                     "follow_up/step": 9, "unknown/people": 9},
 }
-LIMITS = [0.9, 0.95, 0.8, 0.93, 0.93, 0.99, 0.9, 0.85, 0.85, 0.8, 0.3, 0.9, 0.8, 0.9, 0.8, 0.85, 0.9, 0.97, 0.98, 0.98]
+LIMITS = [0.9, 0.95, 0.8, 0.93, 0.92, 0.98, 0.9, 0.85, 0.85, 0.8, 0.3, 0.9, 0.8, 0.9, 0.8, 0.85, 0.9, 0.97, 0.98, 0.98]
 THOUGHT = ["有3", "买2：3+2=5", "问有多少"]
 
 
-def write_run(out, changes=None, well_formed=98, thought_answers=99, declined=3):
+def write_run(out, changes=None, well_formed=98, thought_answers=98, declined=3):
     """What quickstart.sh leaves for the report. `changes`: {row: {source: how many are right}}; the others: of 100."""
     write_jsonl(out / "data" / "eval" / "multi_step.jsonl", [{"thought": THOUGHT}] * 100)
     replies = {}
@@ -80,7 +80,7 @@ def test_thresholds_that_are_just_met(out, monkeypatch):
     ({"SFT_long": {"one_step": 89}}, {}, "SFT_long answers one-step"),
     ({"SFT_long": {"facts/asked": 94}}, {}, "SFT_long answers facts asked"),
     ({"SFT_long": {"facts/never_asked": 79}}, {}, "SFT_long answers facts never"),
-    ({"distill": {"multi_step/2": 89}}, {}, "2 to 8 steps"), ({"distill": {"one_step": 92}}, {}, "sums and one-step"),
+    ({"distill": {"multi_step/2": 89}}, {}, "2 to 8 steps"), ({"distill": {"one_step": 91}}, {}, "sums and one-step"),
     ({"distill": {"elsewhere/a": 89}, "control": {"elsewhere/a": 59}}, {}, "elsewhere a"),
     ({"distill": {"elsewhere/b": 84}, "control": {"elsewhere/b": 54}}, {}, "elsewhere b"),
     ({"distill": {"elsewhere/c": 84}, "control": {"elsewhere/c": 54}}, {}, "elsewhere c"),
@@ -91,7 +91,7 @@ def test_thresholds_that_are_just_met(out, monkeypatch):
     ({"distill_off": {"facts/asked": 89}}, {}, "off: facts asked"),
     ({"distill_off": {"facts/never_asked": 79}}, {}, "off: facts never"),
     ({"distill": {"follow_up/step": 84}}, {}, "follow-ups"), ({"distill": {"unknown/people": 89}}, {}, "unknown"),
-    ({}, {"thought_answers": 98}, "the thought's number"), ({}, {"declined": 6}, "not declined"),
+    ({}, {"thought_answers": 97}, "the thought's number"), ({}, {"declined": 6}, "not declined"),
     ({}, {"well_formed": 97}, "well-formed; thinking off: without tags"),
 ])
 def test_a_threshold_that_is_missed(out, monkeypatch, capsys, changes, others, missed):
