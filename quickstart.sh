@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a model that thinks, in eight to ten minutes on two CPU cores: generates a small Chinese world, trains the
-# tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
+# From nothing to a model that thinks, in 8 to 12 minutes on two shared CPU cores: generates a small Chinese world, trains
+# the tokenizer and all four stages on it, and measures what each can answer and whether thinking helps.
 #
 #   bash quickstart.sh [--seed N] [--smoke]      --smoke: everything, in under a minute, too short to learn anything
 #
@@ -42,8 +42,8 @@ preset=demo longest=160 share=1
 if [ "$smoke" ]; then
     steps=(8 4 2 4) preset=nano longest=16 share=0.1
 fi
-# Weight decay in pretraining helps the model learn sums as a rule; in later stages it makes it forget. On this corpus, unlike on real text, layers
-# that begin as the identity learn less (docs/PERFORMANCE.md, "Recipe").
+# Weight decay in pretraining helps the model learn sums as a rule; in later stages it makes it forget. On this corpus, unlike
+# on real text, layers that begin as the identity learn less (docs/PERFORMANCE.md, "Recipe").
 same="--out_dir $OUT --tokenizer_path $OUT/tokenizer --seed $seed
       --eval_interval 200 --save_interval 100000 --log_interval 50 --weight_decay 0"
 

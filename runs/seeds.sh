@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the quickstart with several seeds, eight to ten minutes each, and writes docs/results/quickstart.
+# Runs the quickstart with several seeds, 8 to 12 minutes each, and writes docs/results/quickstart.
 #
 #   bash runs/seeds.sh [SEED ...]      default: 1 2 3 4 5
 set -euo pipefail
