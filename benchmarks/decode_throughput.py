@@ -5,8 +5,8 @@
 ours            common/generation.py with its static key/value cache, as in eval_model.py and evaluate.py
 ours int8       the same with weights as export.py --format int8 writes them; only one prompt
 transformers    LlamaForCausalLM.generate (Qwen3 with qk_norm) on the same weights, used as in its documentation
-llama.cpp       a GGUF file of the same weights in F32, BF16 and Q8_0 (pip install -r requirements-extra.txt); only one
-                prompt; skipped with a message on a GPU or if the packages are missing
+llama.cpp       a GGUF file of the same weights in F32, BF16, F16 and Q8_0 (pip install -r requirements-extra.txt);
+                only one prompt; skipped with a message on a GPU or if the packages are missing
 
 Each decoder runs in a separate process. If a decoder crashes, its table cell says so.
 
@@ -272,7 +272,7 @@ def compare(args, config: LLMConfig, device: torch.device, own: str, result: dic
     widths = [len(f"fp32, {args.batch} rows, sampled"), len("llama.cpp BF16"), 16, 13, 8, 16, 12, 8]
     for dtype in dict.fromkeys(("fp32", own)):
         timed = not args.quick or dtype == own
-        kinds = [] if trouble or not timed else ["F32"] if dtype == "fp32" else ["BF16", "Q8_0"]
+        kinds = [] if trouble or not timed else ["F32"] if dtype == "fp32" else ["BF16", "F16", "Q8_0"]
         int8 = ["ours int8"] if dtype == own and timed and device.type == "cpu" and not args.plain else []
         decoders = {name: Worker(make_decoder, name, config, device, dtype, context, args.threads, False, args.plain)
                     for name in ["ours", *int8, "transformers", *(f"llama.cpp {kind}" for kind in kinds)]}
