@@ -1,5 +1,6 @@
 """How every script ends: exit codes and one line on stderr. Does not import torch."""
 
+import atexit
 import contextlib
 import errno
 import os
@@ -83,6 +84,11 @@ def run(main: Callable[[], int | None]) -> int:
             sys.stdout, sys.stderr = before
             for stream in before:
                 _drop_unwritten(stream)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A rank of torchrun. Where the interpreter takes itself down, gloo's threads abort the process now and then
+        # (once in some forty runs), and torchrun then stops the other ranks. All is saved and printed.
+        atexit._run_exitfuncs()  # wandb's and logging's
+        os._exit(code)
     return code
 
 
