@@ -85,8 +85,8 @@ def run(main: Callable[[], int | None]) -> int:
             for stream in before:
                 _drop_unwritten(stream)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A rank of torchrun. Where the interpreter takes itself down, gloo's threads abort the process now and then
-        # (once in some forty runs), and torchrun then stops the other ranks. All is saved and printed.
+        # A rank of torchrun. Some ranks aborted after a whole run, and torchrun then stopped the others (docs/LOG.md).
+        # All is saved and printed, so nothing is lost by ending here.
         atexit._run_exitfuncs()  # wandb's and logging's
         os._exit(code)
     return code
