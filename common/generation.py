@@ -3,6 +3,7 @@
     Decoder            a model with its faster forwards for decoding
     prefill            store all prompts in the cache     → logits (B, V) of each prompt's last token
     decode_one_token   store one more token in each row   → logits (B, V)
+    decode_rows        the same for some rows of a cache, each at a position of its own
     adjust, sample     logits (B, V) → scores (B, V) → ids (B,)
     stream, generate   the generation loop: yield tokens as they come, or return all at the end
     StreamDecoder      ids → text, in whole characters
@@ -22,7 +23,7 @@ from Config import UserError
 from fastpath import DTYPES, accelerate
 from fastpath.decoding import cache_dtype, versions
 from fastpath.native import library
-from fastpath.native_decoder import NativeDecoder
+from fastpath.native_decoder import NativeDecoder, native_cache_dtype
 from model import KVCache, WeakWater
 
 GREEDY_BELOW = 1e-5  # a lower temperature could overflow; in float32 it equals the argmax
@@ -59,8 +60,8 @@ class Sampling:
 
 class Decoder:
     """A model that generates in `dtype` ("bf16", "fp16", "fp32"), with faster forwards where they agree with model.py
-    (none with `plain`). With `int8` decode.c computes single rows in int8: for weights that int8 keeps exactly. `lines`
-    are the log lines of fastpath.accelerate."""
+    (none with `plain`). With `int8` decode.c computes in int8: for weights that int8 keeps exactly. `lines` are the log
+    lines of fastpath.accelerate."""
 
     def __init__(self, model: WeakWater, dtype: str = "fp32", plain: bool = False, int8: bool = False):
         self.model, self.config, self.dtype, self.int8 = model, model.config, dtype, int8
@@ -72,7 +73,7 @@ class Decoder:
 
     @functools.cached_property
     def native(self) -> NativeDecoder | None:
-        """The C decoder of single rows, created on first use; None if it cannot be used."""
+        """The C decoder, created on first use; None if it cannot be used."""
         dtype = torch.int8 if self.int8 else DTYPES[self.dtype]
         return None if self.native_reason else NativeDecoder(self.model, dtype)
 
@@ -84,16 +85,18 @@ class Decoder:
 
     @property
     def computed_by(self) -> str:
-        """A message that says what computes single rows."""
+        """A message that says what computes the tokens of a reply."""
         if self.native_reason:
             restored = f", with the int8 weights restored to {self.dtype}" if self.int8 else ""
             return f"tokens are computed by torch's operations{restored}: {self.native_reason}"
         return f"tokens are computed by decode.c{' in int8' if self.int8 else ''}, {library()[1]}"
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        """An empty cache of the dtype that suits the device."""
+        """An empty cache of the dtype that suits the device, or decode.c."""
         dtype = cache_dtype(self.device, DTYPES[self.dtype])
-        if self.dtype == "fp32":
+        if self.native_reason is None:
+            dtype = native_cache_dtype(DTYPES[self.dtype])
+        elif self.dtype == "fp32":
             dtype = torch.promote_types(self.weight_dtype, dtype)
         return KVCache(self.config, batch_size, length, self.device, dtype)
 
@@ -124,12 +127,30 @@ def prefill(decoder: Decoder, prompts: list[list[int]], cache: KVCache) -> torch
 @torch.inference_mode()
 def decode_one_token(decoder: Decoder, token_B: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Store the next token of each row in the cache. Returns the logits (B, V) that follow, at least float32."""
-    if len(token_B) == 1 and decoder.native is not None:
+    if decoder.native is not None:
         cache.positions(1)  # raises if the cache is full
-        logits_BV = decoder.native(int(token_B), cache.longest, cache.keys, cache.values)
+        logits_BV = decoder.native(token_B.tolist(), [*range(len(token_B))], cache.filled_B.tolist(), cache.keys,
+                                   cache.values)
         cache.advance(1)
         return logits_BV
     return decoder.logits(token_B[:, None], cache, torch.arange(len(token_B), device=decoder.device))
+
+
+@torch.inference_mode()
+def decode_rows(decoder: Decoder, tokens: list[int], rows: list[int], cache: KVCache,
+                lengths: list[int]) -> torch.Tensor:
+    """Store tokens[i] in row rows[i] of the cache. Returns the logits (N, V) that follow, at least float32.
+
+    `lengths` are the tokens of all B rows of the cache; the caller counts the new ones. Without decode.c the other rows are
+    computed too, and what they store behind their tokens is overwritten by their own next token.
+    """
+    if decoder.native is not None:
+        return decoder.native(tokens, rows, [lengths[row] for row in rows], cache.keys, cache.values)
+    index_N = torch.tensor(rows, device=decoder.device)
+    token_B = torch.zeros(len(lengths), dtype=torch.long, device=decoder.device)
+    token_B[index_N] = torch.tensor(tokens, device=decoder.device)
+    cache.rewind(lengths)
+    return decoder.logits(token_B[:, None], cache, index_N)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -157,25 +178,45 @@ def adjust(logits_BV: torch.Tensor, sampling: Sampling, seen_BV: torch.Tensor | 
     if 0 < sampling.top_k < scores.shape[-1]:
         kth_B1 = scores.topk(sampling.top_k).values[:, -1:]
         scores = scores.masked_fill(scores < kth_B1, -math.inf)
-    if sampling.top_p < 1:
-        ascending_BV, index_BV = scores.sort()
-        dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        dropped_BV[:, -1] = False
-        scores = scores.masked_fill(dropped_BV.scatter(1, index_BV, dropped_BV), -math.inf)
-    return scores
+    return keep_top_p(scores, sampling.top_p) if sampling.top_p < 1 else scores
 
 
-def sample(scores_BV: torch.Tensor, greedy: bool, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Ids (B,): the highest score, or a sample from softmax(scores). Never waits for the device.
+def keep_top_p(scores_BV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The scores (B, V) of the fewest tokens whose probabilities sum to at least top_p, -inf elsewhere.
 
-    Uses the exponential race: with E(v) exponentially distributed, argmax p(v) / E(v) is v with probability p(v).
-    gpt-fast does the same, because torch.multinomial waits for the device.
+    On a CPU the highest scores are looked at first, and more of them only for rows where they are not enough: sorting all
+    6,400 takes as long as a row's share of the network. Elsewhere, to ask whether they are enough would wait for the device.
+    """
+    B, V = scores_BV.shape
+    total_B1, kept_BV = scores_BV.logsumexp(-1, keepdim=True), torch.full_like(scores_BV, -math.inf)
+    rows = torch.arange(B, device=scores_BV.device)
+    for n in (*(n for n in (64, 1024) if n < V and scores_BV.is_cpu), V):
+        highest, index = scores_BV[rows].topk(n)
+        probability = (highest - total_B1[rows]).exp()
+        cumulative = probability.cumsum(-1)
+        kept_BV[rows] = kept_BV[rows].scatter(1, index, highest.masked_fill(cumulative - probability >= top_p, -math.inf))
+        if n < V and not len(rows := rows[cumulative[:, -1] < top_p]):
+            break
+    return kept_BV
+
+
+def sample(scores_BV: torch.Tensor, greedy: bool,
+           generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
+    """Ids (B,): the highest score, or a sample from softmax(scores). Never waits for the device, as torch.multinomial does.
+
+    One uniform number a row is looked up in the cumulative distribution. `generator` may be a list, one a row: then what a row
+    draws does not depend on the others.
     """
     if greedy:
         return scores_BV.argmax(-1)
-    probability_BV = scores_BV.softmax(-1)
-    noise_BV = torch.empty_like(probability_BV).exponential_(generator=generator)
-    return (probability_BV / noise_BV).argmax(-1)
+    cumulative_BV = scores_BV.softmax(-1).cumsum(-1)
+    if isinstance(generator, list):
+        uniform_B1 = torch.stack([torch.rand(1, device=scores_BV.device, generator=each) for each in generator])
+    else:
+        uniform_B1 = torch.rand(len(scores_BV), 1, device=scores_BV.device, generator=generator)
+    total_B1 = cumulative_BV[:, -1:]
+    below_B1 = torch.minimum(uniform_B1 * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))  # rounding may reach it
+    return torch.searchsorted(cumulative_BV, below_B1, right=True).squeeze(1)
 
 
 # ---------------------------------------------------------------------------------------------

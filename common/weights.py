@@ -178,7 +178,6 @@ def open_weights(args) -> Loaded:
                  f"device {device}: {device_reason}; dtype {dtype}: {dtype_reason}"]
     decoder = Decoder(model, dtype, args.plain, is_int8(meta))
     if is_int8(meta):
-        single = "restored, too" if decoder.native_reason else "computed in int8, by decode.c"
-        described.append(f"weights in int8, restored to {dtype} for prompts and for several rows at once; single rows "
-                         f"are {single}")
+        replies = "restored, too" if decoder.native_reason else "computed in int8, by decode.c"
+        described.append(f"weights in int8, restored to {dtype} for prompts; replies are {replies}")
     return Loaded(model, tokenizer, encoder, path, stage, device, dtype, decoder, described + decoder.lines)

@@ -16,7 +16,7 @@ from torch import nn
 import model as network
 from Config import LLMConfig
 from fastpath import decoding, kernels, known, training
-from fastpath.native_decoder import NativeDecoder, why_unsupported
+from fastpath.native_decoder import NativeDecoder, native_cache_dtype, why_unsupported
 from fastpath.replace import attach, replace, restore
 from fastpath.training import DTYPES
 from fastpath.twin import Twin, make_twin
@@ -86,6 +86,8 @@ REPLACEMENTS = {  # slot → candidates, fastest first
         Replacement("in blocks", "WeakWater", training.loss_blocks, lambda case: True, LOSS, "loss")],
 }
 
+DECODED_ROWS = (1, 8, 9)  # decode.c computes a single row, up to 8 and up to 16 in three ways
+
 
 def patch(model: nn.Module, replacement: Replacement, case: Case) -> int:
     """Apply the replacement to every module of its class. Returns the number of modules."""
@@ -127,7 +129,7 @@ def accelerate(model: WeakWater, device: torch.device, dtype: str, compile: bool
     The model is on `device` with its weights loaded; `dtype` is the run's ("bf16", "fp16", "fp32"). With `compile`,
     norm and SwiGLU are left to the compiler, which fuses them itself. With `inference`, the forward with a cache is
     replaced too, which suits weights that seldom change; `model.native_reason` is then the reason why decode.c cannot
-    decode single rows (with `int8` in int8), or None if it can. With `plain` nothing is replaced. Call this after
+    decode (with `int8` in int8), or None if it can. With `plain` nothing is replaced. Call this after
     everything that changes modules, and before torch.compile and DistributedDataParallel.
     """
     restore(model)
@@ -207,8 +209,7 @@ def choose_decoding(model: WeakWater, case: Case, twin: Twin, edited: set[str]) 
 
 
 def why_not_native(model: WeakWater, case: Case, twin: Twin, edited: set[str], int8: bool = False) -> str | None:
-    """The reason why decode.c cannot decode single rows (with `int8` in int8); None if it can and agrees with model.py.
-    """
+    """The reason why decode.c cannot decode (with `int8` in int8); None if it can and agrees with model.py."""
     dtype = torch.int8 if int8 else case.dtype
     if case.device.type != "cpu":
         return f"on {case.device.type}"
@@ -218,5 +219,6 @@ def why_not_native(model: WeakWater, case: Case, twin: Twin, edited: set[str], i
         return f"{type(model).__name__} is not model.py's WeakWater"
     if (reason := why_unsupported(model, dtype)) is not None:
         return reason
-    mismatch = twin.mismatch_of_decoder(lambda target: NativeDecoder(target, dtype), int8)
+    mismatch = twin.mismatch_of_decoder(lambda target: NativeDecoder(target, dtype), DECODED_ROWS,
+                                        native_cache_dtype(case.dtype), int8)
     return None if mismatch is None else f"decode.c {mismatch}"

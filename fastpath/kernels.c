@@ -15,14 +15,6 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-static inline void store_float32(float *p, f32x16 x) { memcpy(p, &x, sizeof x); }
-
-static inline void store_bfloat16(uint16_t *p, f32x16 x) { /* rounds to nearest, ties to even; NaN stays NaN */
-    u32x16 bits = (u32x16)x, nan = (u32x16)(x != x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    u16x16 y = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), u16x16);
-    memcpy(p, &y, sizeof y);
-}
-
 /* The tail of a row whose width is not a multiple of 16: n numbers, the rest set to `fill`. */
 enum { ZERO = 0, MINUS_INFINITY = 0xff80 };
 static inline f32x16 load_tail(const uint16_t *p, int n, uint16_t fill) {
@@ -37,10 +29,6 @@ static inline void store_tail(uint16_t *p, f32x16 x, int n) {
     memcpy(p, y, n * sizeof *p);
 }
 
-static inline f32x16 blend(i32x16 mask, f32x16 yes, f32x16 no) {
-    return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
-}
-
 static inline f32x16 maximum(f32x16 a, f32x16 b) { return blend(a > b, a, b); }
 
 static inline float reduce_max(f32x16 x) {
@@ -53,21 +41,6 @@ static inline float reduce_sum(f32x16 x) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];
     return total;
-}
-
-/* exp(x) to 2 ulp, as 2^n · exp(r) with |r| ≤ ln(2)/2. x is clamped to -87 (exp gives 1e-38, which counts as 0) and 88;
-   NaN stays NaN. The polynomial is that of Cephes (Moshier 1989, expf). */
-static inline f32x16 exp_f32x16(f32x16 x) {
-    const f32x16 lowest = (f32x16){0} - 87, highest = (f32x16){0} + 88, round = (f32x16){0} + 12582912; /* 1.5 · 2^23 */
-    x = blend(x < lowest, lowest, blend(x > highest, highest, x));
-    f32x16 n = (x * 1.44269504f + round) - round, r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    f32x16 p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1;
-    return (f32x16)((i32x16)p + (__builtin_convertvector(n, i32x16) << 23));
 }
 
 /* ---------------------------------------------------------------------------------------------

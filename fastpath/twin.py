@@ -110,24 +110,30 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def cached_logits(model: nn.Module, rows: int, cache_dtype: torch.dtype, step: Callable | None = None) -> torch.Tensor:
     """Logits (N, V) from a cache: after a prompt and each of 8 more tokens; after each of 8 tokens without a prompt;
-    with two rows, also at unequal positions. `step` replaces the model for single tokens: (token, position, keys,
-    values) → logits (1, V)."""
+    with several rows, also at unequal positions. `step` replaces the model for single tokens: (tokens, rows, positions,
+    keys, values) → logits (B, V), where each is a list of B."""
     weight, n = next(model.parameters()), 40
-    tokens = (torch.arange(2 * n, device=weight.device).view(2, n) * 7 % VOCAB)[:rows]
+    tokens = torch.arange(rows * n, device=weight.device).view(rows, n) * 7 % VOCAB
     found = []
     for prompt in (n - 8, 0):
-        cache = KVCache(model.config, rows, n, weight.device, torch.promote_types(cache_dtype, weight.dtype))
+        cache = KVCache(model.config, rows, n, weight.device, cache_dtype)
+
+        def add(begin: int, end: int, cache=cache) -> None:
+            if step is None:
+                found.extend(model(tokens[:, begin:end], cache=cache).unbind(1))
+                return
+            for column in tokens[:, begin:end].unbind(1):
+                found.append(step(column.tolist(), [*range(rows)], cache.filled_B.tolist(), cache.keys, cache.values))
+                cache.advance(1)
+
         if prompt:
             found += model(tokens[:, :prompt], cache=cache)[:, -1:].unbind(1)
         for position in range(prompt, prompt + 8):
-            if step is not None:
-                found.append(step(int(tokens[0, position]), position, cache.keys, cache.values))
-            else:
-                found += model(tokens[:, position:position + 1], cache=cache).unbind(1)
-        if prompt and rows == 2:
-            cache.rewind([9, 13])
-            for begin, end in ((13, 14), (14, 17)):
-                found += model(tokens[:, begin:end], cache=cache).unbind(1)
+            add(position, position + 1)
+        if prompt and rows > 1:
+            cache.rewind([9 + 4 * (row % 2) for row in range(rows)])
+            add(13, 14)
+            add(14, 17)
     return torch.cat(found)
 
 
@@ -171,14 +177,20 @@ class Twin:
         """Compare the forward with a cache after a change."""
         return self.compare(lambda: self.compare_cached(2, change))
 
-    def mismatch_of_decoder(self, make: Callable[[nn.Module], Callable], int8: bool = False) -> str | None:
-        """Compare a decoder of single rows, which `make` creates for a model; with `int8` for weights that int8 keeps.
-        """
+    def mismatch_of_decoder(self, make: Callable[[nn.Module], Callable], rows: tuple[int, ...],
+                            cache_dtype: torch.dtype, int8: bool = False) -> str | None:
+        """Compare a decoder, which `make` creates for a model, with each of these numbers of rows; with `int8` for
+        weights that int8 keeps."""
         weights = copy.deepcopy(self.twin.state_dict())
         if int8:
             round_weights(self.twin)
         try:
-            return self.compare(lambda: self.compare_cached(1, lambda twin: None, make, INT8_LIMIT if int8 else 0))
+            least = INT8_LIMIT if int8 else 0
+            for n in rows:
+                wrong = self.compare(lambda n=n: self.compare_cached(n, lambda twin: None, make, least, cache_dtype))
+                if wrong is not None:
+                    return f"{wrong}, with {n} row{'s' * (n > 1)}"
+            return None
         finally:
             self.twin.load_state_dict(weights)
 
@@ -193,20 +205,23 @@ class Twin:
             restore(self.twin)
         return None if error <= limit else f"differs from model.py by {error:.2g}, more than {limit:.2g}"
 
-    def compare_cached(self, rows: int, change: Change, make: Callable | None = None,
-                       least: float = 0) -> tuple[float, float]:
-        """(error, limit) of cached_logits after `change`, or with the decoder that `make` creates. The limit is not
-        below `least`."""
-        def logits(step=None) -> torch.Tensor:
+    def compare_cached(self, rows: int, change: Change, make: Callable | None = None, least: float = 0,
+                       cache_dtype: torch.dtype | None = None) -> tuple[float, float]:
+        """(error, limit) of cached_logits after `change`, or with the decoder that `make` creates and a cache in
+        `cache_dtype`. The limit is not below `least`."""
+        own_dtype = torch.promote_types(self.cache_dtype, torch.float32)
+
+        def logits(dtype: torch.dtype, step=None) -> torch.Tensor:
             with torch.no_grad(), self.context():
-                return cached_logits(self.twin, rows, self.cache_dtype, step).double().cpu()
+                return cached_logits(self.twin, rows, dtype, step).double().cpu()
 
         with torch.no_grad():
-            expected = cached_logits(self.twin.eval().to("cpu", torch.float64), rows, self.cache_dtype)
+            expected = cached_logits(self.twin.eval().to("cpu", torch.float64), rows, torch.float64)
         self.twin.to(self.device, torch.float32)
-        limit = max(1.5 * relative(logits(), expected) + 1e-5, least)
+        limit = max(1.5 * relative(logits(own_dtype), expected) + 1e-5, least)
         change(self.twin)
-        return relative(logits(make and make(self.twin)), expected), limit
+        found = logits(cache_dtype, make(self.twin)) if make else logits(own_dtype)
+        return relative(found, expected), limit
 
 
 @one_thread()

@@ -336,7 +336,7 @@ class Agreed:
     """In the place of fastpath.twin.Twin: all agrees."""
 
     def __init__(self):
-        self.mismatch = self.mismatch_with_cache = self.mismatch_of_decoder = lambda change, int8=False: None
+        self.mismatch = self.mismatch_with_cache = self.mismatch_of_decoder = lambda change, *more: None
 
 
 class Moments:

@@ -392,9 +392,9 @@ def test_numbers_that_are_not_finite_stay_so_in_int8(weights):
     model, _ = load_model(weights())
     native = NativeDecoder(model, torch.int8)
     cache = KVCache(model.config, 1, 8, torch.device("cpu"), torch.float32)
-    assert native(5, 0, cache.keys, cache.values).isfinite().all()
+    assert native([5], [0], [0], cache.keys, cache.values).isfinite().all()
     native.tensors[0][5, 3] = float("nan")  # the embedding
-    assert native(5, 0, cache.keys, cache.values).isnan().all()
+    assert native([5], [0], [0], cache.keys, cache.values).isnan().all()
 
 
 def test_int8_is_small_and_close(weights, tmp_path, capsys, data_dir):

@@ -199,6 +199,19 @@ def test_a_wrong_c_decoder_is_rejected(monkeypatch, dtype, old, new):
     assert "decode.c differs from model.py by" in Decoder(nano(), dtype).native_reason
 
 
+@pytest.mark.skipif(not has_compiler, reason="no C compiler")
+@pytest.mark.parametrize("rows", [8, 9])
+def test_a_c_decoder_that_is_wrong_with_several_rows_is_rejected(monkeypatch, rows):
+    decode = NativeDecoder.__call__
+
+    def wrong(self, tokens, *more):
+        logits = decode(self, tokens, *more)
+        return logits.flip(0) if len(tokens) == rows else logits
+
+    monkeypatch.setattr(NativeDecoder, "__call__", wrong)
+    assert f"with {rows} rows" in Decoder(nano(), "fp32").native_reason
+
+
 # ---------------------------------------------------------------------------------------------
 # models that the twin cannot represent
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import platform
 import shutil
 import subprocess
 
@@ -11,7 +12,10 @@ import torch
 from common.generation import Decoder, Sampling, generate
 from Config import LLMConfig
 from fastpath import kernels, native
-from model import WeakWater
+from fastpath.int8 import round_weights
+from fastpath.native_decoder import NativeDecoder
+from fastpath.twin import relative
+from model import KVCache, WeakWater
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 
@@ -146,9 +150,61 @@ def test_unsupported_models_use_torch(model):
 
 
 @needs_compiler
-@pytest.mark.parametrize("token, position", [(-1, 0), (300, 0), (1, -1), (1, 64)])
-def test_arguments_out_of_bounds_are_rejected(model, token, position):
+@pytest.mark.parametrize("without", [[], ["-mno-avx512bf16", "-mno-avx512vnni"], ["-mno-avx512f", "-mno-avx2"]])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_heads, vocab_size", [(4, 300), (2, 301)])
+def test_rows_do_not_depend_on_one_another(uncompiled, monkeypatch, without, dtype, kv_heads, vocab_size):
+    """Each row's logits are the same in any company of at least two, in any order; alone they are close. The cache of no
+    other row changes."""
+    if without and platform.machine() != "x86_64":
+        pytest.skip("flags of x86_64")
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *without])
+    uncompiled.write_text(uncompiled.read_text(encoding="utf-8") + "\n" * (1 + len(without)), encoding="utf-8")
+    torch.manual_seed(0)
+    config = LLMConfig(vocab_size, 128, 2, 4, kv_heads, 640, 64, qk_norm=kv_heads == 2)  # 640: more than a block
+    model = WeakWater(config).eval()
+    if dtype == "int8":
+        round_weights(model)
+    int8 = dtype == "int8"
+    decoder = Decoder(model, "fp32" if int8 else dtype, int8=int8)
+    assert decoder.native_reason is None and decoder.native is not None
+    cache = decoder.new_cache(20, 64)
+    for each in (cache.keys, cache.values):
+        each.copy_(torch.randn(each.shape))
+    before = cache.keys.clone()
+    tokens, positions = [7 * row for row in range(20)], [3 * row for row in range(20)]
+
+    def logits(rows: list[int]) -> torch.Tensor:
+        cache.keys.copy_(before)
+        return decoder.native([tokens[row] for row in rows], rows, [positions[row] for row in rows], cache.keys,
+                              cache.values)
+
+    every = logits([*range(20)])
+    for rows in ([3, 4], [8, 1, 19, 0, 2, 4, 6, 5], [19 - row for row in range(13)], [*range(20)]):
+        assert torch.equal(logits(rows), every[rows])
+        changed = (cache.keys != before).flatten(2).any(-1).any(0)  # which rows
+        assert changed.nonzero().flatten().tolist() == sorted(rows)
+    for row in (0, 11):
+        assert relative(logits([row]), every[[row]]) < (0.02 if dtype == "bf16" else 1e-3 if int8 else 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_row_that_is_not_finite_stays_so_and_harms_no_other(model, dtype):
+    decoder, cache = NativeDecoder(model, dtype), KVCache(model.config, 3, 8, None, torch.float32)
+    fine = decoder([5, 6, 7], [0, 1, 2], [0, 0, 0], cache.keys, cache.values)
+    decoder.tensors[0][6, 3] = float("nan")  # the embedding, in fp32 also the head
+    broken = decoder([5, 6, 7], [0, 1, 2], [0, 0, 0], cache.keys, cache.values)
+    assert fine.isfinite().all() and broken[1].isnan().all()
+    assert torch.equal(broken[[0, 2], 7:], fine[[0, 2], 7:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens, rows, positions", [
+    ([-1], [0], [0]), ([300], [0], [0]), ([1], [0], [-1]), ([1], [0], [64]), ([1], [2], [0]), ([1], [-1], [0]),
+    ([1, 1], [0, 0], [0, 1]), ([1, 1], [0, 1], [0]), ([], [], [])])
+def test_arguments_out_of_bounds_are_rejected(model, tokens, rows, positions):
     decoder = Decoder(model)
-    cache = decoder.new_cache(1, 64)
-    with pytest.raises(AssertionError):
-        decoder.native(token, position, cache.keys, cache.values)
+    cache = decoder.new_cache(2, 64)
+    with pytest.raises((AssertionError, ValueError)):
+        decoder.native(tokens, rows, positions, cache.keys, cache.values)
