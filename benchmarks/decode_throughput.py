@@ -3,32 +3,34 @@
     python benchmarks/decode_throughput.py --preset weakwater-30m --repeats 5
 
 ours            common/generation.py with its static key/value cache, as in eval_model.py and evaluate.py
-ours int8       the same with weights as export.py --format int8 writes them; only one prompt
+ours int8       the same with weights as export.py --format int8 writes them
 transformers    LlamaForCausalLM.generate (Qwen3 with qk_norm) on the same weights, used as in its documentation
 llama.cpp       a GGUF file of the same weights in F32, BF16, F16 and Q8_0 (pip install -r requirements-extra.txt);
-                only one prompt; skipped with a message on a GPU or if the packages are missing
+                several prompts in its parallel slots; skipped with a message on a GPU or if the packages are missing
 
 Each decoder runs in a separate process. If a decoder crashes, its table cell says so.
 
 Each prompt of --prompt_tokens is continued by exactly --new_tokens, greedily and sampled (temperature 0.7, top_p 0.9),
-for one prompt and for a batch of --batch. "first token" and "32 tokens" are the times of the same call for as many new
+for one prompt and for batches of --batch. "first token" and "32 tokens" are the times of the same call for as many new
 tokens; "peak MiB" is the memory of the decoder's process, with Python and all libraries. The weights are random, but
 large enough that replies do not repeat themselves. "of the limit" is relative to the rate that memory bandwidth allows
 if each token reads all weights and the cache; the bandwidth is measured in the same turns.
 
 First the decoders are compared. In float32 the greedy tokens must equal those of transformers, for one prompt and for
-the batch, and those of llama.cpp for one prompt (with a float32 cache here; the default is float16). In bf16 the
+the batches, and those of llama.cpp for one prompt (with a float32 cache here; the default is float16). In bf16 the
 decoders round differently, so each continues prefixes of the float32 reply, and the share of equal tokens counts.
 --quick times only greedy decoding in the best precision of the machine.
 """
 
 import importlib.util
+import itertools
 import math
 import re
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -110,18 +112,22 @@ class Transformers(Measured):
 class LlamaCpp(Measured):
     """llama.cpp's server in this process. Its cache is float16, the default, or float32 if `exact`."""
 
-    def __init__(self, path: Path, context: int, exact: bool):
-        self.server = llama_cpp.open_server(path, context, torch.get_num_threads(), exact)
+    def __init__(self, path: Path, context: int, exact: bool, slots: int):
+        self.server = llama_cpp.open_server(path, context, torch.get_num_threads(), exact, slots)
+        self.pool = ThreadPoolExecutor(slots)
 
     def __call__(self, prompts: list[list[int]], new_tokens: int, sampled: bool) -> list[list[int]]:
-        (prompt,) = prompts
+        return [*self.pool.map(lambda prompt: self.complete(prompt, new_tokens, sampled), prompts)]
+
+    def complete(self, prompt: list[int], new_tokens: int, sampled: bool) -> list[int]:
+        """The new tokens of one prompt."""
         how = dict(temperature=0.7, top_p=0.9, top_k=0, min_p=0.0) if sampled else dict(temperature=0.0)
         reply = self.server.handle_completions(dict(
             prompt=prompt, max_tokens=new_tokens, ignore_eos=True, cache_prompt=False, repeat_penalty=1.0, **how))
         ids = [int(token) for token in re.findall(r"<(\d+)>", reply["choices"][0]["text"])]
         if len(ids) != new_tokens:
             raise RuntimeError(f"{len(ids)} new tokens instead of {new_tokens}")
-        return [ids]
+        return ids
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,7 +145,7 @@ def make_model(config: LLMConfig, device: torch.device) -> WeakWater:
     return model.to(device).eval()
 
 
-def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str, context: int, threads: int,
+def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str, context: int, threads: int, slots: int,
                  exact: bool = False, plain: bool = False):
     """Build a decoder in its worker process. The fixed seed gives all decoders the same weights."""
     if name.startswith("ours"):
@@ -155,7 +161,7 @@ def make_decoder(name: str, config: LLMConfig, device: torch.device, dtype: str,
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{kind}.gguf"
         gguf.write(path, model, kind.lower())
-        return LlamaCpp(path, context, exact)
+        return LlamaCpp(path, context, exact, slots)
 
 
 def bytes_per_token(model: WeakWater, n_bytes: float, positions: float) -> float:
@@ -178,7 +184,7 @@ def why_no_llama_cpp(device: torch.device) -> str | None:
 def check_equal(decoders: dict, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """The greedy float32 reply to each prompt. Raises RuntimeError if the decoders' replies differ early, or if they
     have so few different tokens that equality proves nothing."""
-    calls = [prompts[:1], prompts]
+    calls = [prompts[:1], prompts]  # llama.cpp's parallel slots round in other ways
     replies = [decoders["ours"](call, new_tokens, False) for call in calls]
     if len(set(replies[0][0])) < new_tokens / 2:
         raise RuntimeError(f"the reply has only {len(set(replies[0][0]))} different tokens: too few to compare")
@@ -214,8 +220,6 @@ def check_found(decoders: dict, prompts: list[list[int]], replies: list[list[int
     shares = {}
     for name, decoder in decoders.items():
         for rows, starts in ((1, places), (len(prompts), places[::4])):
-            if rows > 1 and only_one_prompt(name):
-                continue
             right = []
             try:
                 for start in starts:
@@ -238,11 +242,6 @@ def check_found(decoders: dict, prompts: list[list[int]], replies: list[list[int
     return shares
 
 
-def only_one_prompt(name: str) -> bool:
-    """True for a decoder that is measured with one prompt at a time."""
-    return name.startswith("llama.cpp") or name == "ours int8"
-
-
 def time_case(decoders: dict[str, Worker], prompts: list[list[int]], new_tokens: int, sampled: bool, repeats: int,
               block: torch.Tensor) -> tuple[dict, dict, dict, float]:
     """(seconds to the first token, to 32 tokens, of whole replies, memory bandwidth), the first three by decoder.
@@ -261,22 +260,23 @@ def time_case(decoders: dict[str, Worker], prompts: list[list[int]], new_tokens:
 
 def compare(args, config: LLMConfig, device: torch.device, own: str, result: dict) -> None:
     """Check and time all decoders in float32 and in the best precision. Fills `result` and prints the tables."""
-    rng, context = np.random.default_rng(0), args.prompt_tokens + args.new_tokens + 8
-    prompts = rng.integers(0, config.vocab_size, (args.batch, args.prompt_tokens)).tolist()
+    rng, context, most = np.random.default_rng(0), args.prompt_tokens + args.new_tokens + 8, max(args.batch)
+    prompts = rng.integers(0, config.vocab_size, (most, args.prompt_tokens)).tolist()
     block = torch.ones(2**27, device=device)  # 512 MiB, larger than any cache
     with torch.device("meta"):
         model = WeakWater(config)  # only its sizes are needed
     if trouble := why_no_llama_cpp(device):
         print(f"llama.cpp is skipped: {trouble}", flush=True)
     head = ["", "", "first token, ms", "32 tokens, ms", "tokens/s", "range", "of the limit", "peak MiB"]
-    widths = [len(f"fp32, {args.batch} rows, sampled"), len("llama.cpp BF16"), 16, 13, 8, 16, 12, 8]
+    widths = [len(f"fp32, {most} rows, sampled"), len("llama.cpp BF16"), 16, 13, 8, 16, 12, 8]
     for dtype in dict.fromkeys(("fp32", own)):
         timed = not args.quick or dtype == own
         kinds = [] if trouble or not timed else ["F32"] if dtype == "fp32" else ["BF16", "F16", "Q8_0"]
         int8 = ["ours int8"] if dtype == own and timed and device.type == "cpu" and not args.plain else []
-        decoders = {name: Worker(make_decoder, name, config, device, dtype, context, args.threads, False, args.plain)
+        decoders = {name: Worker(make_decoder, name, config, device, dtype, context, args.threads, most, False,
+                                 args.plain)
                     for name in ["ours", *int8, "transformers", *(f"llama.cpp {kind}" for kind in kinds)]}
-        exact = {name: Worker(make_decoder, name, config, device, dtype, context, args.threads, True)
+        exact = {name: Worker(make_decoder, name, config, device, dtype, context, args.threads, 1, True)
                  for name in ("llama.cpp F32",) if dtype == "fp32" and not trouble}
         try:
             if dtype == "fp32":
@@ -287,14 +287,13 @@ def compare(args, config: LLMConfig, device: torch.device, own: str, result: dic
             if timed:
                 print(flush=True)
                 print_head(head, widths)
-            for batch, sampled in ((1, False), (1, True), (args.batch, False), (args.batch, True)):
+            for batch, sampled in itertools.product((1, *args.batch), (False, True)):
                 if not timed or (args.quick and sampled):
                     continue
-                taking = {n: d for n, d in decoders.items() if batch == 1 or not only_one_prompt(n)}
                 case = f"{dtype}, {batch} row{'s' * (batch > 1)}, {'sampled' if sampled else 'greedy'}"
-                first, some, whole, bandwidth = time_case(taking, prompts[:batch], args.new_tokens, sampled,
+                first, some, whole, bandwidth = time_case(decoders, prompts[:batch], args.new_tokens, sampled,
                                                           args.repeats, block)
-                for name, decoder in taking.items():
+                for name, decoder in decoders.items():
                     if name not in whole:
                         result["cases"][f"{case}, {name}"] = {"failed": decoder.failure}
                         print_row([case, name, decoder.failure, *[""] * 5], widths)
@@ -313,6 +312,9 @@ def compare(args, config: LLMConfig, device: torch.device, own: str, result: dic
                                f"{decoder.call('memory'):,.0f}"], widths)
                 if batch == 1 and not sampled:
                     add_ratios(result["ratios"], whole, dtype, own)
+                    alone = whole
+                elif not sampled and dtype == own:
+                    add_ratios_of_rows(result["ratios"], alone, whole, batch)
         finally:
             result["failures"] |= {f"{name}, {dtype}": why for name, why in failures(decoders | exact).items()}
             close_all(decoders | exact)
@@ -341,11 +343,24 @@ def add_ratios(ratios: dict, whole: dict[str, list[float]], dtype: str, own: str
                 ratios["batch1_vs_llama_cpp"] = ratios[f"batch1_vs_llama_cpp_{kind}"]
 
 
+def add_ratios_of_rows(ratios: dict, alone: dict[str, list[float]], whole: dict[str, list[float]], rows: int) -> None:
+    """Add what `rows` prompts at once gain: the ratio of each decoder's tokens/s to its own with one prompt, and ours
+    to the others'; greedy, in the best precision of the machine."""
+    for name in whole:
+        short = name.replace(".", "_").replace(" ", "_").lower()
+        if name in alone:
+            times = [seconds / rows for seconds in whole[name]]
+            ratios[f"batch{rows}_vs_batch1_{short}"] = ratio(alone[name], times)
+        if name != "ours" and "ours" in whole:
+            ratios[f"batch{rows}_vs_{short}"] = ratio(whole[name], whole["ours"])
+
+
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--prompt_tokens", type=number(int, 1), default=128, help="length (default: %(default)s)")
     parser.add_argument("--new_tokens", type=number(int, 2), default=256, help="length (default: %(default)s)")
-    parser.add_argument("--batch", type=number(int, 2), default=16, help="prompts per batch (default: 16)")
+    parser.add_argument("--batch", type=number(int, 2), nargs="+", default=[8, 16], metavar="N",
+                        help="prompts per batch (default: 8 16)")
     parser.add_argument("--threads", type=number(int, 1), default=torch.get_num_threads(),
                         help="of each decoder (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")

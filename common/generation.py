@@ -141,8 +141,8 @@ def decode_rows(decoder: Decoder, tokens: list[int], rows: list[int], cache: KVC
                 lengths: list[int]) -> torch.Tensor:
     """Store tokens[i] in row rows[i] of the cache. Returns the logits (N, V) that follow, at least float32.
 
-    `lengths` are the tokens of all B rows of the cache; the caller counts the new ones. Without decode.c the other rows are
-    computed too, and what they store behind their tokens is overwritten by their own next token.
+    `lengths` are the tokens of all B rows of the cache; the caller counts the new ones. Without decode.c the other rows
+    are computed too, and what they store behind their tokens is overwritten by their own next token.
     """
     if decoder.native is not None:
         return decoder.native(tokens, rows, [lengths[row] for row in rows], cache.keys, cache.values)
@@ -184,8 +184,8 @@ def adjust(logits_BV: torch.Tensor, sampling: Sampling, seen_BV: torch.Tensor | 
 def keep_top_p(scores_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     """The scores (B, V) of the fewest tokens whose probabilities sum to at least top_p, -inf elsewhere.
 
-    On a CPU the highest scores are looked at first, and more of them only for rows where they are not enough: sorting all
-    6,400 takes as long as a row's share of the network. Elsewhere, to ask whether they are enough would wait for the device.
+    On a CPU the highest scores are looked at first, and more of them only for rows where they are not enough: sorting
+    all 6,400 takes as long as a row's share of the network. Elsewhere that question would wait for the device.
     """
     B, V = scores_BV.shape
     total_B1, kept_BV = scores_BV.logsumexp(-1, keepdim=True), torch.full_like(scores_BV, -math.inf)
@@ -194,7 +194,8 @@ def keep_top_p(scores_BV: torch.Tensor, top_p: float) -> torch.Tensor:
         highest, index = scores_BV[rows].topk(n)
         probability = (highest - total_B1[rows]).exp()
         cumulative = probability.cumsum(-1)
-        kept_BV[rows] = kept_BV[rows].scatter(1, index, highest.masked_fill(cumulative - probability >= top_p, -math.inf))
+        highest = highest.masked_fill(cumulative - probability >= top_p, -math.inf)
+        kept_BV[rows] = kept_BV[rows].scatter(1, index, highest)
         if n < V and not len(rows := rows[cumulative[:, -1] < top_p]):
             break
     return kept_BV
@@ -202,10 +203,11 @@ def keep_top_p(scores_BV: torch.Tensor, top_p: float) -> torch.Tensor:
 
 def sample(scores_BV: torch.Tensor, greedy: bool,
            generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
-    """Ids (B,): the highest score, or a sample from softmax(scores). Never waits for the device, as torch.multinomial does.
+    """Ids (B,): the highest score, or a sample from softmax(scores). Never waits for the device, unlike
+    torch.multinomial.
 
-    One uniform number a row is looked up in the cumulative distribution. `generator` may be a list, one a row: then what a row
-    draws does not depend on the others.
+    One uniform number a row is looked up in the cumulative distribution. `generator` may be a list, one a row: then
+    what a row draws does not depend on the others.
     """
     if greedy:
         return scores_BV.argmax(-1)
@@ -215,8 +217,8 @@ def sample(scores_BV: torch.Tensor, greedy: bool,
     else:
         uniform_B1 = torch.rand(len(scores_BV), 1, device=scores_BV.device, generator=generator)
     total_B1 = cumulative_BV[:, -1:]
-    below_B1 = torch.minimum(uniform_B1 * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))  # rounding may reach it
-    return torch.searchsorted(cumulative_BV, below_B1, right=True).squeeze(1)
+    below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))  # which rounding of the product may reach
+    return torch.searchsorted(cumulative_BV, (uniform_B1 * total_B1).minimum(below_B1), right=True).squeeze(1)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -76,8 +76,8 @@ class NativeDecoder:
         self.compiled, self.config = library()[0], c
         size, decode = self.compiled.scratch_size, self.compiled.decode
         size.argtypes, size.restype = [POINTER(Model), c_int, c_int, c_int], c_int64
-        decode.argtypes, decode.restype = [POINTER(Model), POINTER(Layer), POINTER(Cache), POINTER(Next), c_int, c_void_p,
-                                           c_void_p, c_int], None
+        decode.argtypes, decode.restype = [*map(POINTER, (Model, Layer, Cache, Next)), c_int, c_void_p, c_void_p,
+                                           c_int], None
         self.tensors = []  # decode.c gets their addresses, so they must live as long as this object
 
         def address(tensor: torch.Tensor, shape: tuple, dtype: torch.dtype = torch.float32) -> int:
@@ -116,8 +116,8 @@ class NativeDecoder:
 
     def __call__(self, tokens: list[int], rows: list[int], positions: list[int], keys: torch.Tensor,
                  values: torch.Tensor) -> torch.Tensor:
-        """Store tokens[i] at positions[i] of row rows[i] of the cache (layers, B, K, S, D), float32 or bfloat16. The rows
-        are all different. Returns logits (N, V)."""
+        """Store tokens[i] at positions[i] of row rows[i] of the cache (layers, B, K, S, D), float32 or bfloat16. The
+        rows are all different. Returns logits (N, V)."""
         c, (_, B, _, slots, _) = self.config, keys.shape
         assert len(tokens) == len(rows) == len(positions) == len(set(rows)) and 0 <= min(rows) <= max(rows) < B
         assert 0 <= min(tokens) <= max(tokens) < c.vocab_size
@@ -130,7 +130,8 @@ class NativeDecoder:
         following = [Next(*each) for each in zip(tokens, rows, positions, strict=True)]
         for begin in range(0, len(following), MOST_ROWS):
             part = following[begin:begin + MOST_ROWS]
-            scratch = torch.empty(self.compiled.scratch_size(self.model, slots, len(part), threads), dtype=torch.float32)
+            size = self.compiled.scratch_size(self.model, slots, len(part), threads)
+            scratch = torch.empty(size, dtype=torch.float32)
             self.compiled.decode(self.model, self.layers, cache, (Next * len(part))(*part), len(part),
                                  logits[begin:].data_ptr(), scratch.data_ptr(), threads)
         return logits

@@ -115,25 +115,25 @@ def cached_logits(model: nn.Module, rows: int, cache_dtype: torch.dtype, step: C
     weight, n = next(model.parameters()), 40
     tokens = torch.arange(rows * n, device=weight.device).view(rows, n) * 7 % VOCAB
     found = []
+
+    def add(cache: KVCache, begin: int, end: int) -> None:
+        if step is None:
+            found.extend(model(tokens[:, begin:end], cache=cache).unbind(1))
+            return
+        for column in tokens[:, begin:end].unbind(1):
+            found.append(step(column.tolist(), [*range(rows)], cache.filled_B.tolist(), cache.keys, cache.values))
+            cache.advance(1)
+
     for prompt in (n - 8, 0):
         cache = KVCache(model.config, rows, n, weight.device, cache_dtype)
-
-        def add(begin: int, end: int, cache=cache) -> None:
-            if step is None:
-                found.extend(model(tokens[:, begin:end], cache=cache).unbind(1))
-                return
-            for column in tokens[:, begin:end].unbind(1):
-                found.append(step(column.tolist(), [*range(rows)], cache.filled_B.tolist(), cache.keys, cache.values))
-                cache.advance(1)
-
         if prompt:
             found += model(tokens[:, :prompt], cache=cache)[:, -1:].unbind(1)
         for position in range(prompt, prompt + 8):
-            add(position, position + 1)
+            add(cache, position, position + 1)
         if prompt and rows > 1:
             cache.rewind([9 + 4 * (row % 2) for row in range(rows)])
-            add(13, 14)
-            add(14, 17)
+            add(cache, 13, 14)
+            add(cache, 14, 17)
     return torch.cat(found)
 
 

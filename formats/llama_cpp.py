@@ -21,13 +21,13 @@ def why_unavailable() -> str | None:
     return "xllamacpp is not installed (pip install -r requirements-extra.txt)" if missing else None
 
 
-def open_server(path: Path, context: int, threads: int = 1, exact: bool = True):
-    """llama.cpp's server for a GGUF file. Its cache is float16, its default, or float32 without flash attention if
-    `exact`."""
+def open_server(path: Path, context: int, threads: int = 1, exact: bool = True, slots: int = 1):
+    """llama.cpp's server for a GGUF file; `slots` requests at once, each with `context` tokens. Its cache is float16,
+    its default, or float32 without flash attention if `exact`."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(path), context, 1
+    params.model.path, params.n_ctx, params.n_parallel = str(path), context * slots, slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.fit_params, params.warmup, params.verbosity = False, False, 0
     if exact:

@@ -154,8 +154,8 @@ def test_unsupported_models_use_torch(model):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("kv_heads, vocab_size", [(4, 300), (2, 301)])
 def test_rows_do_not_depend_on_one_another(uncompiled, monkeypatch, without, dtype, kv_heads, vocab_size):
-    """Each row's logits are the same in any company of at least two, in any order; alone they are close. The cache of no
-    other row changes."""
+    """Each row's logits are the same in any company of at least two, in any order; alone they are close. The cache of
+    no other row changes."""
     if without and platform.machine() != "x86_64":
         pytest.skip("flags of x86_64")
     monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *without])
