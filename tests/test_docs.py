@@ -67,6 +67,21 @@ def run(command: str, path: Path, stdin: str = "") -> subprocess.CompletedProces
     return done
 
 
+def serve(command: str, path: Path) -> None:
+    """Start a server in the copy, run the README's client against it, and end it."""
+    with subprocess.Popen(shlex.split(command.replace("python", shlex.quote(sys.executable), 1)), cwd=path,
+                          stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(filter(None, (re.search(r"serving on (http://\S+)", line) for line in server.stderr)))[1]
+            (client,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / READMES[0]).read_text(encoding="utf-8"),
+                                   re.DOTALL | re.MULTILINE)
+            assert "http://127.0.0.1:8000/v1" in client
+            run(f"python -c {shlex.quote(client.replace('http://127.0.0.1:8000', address))}", path)
+        finally:
+            server.terminate()
+        assert server.wait(60) == 0
+
+
 def test_the_quickstart_runs_whole(copy):
     """Smoke: every stage, the control, all scores, a conversation and the report."""
     path, printed = copy
@@ -85,7 +100,8 @@ def test_the_quickstart_runs_whole(copy):
     assert (out / "thinking.png").stat().st_size > 5000 and (out / "stages.png").stat().st_size > 5000
     assert "[think] > 小明有3个苹果" in printed and "[no think] > 58加7等于多少？" in printed
     assert "## Does thinking help?" in printed
-    assert "python eval_model.py --checkpoint out/quickstart/distill.pth" in printed.splitlines()[-1]
+    assert "python eval_model.py --checkpoint out/quickstart/distill.pth" in printed.splitlines()[-2]
+    assert "python serve.py --out_dir out/quickstart" in printed.splitlines()[-1]
     assert (out / "report.md").read_text(encoding="utf-8").startswith("# Quickstart (smoke test")
 
 
@@ -105,11 +121,14 @@ def test_every_command_of_the_readme_runs(copy):
             continue
         seen.add(command)
         words = shlex.split(command)
+        if words[1] == "serve.py":
+            serve(f"{command} --port 0", path)
+            continue
         assert words[0] == "python" and words[1] in SMALLER, f"{command}: this test does not know how to run it"
         if words[1] == "pretrain.py" and (path / "out" / "pretrain.pth").exists():
             command += " --out_dir out/two_cores"  # the README's second way to run it
         run(f"{command} {shlex.join(SMALLER[words[1]])}", path, stdin="你好\n")
-    assert {shlex.split(command)[1] for command in seen} == set(SMALLER) - {"make_demo_data.py"}
+    assert {shlex.split(command)[1] for command in seen} == set(SMALLER) - {"make_demo_data.py"} | {"serve.py"}
 
 
 @pytest.mark.extra
