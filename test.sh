@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv (once) and runs style check and tests.   bash test.sh [--extra] [pytest options]
-# --extra adds the slow tests (marked `extra`) and installs requirements-extra.txt. For a debugger: bash test.sh -n 0 --pdb
+# --extra adds the slow tests (marked `extra`) and installs what they need: requirements-extra.txt, and as root on Debian or
+# Ubuntu a Chromium for the page's tests. For a debugger: bash test.sh -n 0 --pdb
 set -euo pipefail
 cd "$(dirname "$0")"
 source runs/venv.sh
@@ -15,5 +16,10 @@ if [ "${1:-}" != "--extra" ]; then
 fi
 shift
 prepare_venv requirements-extra.txt || echo "requirements-extra.txt was not installed: what needs it is skipped" >&2
+if ! command -v chromedriver > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    echo "installing Debian's chromium and chromium-driver" >&2
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y chromium \
+        chromium-driver; } > /dev/null || echo "chromium was not installed: the page's tests fail" >&2
+fi
 in_parallel "$@" || [ $? -eq 5 ] # 5: none of the tests asked for
 python -m pytest -m extra "$@" || [ $? -eq 5 ]
