@@ -82,13 +82,13 @@ def test_a_stage_can_be_read(stage):
 
 
 SCRIPTS = {"pretrain", "SFT", "SFT_long", "distill", "train_tokenizer", "eval_model", "evaluate", "export",
-           "make_demo_data"}
+           "make_demo_data", "serve"}
 FOR_ALL = {"common.files", "common.exits"}  # import nothing but Config, and no torch
 ALL = {"Config", "model", "dataset", "text", "common", "fastpath", "formats"}
 MAY_IMPORT = {"Config": set(), "model": {"Config"}, "text": {"Config"}, "dataset": {"Config", "text"},
               "fastpath": {"Config", "model"}, "formats": {"Config", "model", "text", "common"},
-              "common": ALL - {"formats"}} | {script: ALL for script in SCRIPTS} | {
-    "SFT_long": ALL | {"SFT"}} | {file: {"Config"} for file in FOR_ALL}
+              "common": ALL - {"formats"}, "serving": ALL - {"formats"}} | {script: ALL for script in SCRIPTS} | {
+    "SFT_long": ALL | {"SFT"}, "serve": ALL | {"serving"}} | {file: {"Config"} for file in FOR_ALL}
 
 
 def imports_of(path) -> list[str]:
@@ -107,9 +107,9 @@ def test_who_imports_whom():
     """Scripts → all below them; common → fastpath, dataset, text, model; dataset → text; all → Config, and common's
     files and exits. No script imports another, but SFT_long SFT."""
     parts = {path.stem for path in ROOT.glob("*.py")} | {
-        "common", "fastpath", "formats", "text", "tests", "experiments", "benchmarks"}
+        "common", "fastpath", "formats", "serving", "text", "tests", "experiments", "benchmarks"}
     seen = set()
-    for path in [*ROOT.glob("*.py"), *(file for folder in ("common", "fastpath", "formats", "text")
+    for path in [*ROOT.glob("*.py"), *(file for folder in ("common", "fastpath", "formats", "serving", "text")
                                        for file in (ROOT / folder).glob("*.py"))]:
         part = path.stem if path.parent == ROOT else path.parent.name
         if part not in MAY_IMPORT:
@@ -125,7 +125,8 @@ def test_who_imports_whom():
     assert seen >= {"Config", "model", "dataset", "text", "common", "fastpath", "formats", "train_tokenizer", *STAGES}
 
 
-@pytest.mark.parametrize("module", ["common.files", "common.exits", "dataset", "train_tokenizer", "make_demo_data"])
+@pytest.mark.parametrize("module", ["common.files", "common.exits", "dataset", "train_tokenizer", "make_demo_data",
+                                    "serve"])
 def test_these_do_not_load_torch(module):
     """It takes seconds and 190 MB."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
