@@ -143,6 +143,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.api_key is None and not is_loopback(args.host):
         raise UserError(f"--host {args.host}: others can reach it, so set a key with --api_key or ${KEY_VARIABLE}")
+    # For how long OpenMP's threads wait for one another awake. Its own default is milliseconds, which on a machine with
+    # other work are taken from the thread they wait for.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from common import runtime
     from serving.app import make_app
     from serving.engine import Engine

@@ -5,6 +5,7 @@ import copy
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +48,11 @@ class Model:
             if self.loaded is None:
                 state = self.state
                 if self.failed is None or self.failed[0] != state:
-                    self._load(state)
+                    # in a thread that ends: OpenMP keeps the helpers of each thread that used it, and with more of them
+                    # than cores its threads wait for one another asleep, which costs a third of the engine's speed
+                    loading = threading.Thread(target=self._load, args=(state,), name="loading")
+                    loading.start()
+                    loading.join()
                 if self.failed is not None:
                     message = f"model {self.name} cannot be loaded: {self.failed[1]}"
                     raise ApiError(500, message, code="model_not_loaded")
@@ -61,6 +66,10 @@ class Model:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             self.failed = (state, self._without_folders(str(error)))
+            return
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            self.failed = (state, type(error).__name__)
             return
         for line in (*loaded.described, loaded.decoder.computed_by):
             print(line, file=sys.stderr, flush=True)

@@ -15,7 +15,8 @@ Pieces = list[tuple[str, str]]  # (field, text)
 
 def begun(text: str, strings: tuple[str, ...]) -> int:
     """How many of the last characters of `text` may be the beginning of one of `strings`."""
-    return max((n for string in strings for n in range(len(string)) if text.endswith(string[:n])), default=0)
+    return max((n for string in strings for n in range(min(len(string), len(text) + 1)) if text.endswith(string[:n])),
+               default=0)
 
 
 class StopFinder:

@@ -12,7 +12,7 @@ from text.content import TAG_PATTERN, is_empty
 from text.records import MalformedRecord, check_text, parse_object
 
 DEFAULT = Sampling(0.7, 0.9)  # as in eval_model.py
-MOST_STOPS = 4
+MOST_STOPS, LONGEST_STOP = 4, 1000  # characters
 NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", dict: "an object", list: "an array"}
 TOOLS = "tools are not supported: this model was not trained to call them"
 
@@ -115,8 +115,8 @@ def read_stops(value) -> tuple[str, ...]:
         param = f"stop[{index}]" if isinstance(value, list) else "stop"
         if not isinstance(stop, str):
             raise wrong("must be a string", param, "invalid_type")
-        if not well_formed(stop, param):
-            raise wrong("must not be empty", param, "invalid_value")
+        if not 0 < len(well_formed(stop, param)) <= LONGEST_STOP:
+            raise wrong(f"must have 1 to {LONGEST_STOP:,} characters", param, "invalid_value")
     return tuple(stops)
 
 
