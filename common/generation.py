@@ -26,6 +26,7 @@ from fastpath.native import library
 from fastpath.native_decoder import NativeDecoder, native_cache_dtype
 from model import KVCache, WeakWater
 
+PROMPT_STEP = 32  # tokens
 GREEDY_BELOW = 1e-5  # a lower temperature could overflow; in float32 it equals the argmax
 
 
@@ -113,10 +114,13 @@ def prefill(decoder: Decoder, prompts: list[list[int]], cache: KVCache) -> torch
     """Store all prompts in an empty cache. Returns the logits (B, V), at least float32, of each prompt's last token.
 
     Shorter prompts are padded on the right. The padding's cache entries are beyond the row's position, so the mask
-    hides them until the row's next tokens overwrite them.
+    hides them until the row's next tokens overwrite them. On a CPU the longest prompt is padded, too, to a multiple of
+    PROMPT_STEP where the cache has room: for each new size oneDNN compiles its matmuls, and keeps about 1 MiB.
     """
     decoder.refresh_weights()
     longest, lengths = max(map(len, prompts)), [len(prompt) for prompt in prompts]
+    if decoder.device.type == "cpu":
+        longest = max(longest, min(math.ceil(longest / PROMPT_STEP) * PROMPT_STEP, cache.room))
     tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=decoder.device)
     last = torch.tensor([row * longest + length - 1 for row, length in enumerate(lengths)], device=decoder.device)
     logits_BV = decoder.logits(tokens_BT, cache, last)  # only the last positions: (B, T, V) could fill a GPU

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from common.generation import Sampling, adjust, decode_rows, prefill, sample
+from common.generation import PROMPT_STEP, Sampling, adjust, decode_rows, prefill, sample
 from common.weights import Loaded
 from fastpath.native_decoder import MOST_ROWS
 from serving.errors import ApiError, stopping
@@ -101,10 +101,10 @@ class Batch:
         same reply in a crowd as alone.
         """
         row, length = self.jobs.index(None), len(job.prompt)
-        cache = self.decoder.new_cache(1, length)
+        cache = self.decoder.new_cache(1, min(length + PROMPT_STEP, self.context))
         logits_1V = prefill(self.decoder, [job.prompt], cache)
-        self.cache.keys[:, row, :, :length] = cache.keys[:, 0]
-        self.cache.values[:, row, :, :length] = cache.values[:, 0]
+        self.cache.keys[:, row, :, :length] = cache.keys[:, 0, :, :length]
+        self.cache.values[:, row, :, :length] = cache.values[:, 0, :, :length]
         self.jobs[row], self.lengths[row] = job, length
         job.generator = self.loaded.generator(job.seed)
         if job.sampling.repetition_penalty != 1:
