@@ -21,6 +21,7 @@ import torch
 
 from Config import UserError
 from fastpath import DTYPES, accelerate
+from fastpath import sampling as sampling_c
 from fastpath.decoding import cache_dtype, versions
 from fastpath.native import library
 from fastpath.native_decoder import NativeDecoder, native_cache_dtype
@@ -182,27 +183,14 @@ def adjust(logits_BV: torch.Tensor, sampling: Sampling, seen_BV: torch.Tensor | 
     if 0 < sampling.top_k < scores.shape[-1]:
         kth_B1 = scores.topk(sampling.top_k).values[:, -1:]
         scores = scores.masked_fill(scores < kth_B1, -math.inf)
-    return keep_top_p(scores, sampling.top_p) if sampling.top_p < 1 else scores
-
-
-def keep_top_p(scores_BV: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The scores (B, V) of the fewest tokens whose probabilities sum to at least top_p, -inf elsewhere.
-
-    On a CPU the highest scores are looked at first, and more of them only for rows where they are not enough: sorting
-    all 6,400 takes as long as a row's share of the network. Elsewhere that question would wait for the device.
-    """
-    B, V = scores_BV.shape
-    total_B1, kept_BV = scores_BV.logsumexp(-1, keepdim=True), torch.full_like(scores_BV, -math.inf)
-    rows = torch.arange(B, device=scores_BV.device)
-    for n in (*(n for n in (64, 1024) if n < V and scores_BV.is_cpu), V):
-        highest, index = scores_BV[rows].topk(n)
-        probability = (highest - total_B1[rows]).exp()
-        cumulative = probability.cumsum(-1)
-        highest = highest.masked_fill(cumulative - probability >= top_p, -math.inf)
-        kept_BV[rows] = kept_BV[rows].scatter(1, index, highest)
-        if n < V and not len(rows := rows[cumulative[:, -1] < top_p]):
-            break
-    return kept_BV
+    if sampling.top_p < 1:
+        if (kept := sampling_c.keep_top_p(scores, sampling.top_p)) is not None:
+            return kept
+        ascending_BV, index_BV = scores.sort()
+        dropped_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        dropped_BV[:, -1] = False
+        scores = scores.masked_fill(dropped_BV.scatter(1, index_BV, dropped_BV), -math.inf)
+    return scores
 
 
 def sample(scores_BV: torch.Tensor, greedy: bool,
@@ -210,7 +198,8 @@ def sample(scores_BV: torch.Tensor, greedy: bool,
     """Ids (B,): the highest score, or a sample from softmax(scores). Never waits for the device, unlike
     torch.multinomial.
 
-    One uniform number a row is looked up in the cumulative distribution. `generator` may be a list, one a row: then
+    One uniform number a row is looked up in the cumulative distribution. Of scores that are NaN some id is drawn.
+    `generator` may be a list, one a row: then
     what a row draws does not depend on the others.
     """
     if greedy:
@@ -222,7 +211,8 @@ def sample(scores_BV: torch.Tensor, greedy: bool,
         uniform_B1 = torch.rand(len(scores_BV), 1, device=scores_BV.device, generator=generator)
     total_B1 = cumulative_BV[:, -1:]
     below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))  # which rounding of the product may reach
-    return torch.searchsorted(cumulative_BV, (uniform_B1 * total_B1).minimum(below_B1), right=True).squeeze(1)
+    index_B1 = torch.searchsorted(cumulative_BV, (uniform_B1 * total_B1).minimum(below_B1), right=True)
+    return index_B1.clamp(max=scores_BV.shape[-1] - 1).squeeze(1)
 
 
 # ---------------------------------------------------------------------------------------------

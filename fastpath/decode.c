@@ -7,8 +7,9 @@
 
    Matrices (rows, columns) are row-major, in float32, in bfloat16, or in int8 with a scale for each row. The number of columns
    is a multiple of 64. Activations (features, lanes) are in float32: with one row there is one lane; with several there are 16,
-   a lane for each row and the rest 0. What a matrix in int8 multiplies is rounded to int16; with several rows, and on a CPU
-   with AVX512_BF16, what a matrix in bfloat16 multiplies is rounded to bfloat16. */
+   a lane for each row and the rest 0. What a matrix in int8 multiplies is rounded to int16 (with several rows only on a CPU
+   with AVX512_VNNI); with several rows, and on a CPU with AVX512_BF16, what a matrix in bfloat16 multiplies is rounded to
+   bfloat16. */
 
 #include <math.h>
 #include <stddef.h>
@@ -152,6 +153,7 @@ enum { TILE = 8 };
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
 /* sums (TILE, LANES) += w (TILE, n) x (n / STEP, LANES), where STEP features of a lane are beside one another. */
 #define MATMUL_TILE(NAME, VECTOR, TYPE, STEP, DOT)                                                                     \
@@ -187,7 +189,7 @@ MATMUL_TILE(tile_bfloat16_8, f32x8, uint16_t, 2, DOT_BFLOAT16_8)
 #ifdef __AVX512VNNI__
 /* The same for w in int8 and x in uint16, whose upper and lower bytes are multiplied apart: two planes (n / 4, LANES, 4), the
    lower bytes at `lower`. sums = 256 · upper + lower. */
-#define MATMUL_TILE_INT8(NAME, VECTOR, BROADCAST, DOT)                                                                 \
+#define MATMUL_TILE_INT8(NAME, VECTOR, UNSIGNED, BROADCAST, DOT)                                                                 \
     static void NAME(const int8_t *const *w, const uint8_t *x, size_t lower, int n, size_t ahead, i32x16 *sums) {      \
         VECTOR upper_sum[TILE] = {0}, lower_sum[TILE] = {0};                                                           \
         for (int i = 0; i < n;) {                                                                                      \
@@ -204,14 +206,14 @@ MATMUL_TILE(tile_bfloat16_8, f32x8, uint16_t, 2, DOT_BFLOAT16_8)
             }                                                                                                          \
         }                                                                                                              \
         for (int r = 0; r < TILE; r++) {                                                                               \
-            VECTOR sum = (upper_sum[r] << 8) + lower_sum[r];                                                           \
+            UNSIGNED sum = ((UNSIGNED)upper_sum[r] << 8) + (UNSIGNED)lower_sum[r]; /* may wrap */                      \
             memcpy(&sums[r], &sum, sizeof sum);                                                                        \
         }                                                                                                              \
     }
 #define DOT_INT8_16(SUM, X, W) ((i32x16)_mm512_dpbusd_epi32((__m512i)(SUM), (__m512i)(X), W))
 #define DOT_INT8_8(SUM, X, W) ((i32x8)_mm256_dpbusd_epi32((__m256i)(SUM), (__m256i)(X), W))
-MATMUL_TILE_INT8(tile_int8_16, i32x16, _mm512_set1_epi32, DOT_INT8_16)
-MATMUL_TILE_INT8(tile_int8_8, i32x8, _mm256_set1_epi32, DOT_INT8_8)
+MATMUL_TILE_INT8(tile_int8_16, i32x16, u32x16, _mm512_set1_epi32, DOT_INT8_16)
+MATMUL_TILE_INT8(tile_int8_8, i32x8, u32x8, _mm256_set1_epi32, DOT_INT8_8)
 #endif
 
 /* What x (columns, LANES) is multiplied as: float32 (columns, LANES); pairs of bfloat16 (columns / 2, LANES, 2); or, for

@@ -1,4 +1,5 @@
-"""Compiles decode.c and kernels.c on first use, for native_decoder.py and kernels.py to call through ctypes.
+"""Compiles decode.c, sampling.c and kernels.c on first use, for native_decoder.py, sampling.py and kernels.py to call
+through ctypes.
 
 No build step is needed. With a C compiler (`$CC`, cc, gcc or clang) compilation takes about a second, once per
 machine. Without one, torch's operations are used.
@@ -20,7 +21,7 @@ from pathlib import Path
 from common.files import rename
 
 FOLDER = Path(__file__).parent
-SOURCES = ("decode.c", "kernels.c")
+SOURCES = ("decode.c", "sampling.c", "kernels.c")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC"]
 
 

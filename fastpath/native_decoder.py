@@ -10,7 +10,7 @@ from fastpath.native import library
 from model import WeakWater
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-MOST_ROWS, BLOCK, WIDEST_HEAD = 16, 512, 256  # limits of decode.c: rows of a call; the others as there
+MOST_ROWS, BLOCK, WIDEST_HEAD = 16, 512, 256  # LANES, BLOCK and WIDEST_HEAD of decode.c
 
 
 class Matrix(ctypes.Structure):

@@ -37,7 +37,7 @@ def one_thread():
 
 
 def twin_config(config: LLMConfig) -> LLMConfig:
-    """A small architecture that the same replacements support."""
+    """A small architecture that the same replacements support. `down` has more columns than a block of decode.c."""
     group, width = config.n_heads // config.n_kv_heads, config.n_heads * config.head_dim
 
     def same_multiples(n_kv_heads: int) -> bool:
@@ -49,7 +49,7 @@ def twin_config(config: LLMConfig) -> LLMConfig:
     n_heads = group * n_kv_heads
     dim = n_heads * config.head_dim if config.dim == width else 64 + config.dim % 64
     return replace(config, vocab_size=VOCAB, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads,
-                   dim=dim, hidden_dim=64 + config.hidden_dim % 64, max_seq_len=max(LENGTHS), dropout=0.0)
+                   dim=dim, hidden_dim=576 + config.hidden_dim % 64, max_seq_len=max(LENGTHS), dropout=0.0)
 
 
 def small_copy(model: WeakWater) -> WeakWater:

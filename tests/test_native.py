@@ -11,7 +11,7 @@ import torch
 
 from common.generation import Decoder, Sampling, generate
 from Config import LLMConfig
-from fastpath import kernels, native
+from fastpath import kernels, native, sampling
 from fastpath.int8 import round_weights
 from fastpath.native_decoder import NativeDecoder
 from fastpath.twin import relative
@@ -36,10 +36,10 @@ def uncompiled(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "FOLDER", folder)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    for each in (native.library, kernels.compiled):
+    for each in (native.library, kernels.compiled, sampling.compiled):
         each.cache_clear()
     yield folder / "decode.c"
-    for each in (native.library, kernels.compiled):
+    for each in (native.library, kernels.compiled, sampling.compiled):
         each.cache_clear()
 
 
