@@ -147,5 +147,5 @@ code=0
 run python experiments/quickstart.py report --out_dir $OUT --seed "$seed" $smoke || code=$?
 echo
 echo "talk to it:    source .venv/bin/activate; python eval_model.py --checkpoint $OUT/distill.pth"
-echo "in a browser:  pip install fastapi uvicorn; python serve.py --out_dir $OUT, then open http://127.0.0.1:8000"
+echo "in a browser:  source .venv/bin/activate; pip install fastapi uvicorn; python serve.py --out_dir $OUT"
 exit $code

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import re
 import signal
@@ -94,14 +95,14 @@ def make_server(app, engine, address: str):
         """Says where it serves, and answers 503 while it stops."""
 
         async def startup(self, sockets=None) -> None:
-            """Called once."""
+            """Say so when it listens, not before: tests and scripts wait for the line."""
             await super().startup(sockets)
             print(f"serving on {address}  (page: open this address; OpenAI clients: {address}/v1)", file=sys.stderr,
                   flush=True)
 
         @contextlib.contextmanager
         def capture_signals(self):
-            """SIGINT and SIGTERM, for a whole run."""
+            """The first signal begins the end, in place of uvicorn's handlers, which would cut what runs."""
             if threading.current_thread() is not threading.main_thread():  # in a test
                 yield
                 return
@@ -123,12 +124,13 @@ def make_server(app, engine, address: str):
                     signal.signal(number, handler)
 
         async def on_tick(self, counter: int) -> bool:
-            """Called ten times a second: True to end."""
+            """True to end, asked ten times a second: after a signal when no request is left, which may take longer than
+            uvicorn's own shutdown gives."""
             return await super().on_tick(counter) or engine.stopping and engine.idle
 
     return Server(uvicorn.Config(
-        app, http=connections.Connection, ws="none", lifespan="off", log_config=None, log_level="error",
-        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=15,
+        app, http=functools.partial(connections.Connection, incomplete={}), ws="none", lifespan="off", log_config=None,
+        log_level="error", access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=15,
         timeout_graceful_shutdown=LEFT_OVER, h11_max_incomplete_event_size=connections.HEADERS_SIZE))
 
 
@@ -141,9 +143,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-extra.txt") from None
     from serving.guard import is_loopback
 
-    if args.api_key is None and not is_loopback(args.host):
-        raise UserError(f"--host {args.host}: others can reach it, so set a key with --api_key or ${KEY_VARIABLE}")
-    # For how long OpenMP's threads wait for one another awake. Its own default is milliseconds, which on a machine with
+    def check_reach(address: str) -> None:
+        if args.api_key is None and not is_loopback(address):
+            raise UserError(f"--host {args.host}: others can reach it, so set a key with --api_key or ${KEY_VARIABLE}")
+
+    check_reach(args.host)
+    # For how long OpenMP's threads spin before they block. Its own default is milliseconds, which on a machine with
     # other work are taken from the thread they wait for.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from common import runtime
@@ -153,12 +158,13 @@ def main(argv: list[str] | None = None) -> int:
 
     models = Models(args)
     runtime.pick_device(args.device)  # fail now, not at the first request
-    listening = listen(args.host, args.port)
-    engine = Engine(args.slots, args.queue)
-    app = make_app(models, engine, args.max_new_tokens, args.api_key, args.host, args.cors)
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    server = make_server(app, engine, f"http://{host}:{listening.getsockname()[1]}")
-    server.run(sockets=[listening])
+    with listen(args.host, args.port) as listening:
+        address, port, *_ = listening.getsockname()
+        check_reach(address)  # a name that ends in .localhost may resolve to any
+        engine = Engine(args.slots, args.queue)
+        app = make_app(models, engine, args.max_new_tokens, args.api_key, args.host, args.cors)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        make_server(app, engine, f"http://{host}:{port}").run(sockets=[listening])
     return 0
 
 

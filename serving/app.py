@@ -18,25 +18,27 @@ from Config import UserError
 from serving.engine import Engine, Job
 from serving.errors import ApiError, dump, stopping
 from serving.guard import Guard
-from serving.models import Models
+from serving.models import Model, Models
 from serving.replies import DONE, Form, Reply, Splitter, Whole, event
 from serving.requests import ChatRequest, CompletionRequest, read_chat, read_completion, read_object, wrong
 from text.chat import encode_chat
 
 LARGEST_BODY = 2**20  # bytes
-DROPPED = 2**24  # bytes of a larger body that are read and dropped, so that its client comes to read the answer
+MAX_DRAINED = 2**24  # bytes of a larger body that are read and dropped, so that its client comes to read the answer
 SMALL_BODY = 2**15  # bytes; larger ones are read one at a time beside the event loop, which others wait for
 TOKENS_AROUND = 4  # of a message at least: <s>, its role, </s>, a line break
 NEXT_BYTE_WITHIN, BODY_WITHIN = 10, 60  # seconds
 WEB = Path(__file__).parent.parent / "web"
 PAGE = {"/": ("index.html", "text/html; charset=utf-8"), "/style.css": ("style.css", "text/css; charset=utf-8"),
         "/app.js": ("app.js", "text/javascript; charset=utf-8"), "/icon.svg": ("icon.svg", "image/svg+xml")}
-PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff",
-                "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+PAGE_HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache",
+                "Referrer-Policy": "no-referrer"}
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+RequestType = TypeVar("RequestType", ChatRequest, CompletionRequest)
+Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
@@ -46,7 +48,7 @@ class ClientGone(Exception):
 def make_app(models: Models, engine: Engine, max_new_tokens: int, key: str | None = None, host: str = "127.0.0.1",
              cors: list[str] | None = None) -> Guard:
     """The ASGI app. `max_new_tokens` is for requests that name none; `key`, `host` and `cors` are Guard's."""
-    reader = ThreadPoolExecutor(1, "reader")
+    reader, encoder = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(2, "encoder")
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     async def show_file(request: Request) -> Response:
@@ -62,7 +64,7 @@ def make_app(models: Models, engine: Engine, max_new_tokens: int, key: str | Non
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         content = {"status": "stopping" if engine.stopping else "ok", "running": len(engine.running),
-                   "waiting": len(engine.waiting), "slots": engine.slots}
+                   "waiting": engine.queued, "slots": engine.slots}
         return answer(content, 503 if engine.stopping else 200)
 
     @app.get("/v1/models")
@@ -81,11 +83,11 @@ def make_app(models: Models, engine: Engine, max_new_tokens: int, key: str | Non
     async def chat(request: Request) -> Response:
         asked = await read(request, read_chat)
         model = models.named(asked.model)
-        loaded = await open_model(model)
+        loaded = await open_model(request, model)
         if loaded.continues_text:
             raise wrong(f"{loaded.stage} weights continue text and hold no conversation; use /v1/completions", "model")
         opened = loaded.thinks and asked.thinking
-        ids = await asyncio.to_thread(chat_prompt, loaded, asked)
+        ids = await in_pool(encoder, lambda: chat_prompt(loaded, asked))
         return await reply_to(request, asked, loaded, ids, Form("chat", model.name), Splitter(opened, asked.stop))
 
     @app.post("/v1/completions")
@@ -93,13 +95,15 @@ def make_app(models: Models, engine: Engine, max_new_tokens: int, key: str | Non
     async def complete(request: Request) -> Response:
         asked = await read(request, read_completion)
         model = models.named(asked.model)
-        loaded = await open_model(model)
-        ids = await asyncio.to_thread(text_prompt, loaded, asked)
+        loaded = await open_model(request, model)
+        ids = await in_pool(encoder, lambda: text_prompt(loaded, asked))
         return await reply_to(request, asked, loaded, ids, Form("text", model.name), Whole(asked.stop))
 
-    async def open_model(model) -> Loaded:
-        engine.check_place()
-        return model.loaded or await asyncio.to_thread(model.open)
+    async def open_model(request: Request, model: Model) -> Loaded:
+        engine.check_capacity()
+        if model.loaded is None:
+            await unless_gone(request, engine.until_loaded(model.load()))
+        return model.opened()
 
     async def reply_to(request: Request, asked: ChatRequest | CompletionRequest, loaded: Loaded, ids: list[int],
                        form: Form, splitter: Splitter | Whole) -> Response:
@@ -122,7 +126,7 @@ def make_app(models: Models, engine: Engine, max_new_tokens: int, key: str | Non
 
     @app.exception_handler(ClientGone)
     async def client_gone(request: Request, error: ClientGone) -> Response:
-        return answer(ApiError(499, "the client has gone").content, 499)  # to nobody
+        return answer(ApiError(499, "the client has gone").content, 499)  # nobody gets it: an app must answer
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -135,13 +139,13 @@ def make_app(models: Models, engine: Engine, max_new_tokens: int, key: str | Non
     async def defect(request: Request, error: Exception) -> Response:
         return answer(ApiError(500, "a defect of the server; its log has the traceback").content, 500)
 
-    async def read(request: Request, check: Callable[[dict], Asked]) -> Asked:
+    async def read(request: Request, check: Callable[[dict], RequestType]) -> RequestType:
         if engine.stopping:
             raise stopping()
         body = await body_of(request)
         if len(body) <= SMALL_BODY:
             return check(read_object(body))
-        return await asyncio.get_running_loop().run_in_executor(reader, lambda: check(read_object(body)))
+        return await in_pool(reader, lambda: check(read_object(body)))
 
     return Guard(app, key, host, cors or [])
 
@@ -161,7 +165,7 @@ async def body_of(request: Request) -> bytes:
     close = {"Connection": "close"}  # what may still come is not read
     too_large = ApiError(413, f"the body must have at most {LARGEST_BODY:,} bytes", None, "body_too_large", close)
     announced = request.headers.get("content-length", "0")
-    if len(announced) > 9 or int(announced) > DROPPED:
+    if len(announced) > 9 or int(announced) > MAX_DRAINED:
         raise too_large
     while more:
         try:
@@ -175,7 +179,7 @@ async def body_of(request: Request) -> bytes:
         more = message.get("more_body", False)
         if size <= LARGEST_BODY:
             body += message.get("body", b"")
-        elif size > DROPPED or not more:
+        elif size > MAX_DRAINED or not more:
             raise too_large
     return bytes(body)
 
@@ -216,6 +220,11 @@ def text_prompt(loaded: Loaded, asked: CompletionRequest) -> list[int]:
     """The ids of a text to continue. Raises ApiError."""
     check_size(loaded, [asked.prompt], 1, chat=False)
     return [loaded.encoder.bos_id, *loaded.encoder.encode([asked.prompt])[0]]
+
+
+def in_pool(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Awaitable[Result]:
+    """The result of `work`, done beside the event loop."""
+    return asyncio.get_running_loop().run_in_executor(pool, work)
 
 
 async def unless_gone(request: Request, work: Awaitable):

@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import math
 import secrets
@@ -22,6 +23,7 @@ from common.generation import PROMPT_STEP, Sampling, adjust, decode_rows, prefil
 from common.weights import Loaded
 from fastpath.native_decoder import MOST_ROWS
 from serving.errors import ApiError, stopping
+from serving.threads import compute_with
 
 PROMPT_TOKENS = 512  # stored in one round at most, a longer prompt alone: running streams wait meanwhile
 LONGEST_WAIT = 60  # seconds that Retry-After says at most
@@ -76,8 +78,9 @@ class Batch:
         self.loaded, self.decoder = loaded, loaded.decoder
         self.context, self.vocab_size = loaded.model.config.max_seq_len, loaded.encoder.vocab_size
         self.jobs: list[Job | None] = [None] * slots
-        self.tokens, self.lengths = [0] * slots, [0] * slots  # the newest token, and how many stand in the cache
-        self.cache = self.decoder.new_cache(slots, self.context)  # memory is taken when it is first written
+        self.padding_row = slots  # of the cache, never a job's: see `step`
+        self.tokens, self.lengths = [0] * (slots + 1), [0] * (slots + 1)  # the newest token, how many are in the cache
+        self.cache = self.decoder.new_cache(slots + 1, self.context)  # memory is taken when it is first written
 
     @property
     def rows(self) -> list[int]:
@@ -114,21 +117,19 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple]:
-        """Compute one token for every row. Returns events."""
+        """Compute one token for every row. Returns events.
+
+        decode.c rounds a single row of a call in another way than several, so a reply that is to be repeatable would
+        depend on who else is there: such a row is never computed alone.
+        """
         rows = self.rows
-        computed = rows + self._beside(rows)
+        alone = len(rows) % MOST_ROWS == 1 and self.jobs[rows[-1]].repeatable
+        computed = rows + [self.padding_row] * alone
         tokens = [self.tokens[row] for row in computed]
         logits_NV = decode_rows(self.decoder, tokens, computed, self.cache, self.lengths)
         for row in rows:
             self.lengths[row] += 1
         return self._take(rows, logits_NV[:len(rows)])
-
-    def _beside(self, rows: list[int]) -> list[int]:
-        """A free row to compute beside a single one. decode.c rounds a single row in another way than several, so
-        without it a reply that is to be repeatable would depend on who else is there."""
-        if len(rows) % MOST_ROWS != 1 or not self.jobs[rows[-1]].repeatable:
-            return []
-        return [row for row, job in enumerate(self.jobs) if job is None][:1]
 
     def _take(self, rows: list[int], logits_NV: torch.Tensor) -> list[tuple]:
         """Choose the next token of each row, and end the rows that are done."""
@@ -156,10 +157,10 @@ class Batch:
 
     def _choose(self, jobs: list[Job], logits_NV: torch.Tensor) -> list[int]:
         """The next token of each job; rows that are sampled alike are adjusted together."""
-        chosen, alike = [0] * len(jobs), {}
+        chosen, by_sampling = [0] * len(jobs), {}
         for index, job in enumerate(jobs):
-            alike.setdefault(job.sampling, []).append(index)
-        for sampling, members in alike.items():
+            by_sampling.setdefault(job.sampling, []).append(index)
+        for sampling, members in by_sampling.items():
             seen_BV = torch.stack([jobs[i].seen for i in members]) if sampling.repetition_penalty != 1 else None
             logits_BV = logits_NV if len(members) == len(jobs) else logits_NV[members]
             scores_BV = adjust(logits_BV, sampling, seen_BV)
@@ -176,10 +177,12 @@ class Engine:
     def __init__(self, slots: int, queue: int):
         self.slots, self.queue = slots, queue
         self.waiting: deque[Job] = deque()
+        self.loading: set[asyncio.Event] = set()  # requests that wait for their model's weights
         self.running: set[Job] = set()
         self.batches: dict[int, Batch] = {}  # of the thread
         self.round_seconds = 0.02  # measured, a running mean
         self.stopping = False
+        self.threads = torch.get_num_threads()
         self.changed = threading.Condition()
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
@@ -190,20 +193,44 @@ class Engine:
         """Queue a request. Raises ApiError when the queue is full or the server stops."""
         job = Job(self, loaded, prompt, max_new_tokens, sampling, seed)
         with self.changed:
-            self.check_place()
+            self.check_capacity()
             self.waiting.append(job)
             self.changed.notify()
         return job
 
-    def check_place(self) -> None:
+    async def until_loaded(self, load: concurrent.futures.Future) -> None:
+        """Wait in the queue for the end of a load. Raises ApiError as `submit` does, or when the server stops
+        meanwhile."""
+        self.check_capacity()
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake(_) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(ended.set)
+
+        load.add_done_callback(wake)
+        self.loading.add(ended)
+        try:
+            await ended.wait()
+        finally:
+            self.loading.remove(ended)
+        if self.stopping:
+            raise stopping()
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait, for a slot or for weights."""
+        return len(self.waiting) + len(self.loading)
+
+    def check_capacity(self) -> None:
         """Raises ApiError where `submit` would."""
         if self.stopping:
             raise stopping()
-        if len(self.waiting) >= self.queue and len(self.running) + len(self.waiting) >= self.slots + self.queue:
+        if self.queued >= self.queue and len(self.running) + self.queued >= self.slots + self.queue:
             first_end = min((job.remaining for job in list(self.running)), default=0) * self.round_seconds
             seconds = min(max(1, math.ceil(first_end)), LONGEST_WAIT)
-            message = (f"the server is busy: {len(self.running)} requests run and {len(self.waiting)} wait; try again "
-                       f"in {seconds} s")
+            message = (f"the server is busy: {len(self.running)} requests run and {self.queued} wait; try again in "
+                       f"{seconds} s")
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
 
     def forget(self, job: Job) -> None:
@@ -219,6 +246,8 @@ class Engine:
             self.waiting.clear()
         for job in waiting:
             job.receive([], None, stopping())
+        for ended in self.loading:
+            ended.set()
 
     @property
     def idle(self) -> bool:
@@ -228,6 +257,7 @@ class Engine:
     # ---- the thread -------------------------------------------------------------------------
 
     def _work(self) -> None:
+        compute_with(self.threads)
         while True:
             with self.changed:
                 while self.idle:
@@ -255,6 +285,8 @@ class Engine:
             batch.leave(lambda job: job.cancelled)
         stepped = [batch for batch in self.batches.values() if batch.rows]
         for job in admitted:
+            if job.cancelled:  # since it left the queue
+                continue
             self._try([job], lambda job=job: self._batch(job.loaded).admit(job))
         for batch in stepped:
             self._try([job for job in batch.jobs if job], batch.step)

@@ -13,28 +13,50 @@ DONE = b"data: [DONE]\n\n"
 Pieces = list[tuple[str, str]]  # (field, text)
 
 
-def begun(text: str, strings: tuple[str, ...]) -> int:
-    """How many of the last characters of `text` may be the beginning of one of `strings`."""
+def partial_match(text: str, strings: tuple[str, ...]) -> int:
+    """How many of the last characters of `text` may be the beginning of one of `strings`, which are short."""
     return max((n for string in strings for n in range(min(len(string), len(text) + 1)) if text.endswith(string[:n])),
                default=0)
+
+
+class Matcher:
+    """How many characters of `string` the text so far ends in, one character at a time (Knuth, Morris and Pratt 1977):
+    the time for each does not grow with the string."""
+
+    def __init__(self, string: str):
+        self.string, self.matched = string, 0
+        self.borders = [0]  # of each beginning of the string: the longest shorter beginning that it ends in
+        for char in string[1:]:
+            self.borders.append(self._longer(self.borders[-1], char))
+
+    def push(self, char: str) -> bool:
+        """True if the string is now complete; then there is no more to push."""
+        self.matched = self._longer(self.matched, char)
+        return self.matched == len(self.string)
+
+    def _longer(self, matched: int, char: str) -> int:
+        while matched and self.string[matched] != char:
+            matched = self.borders[matched - 1]
+        return matched + (self.string[matched] == char)
 
 
 class StopFinder:
     """Passes text on up to the first stop string, the one that is complete first; holds back what may become one."""
 
     def __init__(self, stops: tuple[str, ...]):
-        self.stops, self.held, self.found = stops, "", False
+        self.stops, self.held, self.found = [Matcher(stop) for stop in stops], "", False
 
     def push(self, text: str) -> str:
         """The text that can be shown now."""
         if self.found or not self.stops:
             return "" if self.found else text
-        text = self.held + text
-        places = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
-        if places:
-            self.found, self.held = True, ""
-            return text[:min(places)[1]]
-        shown = len(text) - begun(text, self.stops)
+        begin, text = len(self.held), self.held + text
+        for end, char in enumerate(text[begin:], begin + 1):
+            complete = [len(stop.string) for stop in self.stops if stop.push(char)]
+            if complete:
+                self.found, self.held = True, ""
+                return text[:end - max(complete)]
+        shown = len(text) - max(stop.matched for stop in self.stops)
         self.held = text[shown:]
         return text[:shown]
 
@@ -50,13 +72,13 @@ class Part:
 
     def __init__(self, stops: tuple[str, ...] = ()):
         self.stops, self.space = StopFinder(stops), ""
-        self.come = self.shown = False  # is there a character that is not white space?
+        self.has_text = self.shown = False  # is there a character that is not white space?
 
     def push(self, text: str, tagged: bool) -> str:
         """The text that can be shown now."""
-        if tagged and not self.come:
+        if tagged and not self.has_text:
             text = text.lstrip()
-        self.come = self.come or bool(text.strip())
+        self.has_text = self.has_text or bool(text.strip())
         return self._show(self.space + self.stops.push(text), tagged)
 
     def flush(self, tagged: bool) -> str:
@@ -92,7 +114,7 @@ class Splitter:
             self._add(pieces, text[:match.start()])
             self.tagged, text = True, text[match.end():]
             self.field = {OPEN_THINK: THOUGHT, CLOSE_THINK: ANSWER, OPEN_ANSWER: ANSWER}.get(match.group(), self.field)
-        shown = len(text) - begun(text, TAGS)
+        shown = len(text) - partial_match(text, TAGS)
         self.held = text[shown:]
         self._add(pieces, text[:shown])
         return pieces

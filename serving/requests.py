@@ -13,6 +13,7 @@ from text.records import MalformedRecord, check_text, parse_object
 
 DEFAULT = Sampling(0.7, 0.9)  # as in eval_model.py
 MOST_STOPS, LONGEST_STOP = 4, 1000  # characters
+MOST_NESTED = 8  # each takes a pass over a text
 NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", dict: "an object", list: "an array"}
 TOOLS = "tools are not supported: this model was not trained to call them"
 
@@ -179,8 +180,11 @@ def read_message(message, index: int) -> dict:
     if content is None and role == "assistant":
         content = ""  # a reply that was cut in its thought
     text = read_content(content, f"{param}.content")
-    if role == "assistant" and TAG_PATTERN.search(text):
-        text = without_thought(text)
+    nested = 0
+    while role == "assistant" and TAG_PATTERN.search(text):  # again, as what is taken out may join the parts of another
+        if nested == MOST_NESTED:
+            raise wrong(f"tags are nested more than {MOST_NESTED} deep", f"{param}.content", "invalid_value")
+        text, nested = without_thought(text), nested + 1
     return {"role": role, "content": text}
 
 

@@ -5,11 +5,13 @@ The commands are run unchanged, in a copy of the repository with data in data/, 
 
 import json
 import os
+import queue
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ SMALLER = {  # flags that make a command small; of a flag that is given twice th
     "evaluate.py": ["--max_new_tokens", "8", "--max_questions", "4", "--eval_tokens", "2000"], "export.py": [],
 }
 OTHERS = ("bash quickstart.sh", "bash test.sh", "python3 -m venv .venv", "source .venv/bin/activate",
-          "pip install -r requirements.txt", "pip install -r requirements-extra.txt")
+          "pip install -r requirements.txt", "pip install -r requirements-extra.txt", "pip install fastapi uvicorn")
 # run by the fixture, by CI, and by runs/venv.sh, which both source
 
 
@@ -69,17 +71,32 @@ def run(command: str, path: Path, stdin: str = "") -> subprocess.CompletedProces
 
 def serve(command: str, path: Path) -> None:
     """Start a server in the copy, run the README's client against it, and end it."""
+    said, listening = [], queue.Queue()
+
+    def read() -> None:
+        """To the end: a server whose pipe is full waits."""
+        for line in server.stderr:
+            said.append(line)
+            if found := re.search(r"serving on (http://\S+)", line):
+                listening.put(found[1])
+        listening.put(None)
+
     with subprocess.Popen(shlex.split(command.replace("python", shlex.quote(sys.executable), 1)), cwd=path,
                           stderr=subprocess.PIPE, text=True) as server:
+        reader = threading.Thread(target=read)
+        reader.start()
         try:
-            address = next(filter(None, (re.search(r"serving on (http://\S+)", line) for line in server.stderr)))[1]
+            address = listening.get(timeout=120)
+            assert address is not None, f"{command}\n{''.join(said)}"
             (client,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / READMES[0]).read_text(encoding="utf-8"),
                                    re.DOTALL | re.MULTILINE)
             assert "http://127.0.0.1:8000/v1" in client
             run(f"python -c {shlex.quote(client.replace('http://127.0.0.1:8000', address))}", path)
         finally:
             server.terminate()
-        assert server.wait(60) == 0
+            code = server.wait(60)
+            reader.join()
+        assert code == 0, f"{command}\n{''.join(said)}"
 
 
 def test_the_quickstart_runs_whole(copy):
@@ -103,6 +120,11 @@ def test_the_quickstart_runs_whole(copy):
     assert "python eval_model.py --checkpoint out/quickstart/distill.pth" in printed.splitlines()[-2]
     assert "python serve.py --out_dir out/quickstart" in printed.splitlines()[-1]
     assert (out / "report.md").read_text(encoding="utf-8").startswith("# Quickstart (smoke test")
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path):
+    with pytest.raises(AssertionError, match="no weights in it"):
+        serve(f"python {shlex.quote(str(ROOT / 'serve.py'))} --out_dir .", tmp_path)
 
 
 def test_both_readmes_have_the_same_commands():

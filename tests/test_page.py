@@ -21,8 +21,8 @@ from text.tokenizer import TextEncoder
 
 pytestmark = pytest.mark.extra
 WEB = ROOT / "web"
-POLICY = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff",
-          "Cache-Control": "no-cache"}
+POLICY = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+          "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}  # as serving/app.py
 STAGES = {"distill": (True, False), "SFT": (False, False), "pretrain": (False, True)}  # thinks, continues text
 PATIENCE = 10  # seconds for anything to appear
 
@@ -437,6 +437,17 @@ def test_a_server_that_is_gone(page, site):
     assert page.text(".question") == "问" and page.shown(".retry")
     page.click("#new")
     assert page.value("#input") == "问"  # what was typed is not lost
+
+
+def test_a_new_chat_while_the_models_have_not_come(site, make_page):
+    stages, site.stages = site.stages, None  # breaks the connection
+    page = make_page(site.address)
+    page.until(".error", "连不上服务器")
+    page.click("#new")
+    site.stages = stages
+    page.click(".retry")
+    page.wait(lambda: page.all("#model option") and not page.shown(".error"), "models")
+    assert page.shown("#model")
 
 
 def test_a_chat_too_long_for_the_model(page, site):

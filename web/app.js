@@ -479,7 +479,7 @@ function newChat() {
   const last = turns.at(-1);
   if (last?.failed && !$("input").value) $("input").value = last.question;  // what was typed is not lost
   turns = [];
-  $("log").replaceChildren();
+  $("log").replaceChildren(...$("log").querySelectorAll(":scope > .error"));  // loadModels must still be retried
   $("empty").hidden = false;
   follow = true;
   $("scroller").scrollTop = 0;
