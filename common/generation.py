@@ -27,7 +27,7 @@ from fastpath.native import library
 from fastpath.native_decoder import NativeDecoder, native_cache_dtype
 from model import KVCache, WeakWater
 
-PROMPT_STEP = 32  # tokens
+PROMPT_STEP = 16  # tokens
 GREEDY_BELOW = 1e-5  # a lower temperature could overflow; in float32 it equals the argmax
 
 

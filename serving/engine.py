@@ -27,6 +27,7 @@ from serving.threads import compute_with
 
 PROMPT_TOKENS = 512  # stored in one round at most, a longer prompt alone: running streams wait meanwhile
 LONGEST_WAIT = 60  # seconds that Retry-After says at most
+HAND_OUT_EVERY = 0.02  # seconds; to wake the event loop for each token takes a third of the engine's speed
 
 
 class Job:
@@ -180,6 +181,7 @@ class Engine:
         self.loading: set[asyncio.Event] = set()  # requests that wait for their model's weights
         self.running: set[Job] = set()
         self.batches: dict[int, Batch] = {}  # of the thread
+        self.made, self.handed_out = [], 0.0  # of the thread: events that wait to be handed out, and when the last were
         self.round_seconds = 0.02  # measured, a running mean
         self.stopping = False
         self.threads = torch.get_num_threads()
@@ -287,7 +289,7 @@ class Engine:
         for job in admitted:
             if job.cancelled:  # since it left the queue
                 continue
-            self._try([job], lambda job=job: self._batch(job.loaded).admit(job))
+            self._try([job], lambda job=job: self._batch(job.loaded).admit(job), first=True)
         for batch in stepped:
             self._try([job for job in batch.jobs if job], batch.step)
 
@@ -296,8 +298,9 @@ class Engine:
             self.batches[id(loaded)] = Batch(loaded, self.slots)
         return self.batches[id(loaded)]
 
-    def _try(self, jobs: list[Job], compute: Callable[[], list[tuple]]) -> None:
-        """Compute, and hand out the events. An exception fails these jobs, and the thread goes on."""
+    def _try(self, jobs: list[Job], compute: Callable[[], list[tuple]], first: bool = False) -> None:
+        """Compute, and hand out the events: at once if a reply begins (`first`) or ends, else a few tokens together. An
+        exception fails these jobs, and the thread goes on."""
         try:
             events = compute()
         except Exception as error:
@@ -309,7 +312,13 @@ class Engine:
         ended = {job for job, _, reason, error in events if reason is not None or error is not None}
         with self.changed:
             self.running -= ended
-        for loop in {job.loop for job, *_ in events}:  # one call for all, since each wakes the loop
+        self.made += events
+        if first or ended or time.perf_counter() - self.handed_out > HAND_OUT_EVERY:
+            self._hand_out_all()
+
+    def _hand_out_all(self) -> None:
+        events, self.made, self.handed_out = self.made, [], time.perf_counter()
+        for loop in {job.loop for job, *_ in events}:
             with contextlib.suppress(RuntimeError):  # it was closed
                 loop.call_soon_threadsafe(_hand_out, [event for event in events if event[0].loop is loop])
 
