@@ -181,22 +181,25 @@ static inline int32_t pair(const void *p) { /* two numbers of 16 bits */
     return both;
 }
 #ifdef __AVX512BF16__
-#define DOT_BFLOAT16_16(SUM, X, W) ((f32x16)_mm512_dpbf16_ps((__m512)(SUM), (__m512bh)(X), (__m512bh)_mm512_set1_epi32(pair(W))))
-#define DOT_BFLOAT16_8(SUM, X, W) ((f32x8)_mm256_dpbf16_ps((__m256)(SUM), (__m256bh)(X), (__m256bh)_mm256_set1_epi32(pair(W))))
+#define DOT_BFLOAT16_16(SUM, X, W)                                                                                     \
+    ((f32x16)_mm512_dpbf16_ps((__m512)(SUM), (__m512bh)(X), (__m512bh)_mm512_set1_epi32(pair(W))))
+#define DOT_BFLOAT16_8(SUM, X, W)                                                                                      \
+    ((f32x8)_mm256_dpbf16_ps((__m256)(SUM), (__m256bh)(X), (__m256bh)_mm256_set1_epi32(pair(W))))
 MATMUL_TILE(tile_bfloat16_16, f32x16, uint16_t, 2, DOT_BFLOAT16_16)
 MATMUL_TILE(tile_bfloat16_8, f32x8, uint16_t, 2, DOT_BFLOAT16_8)
 #endif
 #ifdef __AVX512VNNI__
 /* The same for w in int8 and x in uint16, whose upper and lower bytes are multiplied apart: two planes (n / 4, LANES, 4), the
    lower bytes at `lower`. sums = 256 · upper + lower. */
-#define MATMUL_TILE_INT8(NAME, VECTOR, UNSIGNED, BROADCAST, DOT)                                                                 \
+#define MATMUL_TILE_INT8(NAME, VECTOR, UNSIGNED, BROADCAST, DOT)                                                       \
     static void NAME(const int8_t *const *w, const uint8_t *x, size_t lower, int n, size_t ahead, i32x16 *sums) {      \
         VECTOR upper_sum[TILE] = {0}, lower_sum[TILE] = {0};                                                           \
         for (int i = 0; i < n;) {                                                                                      \
             for (int r = 0; r < TILE; r++) __builtin_prefetch(w[r] + i + ahead, 0, 2);                                 \
             for (int end = i + 64; i < end; i += 4) {                                                                  \
                 VECTOR up, low;                                                                                        \
-                memcpy(&up, x + (size_t)i * LANES, sizeof up), memcpy(&low, x + lower + (size_t)i * LANES, sizeof low); \
+                memcpy(&up, x + (size_t)i * LANES, sizeof up);                                                         \
+                memcpy(&low, x + lower + (size_t)i * LANES, sizeof low);                                               \
                 for (int r = 0; r < TILE; r++) {                                                                       \
                     int32_t four;                                                                                      \
                     memcpy(&four, w[r] + i, sizeof four);                                                              \
@@ -273,8 +276,10 @@ static void multiply_block(int type, const char *const *w, const int32_t *const 
         i32x16 block[TILE] = {0};
         (wide ? tile_int8_16 : tile_int8_8)((const int8_t *const *)w, (const uint8_t *)x + begin * LANES,
                                             (size_t)columns * LANES, n, ahead, block);
-        for (int r = 0; r < TILE; r++)
-            sums[r] += __builtin_convertvector((i32x16)((u32x16)block[r] - 32768 * (uint32_t)block_sums[r][begin / BLOCK]), f32x16);
+        for (int r = 0; r < TILE; r++) {
+            u32x16 sum = (u32x16)block[r] - 32768 * (uint32_t)block_sums[r][begin / BLOCK];
+            sums[r] += __builtin_convertvector((i32x16)sum, f32x16);
+        }
         return;
     }
 #endif

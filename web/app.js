@@ -19,6 +19,7 @@ const WORDS = {
     hintText: "这个阶段只接着每段文字往下写，不回答问题。",
     thinkingSwitch: "思考", send: "发送", stop: "停止", jump: "回到最新",
     you: "你", model: "WeakWater", waiting: "正在等待回复", thinking: "思考中… {n} 字", thoughtFor: "思考了 {s} 秒",
+    thoughtForMs: "思考了 {ms} 毫秒",
     copy: "复制", copied: "已复制", notCopied: "无法复制", again: "重新生成", stopped: "已停止", lengthReached: "已到长度上限",
     emptyReply: "回复是空的", usage: "{n} 个 token", usageRate: "{n} 个 token，每秒 {rate} 个", replyDone: "回复：",
     temperature: "温度 (temperature)", temperatureHint: "越低越稳定；0 表示每次都取最可能的词。",
@@ -46,7 +47,7 @@ const WORDS = {
     hintText: "This stage continues each text by itself; it does not answer.",
     thinkingSwitch: "Think", send: "Send", stop: "Stop", jump: "Jump to latest",
     you: "You", model: "WeakWater", waiting: "Waiting for the reply", thinking: "Thinking… {n} characters",
-    thoughtFor: "Thought for {s} s",
+    thoughtFor: "Thought for {s} s", thoughtForMs: "Thought for {ms} ms",
     copy: "Copy", copied: "Copied", notCopied: "Cannot copy", again: "Regenerate", stopped: "Stopped",
     lengthReached: "Length limit reached", emptyReply: "The reply is empty", usage: "{n} tokens",
     usageRate: "{n} tokens, {rate} tokens/s", replyDone: "Reply: ",
@@ -313,7 +314,7 @@ class Writer {
   constructor(view) {
     const part = (name) => view.querySelector(name);
     Object.assign(this, {view, details: part("details"), thought: part(".thought"), answer: part(".answer"),
-      waiting: part(".waiting"), newThought: "", newAnswer: "", characters: 0, frame: 0});
+      waiting: part(".waiting"), newThought: "", newAnswer: "", characters: 0, frame: 0, sent: performance.now()});
   }
 
   add(thought, answer) {
@@ -341,8 +342,8 @@ class Writer {
   }
 
   endThought() {
-    const seconds = ((this.thoughtEnd ?? this.last ?? 0) - (this.begun ?? 0)) / 1000;
-    say(this.details.firstElementChild, "thoughtFor", {s: seconds.toFixed(1)});
+    const ms = Math.round((this.thoughtEnd ?? this.last ?? this.sent) - this.sent);
+    say(this.details.firstElementChild, ms < 1000 ? "thoughtForMs" : "thoughtFor", {ms, s: (ms / 1000).toFixed(1)});
   }
 }
 
