@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install -r requirements-extra.txt") from None
+        raise UserError(f"{error.name} is not installed: pip install fastapi uvicorn") from None
     from serving.guard import is_loopback
 
     def check_reach(address: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.weights import STAGES, Loaded, open_weights
+from common.weights import STAGES, Loaded, load_weights, open_weights
 from Config import UserError
 from serving.errors import ApiError
 from serving.threads import compute_with
@@ -122,6 +122,7 @@ class Models:
             path = Path(args.checkpoint)
             if not path.is_file():
                 raise UserError(f"--checkpoint {path}: no such file")
+            load_weights(path)  # raises UserError for a file of another kind
             self.all = [Model(path.stem, path, args, *shared)]
         else:
             modes = {stage: mode for mode, stage in STAGES.items()}
@@ -130,8 +131,11 @@ class Models:
                 its_args.model_mode = modes[stage]
                 self.all.append(Model(stage, Path(args.out_dir) / f"{stage}.pth", its_args, *shared))
             if not self.present:
-                raise UserError(f"--out_dir {args.out_dir}: no weights in it; pretrain.py, SFT.py, SFT_long.py and "
-                                "distill.py make them, and bash quickstart.sh runs all")
+                quickstart = Path("out/quickstart")
+                hint = (f"the quickstart's are there with --out_dir {quickstart}" if any(quickstart.glob("*.pth")) else
+                        "pretrain.py, SFT.py, SFT_long.py and distill.py make them, and bash quickstart.sh runs all")
+                wrong = "no weights in it" if Path(args.out_dir).is_dir() else "no such folder"
+                raise UserError(f"--out_dir {args.out_dir}: {wrong}; {hint}")
 
     @property
     def present(self) -> list[Model]:

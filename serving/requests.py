@@ -141,7 +141,8 @@ def read_chat(content: dict) -> ChatRequest:
     common = read_request(content)
     options = field(content, "chat_template_kwargs", dict, {})
     effort = field(content, "reasoning_effort", str)
-    thinking = field(options, "enable_thinking", bool, effort != "none", within="chat_template_kwargs.")
+    thinking = field(content, "enable_thinking", bool, effort != "none")  # where other servers look for it, too
+    thinking = field(options, "enable_thinking", bool, thinking, within="chat_template_kwargs.")
     return ChatRequest(**_fields(common), messages=read_messages(content.get("messages")), thinking=thinking)
 
 

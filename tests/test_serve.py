@@ -263,6 +263,7 @@ def test_thinking_is_switched_off(server):
     assert said() == said(reasoning_effort="low") == ("嗯", "鳄🐊")
     assert said(chat_template_kwargs={"enable_thinking": False}) == said(reasoning_effort="none") == (None, "鳄🐊")
     assert said(chat_template_kwargs={"enable_thinking": True}, reasoning_effort="none") == ("嗯", "鳄🐊")
+    assert said(enable_thinking=False) == (None, "鳄🐊")
 
 
 def test_content_in_parts_and_null_fields(server):
@@ -1000,7 +1001,8 @@ def test_a_load_does_not_keep_the_end_waiting(out_dir, tokenizer_dir, gate):
     (["--host", "0.0.0.0"], "set a key"), (["--host", "nowhere.invalid", "--api_key", "k"], "no such address"),
     (["--api_key", ""], "--api_key"), (["--api_key", "schlüssel"], "ASCII"), (["--api_key", "a b"], "spaces"),
     (["--cors", "a.example"], "not an origin"), (["--cors", "https://a.example/"], "not an origin"),
-    (["--checkpoint", "nowhere.pth"], "no such file"), (["--out_dir", "nowhere"], "quickstart.sh"),
+    (["--checkpoint", "nowhere.pth"], "no such file"), (["--checkpoint", str(ROOT / "README.md")], "not a checkpoint"),
+    (["--out_dir", "nowhere"], "no such folder"), (["--out_dir", str(ROOT / "demo")], "no weights in it"),
 ])
 def test_mistakes_of_the_user(argv, says, out_dir, monkeypatch):
     monkeypatch.delenv("WEAKWATER_API_KEY", raising=False)
@@ -1014,7 +1016,7 @@ def test_a_port_in_use_and_a_missing_package(server, out_dir, monkeypatch):
     with pytest.raises(UserError, match=f"--port {server.port}: in use"):
         serve.main(["--out_dir", str(out_dir), "--port", str(server.port)])
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(UserError, match="uvicorn is not installed: pip install -r requirements-extra.txt"):
+    with pytest.raises(UserError, match="uvicorn is not installed: pip install fastapi uvicorn"):
         serve.main(["--out_dir", str(out_dir)])
 
 

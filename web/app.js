@@ -27,7 +27,8 @@ const WORDS = {
     length: "最大长度 (token)", reset: "恢复默认", done: "完成", cancel: "取消",
     askNewChat: "换阶段会开始新对话，当前对话将被清空。", begun: "新对话已开始",
     network: "连不上服务器。", cut: "连接中断，回复不完整。", busy: "服务器正忙。", busyFor: "服务器正忙，请在 {n} 秒后重试。",
-    key: "服务器需要 API 密钥。", full: "对话太长，超出了模型的上下文。请开始新对话，你刚写的话会保留在输入框里。",
+    key: "服务器需要 API 密钥。", full: "对话太长，超出了模型的上下文。请开始新对话，你刚写的话会回到输入框里。",
+    long: "这条消息太长，超出了模型的上下文。请缩短后再发。", edit: "修改消息",
     server: "服务器出错。", refused: "服务器不接受这个请求。",
     apiKey: "API 密钥", useKey: "使用", retry: "重试",
   },
@@ -58,14 +59,15 @@ const WORDS = {
     network: "The server cannot be reached.", cut: "The connection broke; the reply is not complete.",
     busy: "The server is busy.", busyFor: "The server is busy. Try again in {n} s.",
     key: "The server asks for an API key.",
-    full: "The chat is longer than the model's context. Begin a new chat; what you wrote stays in the input.",
+    full: "The chat is longer than the model's context. Begin a new chat; what you wrote returns to the input.",
+    long: "This message is longer than the model's context. Please shorten it.", edit: "Edit the message",
     server: "The server failed.", refused: "The server refuses this request.",
     apiKey: "API key", useKey: "Use", retry: "Retry",
   },
 };
 const EXAMPLES = {  // the model's language, whatever the page's is; from the quickstart's small world
-  chat: ["你好", "小明有3个苹果，又买了5个，一共几个？", "你知道周雪爱吃什么吗？", "25+38等于多少？"],
-  text: ["小明有3个苹果，", "周雪的爱好是", "25+38="],
+  chat: ["你好", "小明有3个苹果，又买了5个，一共几个？", "树上有9只鸟，飞走4只，又飞来3只，还有几只？", "25+38等于多少？"],
+  text: ["小明有3个苹果，", "他的爱好是", "25+38="],
 };
 
 const $ = (id) => document.getElementById(id);
@@ -402,7 +404,7 @@ function finish(turn, view, writer, {reason, usage, failure}) {
   }
   if (usage) {  // the first token comes after the prompt: it is no part of the rate
     const n = usage.completion_tokens, seconds = (writer.last - writer.begun) / 1000;
-    const rate = n > 1 && seconds > 0.02 ? ((n - 1) / seconds).toFixed(1) : "";
+    const rate = n > 1 && seconds > 0.2 ? Math.round((n - 1) / seconds) : "";
     say(view.querySelector(".usage"), rate ? "usageRate" : "usage", {n, rate});
   }
   scroll();
@@ -411,12 +413,15 @@ function finish(turn, view, writer, {reason, usage, failure}) {
 /** An error, in the chat: what happened, the server's words, and what can be done. */
 function errorBox(failure, again) {
   const box = clone("error"), part = (name) => box.querySelector(name), form = part("form");
-  say(part(".what"), failure.kind === "busy" && failure.seconds ? "busyFor" : failure.kind, {n: failure.seconds});
+  const alone = failure.kind === "full" && turns.length === 1;  // not the chat is too long, but the message
+  const what = alone ? "long" : failure.kind === "busy" && failure.seconds ? "busyFor" : failure.kind;
+  say(part(".what"), what, {n: failure.seconds});
   announce(part(".what").textContent);
   part(".detail").textContent = failure.message;
   part(".retry").hidden = failure.kind === "key" || failure.kind === "full";
   part(".retry").addEventListener("click", again);
   part(".fresh").hidden = failure.kind !== "full";
+  say(part(".fresh"), alone ? "edit" : "newChat");
   part(".fresh").addEventListener("click", newChat);
   form.hidden = failure.kind !== "key";
   form.addEventListener("submit", (event) => {
