@@ -9,9 +9,9 @@ prepare_venv requirements.txt requirements-dev.txt
 activate_venv
 ruff check .
 # one thread each: two processes whose threads wait for one another are slower than one
-in_parallel() { OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n 2 --dist loadfile -m "not extra" "$@"; }
+in_parallel() { OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n 2 --dist loadfile "$@"; }
 if [ "${1:-}" != "--extra" ]; then
-    in_parallel "$@"
+    in_parallel -m "not extra" "$@"
     exit
 fi
 shift
@@ -21,5 +21,5 @@ if ! command -v chromedriver > /dev/null && [ "$(id -u)" = 0 ] && command -v apt
     { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y chromium \
         chromium-driver; } > /dev/null || echo "chromium was not installed: the page's tests fail" >&2
 fi
-in_parallel "$@" || [ $? -eq 5 ] # 5: none of the tests asked for
-python -m pytest -m extra "$@" || [ $? -eq 5 ]
+in_parallel -m "not extra" "$@" || [ $? -eq 5 ] # 5: none of the tests asked for
+in_parallel -m extra "$@" || [ $? -eq 5 ]
