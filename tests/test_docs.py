@@ -1,4 +1,4 @@
-"""The documents keep their word: a smoke run of the quickstart, and (extra) every command of the READMEs after it.
+"""The documents keep their word: (extra) a smoke run of the quickstart, and every command of the READMEs after it.
 
 The commands are run unchanged, in a copy of the repository with data in data/, with flags added that make them small.
 """
@@ -99,6 +99,7 @@ def serve(command: str, path: Path) -> None:
         assert code == 0, f"{command}\n{''.join(said)}"
 
 
+@pytest.mark.extra
 def test_the_quickstart_runs_whole(copy):
     """Smoke: every stage, the control, all scores, a conversation and the report."""
     path, printed = copy
