@@ -176,7 +176,7 @@ EOP
     speed compiled --batch_size "$ROWS" --compile
     speed compiled_big --batch_size "${BIG_ROWS:-128}" --compile
     part train_eager 70 "$PYTHON" benchmarks/train_throughput.py "${train[@]}"
-    part decode 110 "$PYTHON" benchmarks/decode_throughput.py "${benchmark[@]}" --repeats 3 --new_tokens 96
+    part decode 110 "$PYTHON" benchmarks/decode_throughput.py "${benchmark[@]}" --repeats 3 --new_tokens 96 --batch 16
     part profile 50 "$PYTHON" benchmarks/step_profile.py --preset "$PRESET" --device "$DEVICE" --rows "$ROWS" --compile
     part train_compiled 200 "$PYTHON" benchmarks/train_throughput.py "${train[@]}" --compile  # compiles four loops
 }

@@ -18,7 +18,7 @@ from Config import UserError
 from serving.engine import Engine, Job
 from serving.errors import ApiError, dump, stopping
 from serving.guard import Guard
-from serving.models import Model, Models
+from serving.models import Models
 from serving.replies import DONE, Form, Reply, Splitter, Whole, event
 from serving.requests import ChatRequest, CompletionRequest, read_chat, read_completion, read_object, wrong
 from text.chat import encode_chat
@@ -81,29 +81,28 @@ def make_app(models: Models, engine: Engine, max_new_tokens: int, key: str | Non
     @app.post("/v1/chat/completions")
     @app.post("/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = await read(request, read_chat)
-        model = models.named(asked.model)
-        loaded = await open_model(request, model)
+        asked, name, loaded = await begin(request, read_chat)
         if loaded.continues_text:
             raise wrong(f"{loaded.stage} weights continue text and hold no conversation; use /v1/completions", "model")
         opened = loaded.thinks and asked.thinking
         ids = await in_pool(encoder, lambda: chat_prompt(loaded, asked))
-        return await reply_to(request, asked, loaded, ids, Form("chat", model.name), Splitter(opened, asked.stop))
+        return await reply_to(request, asked, loaded, ids, Form("chat", name), Splitter(opened, asked.stop))
 
     @app.post("/v1/completions")
     @app.post("/completions")
     async def complete(request: Request) -> Response:
-        asked = await read(request, read_completion)
-        model = models.named(asked.model)
-        loaded = await open_model(request, model)
+        asked, name, loaded = await begin(request, read_completion)
         ids = await in_pool(encoder, lambda: text_prompt(loaded, asked))
-        return await reply_to(request, asked, loaded, ids, Form("text", model.name), Whole(asked.stop))
+        return await reply_to(request, asked, loaded, ids, Form("text", name), Whole(asked.stop))
 
-    async def open_model(request: Request, model: Model) -> Loaded:
+    async def begin(request: Request, check: Callable[[dict], RequestType]) -> tuple[RequestType, str, Loaded]:
+        """(what is asked, the model's name, its weights)."""
+        asked = await read(request, check)
+        model = models.named(asked.model)
         engine.check_capacity()
         if model.loaded is None:
             await unless_gone(request, engine.until_loaded(model.load()))
-        return model.opened()
+        return asked, model.name, model.opened()
 
     async def reply_to(request: Request, asked: ChatRequest | CompletionRequest, loaded: Loaded, ids: list[int],
                        form: Form, splitter: Splitter | Whole) -> Response:
