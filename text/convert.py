@@ -33,6 +33,9 @@ HEAD = 1_000_000  # bytes that `describe` reads
 SAMPLE = 100  # records that `describe` looks at
 MOST_EXAMPLES = 5
 AROUND = 'one object around its records ("{}")'
+ARRAY_BLOCK = 1 << 20  # characters of an array that are read at a time
+LONGEST_ELEMENT = 1 << 26  # characters
+BEFORE_ARRAY = re.compile(r"\ufeff?\s*(\[\s*)?")
 BETWEEN_VALUES = re.compile(r"[\s,\]]*")
 
 # ---------------------------------------------------------------------------------------------
@@ -85,6 +88,35 @@ def _values(text: str, end: int) -> Iterator[tuple[object, int]]:
         yield value, end
 
 
+def _read_array(stream) -> Iterator[tuple[str, object]]:
+    """The elements of one array, not more than one of which, and ARRAY_BLOCK characters, are held at a time. Behind a
+    malformed one it goes on where another object begins a line as deep as that one."""
+    buffer, position, number, ended = "", 0, 0, False
+    while True:
+        begin = (BETWEEN_VALUES if number else BEFORE_ARRAY).match(buffer, position).end()
+        value, end = None, -1
+        if begin < len(buffer):
+            try:
+                value, end = DECODER.raw_decode(buffer, begin)
+            except (ValueError, RecursionError) as error:
+                value = error if isinstance(error, MalformedRecord) else MalformedRecord(f"not JSON: {error}")
+                indent = buffer[buffer.rfind("\n", 0, begin) + 1:begin]
+                if not indent.strip():
+                    end = buffer.find(f"\n{indent}{{", begin)
+                if end < 0 and (ended or len(buffer) - begin > LONGEST_ELEMENT):
+                    yield f"record {number + 1}", MalformedRecord(f"{value}; the file is not read beyond it")
+                    return
+        if end >= 0:
+            number, position = number + 1, end
+            yield f"record {number}", value
+        elif ended:
+            return
+        else:
+            start = max(0, buffer.rfind("\n", 0, begin))  # the indent of the next element is needed
+            block = stream.read(max(ARRAY_BLOCK, len(buffer) - start))  # twice as much: else a long one takes long
+            buffer, position, ended = buffer[start:] + block, max(position, begin) - start, not block
+
+
 def _read_whole(stream) -> Iterator[tuple[str, object]]:
     """JSON values over several lines, the elements of an array, the list inside an object, or a Python literal."""
     text = stream.read().strip()
@@ -128,8 +160,10 @@ def _text_reader(by_line: bool):
     return read
 
 
-def _layout(text: str, name: str) -> tuple[str, Callable] | None:
-    """(what is unusual about how the records are laid out, their reader), or None where there are none."""
+def layout_of(text: str, name: str) -> tuple[str, Callable] | None:
+    """(what is unusual about how the records are laid out, their reader), or None where there are none. `text` is the
+    beginning of the file called `name`; the reader takes a text stream and yields (where, value), a MalformedRecord in
+    place of a value that cannot be read."""
     csv.field_size_limit(1 << 30)  # a cell may hold a long text
     lines = [match.group().rstrip() for match in itertools.islice(re.finditer(r"\S[^\n]*", text), 2)]
     first, second = [*lines, ""][:2]
@@ -145,7 +179,9 @@ def _layout(text: str, name: str) -> tuple[str, Callable] | None:
         return ("JSON lines that end in a comma" if first.endswith(",") else ""), _read_lines
     if re.match(r"""\[\s*[\[{"'\]]|\{\s*["'}]""", text.lstrip()):
         if first[0] == "[":
-            return "one array, not one object a line", _read_whole
+            element = next(_values(text.lstrip(), 1), (None, 0))[0]
+            streams = isinstance(element, dict) and not is_message(element)
+            return "one array, not one object a line", _read_array if streams else _read_whole
         wrapped = _wrapped(next(_values(text, 0))[0])
         return AROUND.format(wrapped[0]) if wrapped else "JSON over several lines", _read_whole
     if re.search(r"[\x00-\x08\x0e-\x1f]", text):
@@ -240,10 +276,10 @@ def _examine(file: Path) -> Examined:
     if file.name.lower() in DESCRIPTIONS or file.suffix == ".py" and b"GeneratorBasedBuilder" in head:
         return Examined("a description of a dataset, not its data: download its data files")
 
-    encoding = _encoding(head)
+    encoding = encoding_of(head)
     text = codecs.getincrementaldecoder(encoding)("replace").decode(head) if encoding else ""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    layout = _layout(text, file.name) if text.strip() else None
+    layout = layout_of(text, file.name) if text.strip() else None
     if layout is None:
         return Examined(None)
     what_layout, reader = layout
@@ -260,7 +296,7 @@ def _examine(file: Path) -> Examined:
     shapes, kinds, reasons = Counter(), Counter(), []
     for value in values:
         try:
-            record = _as_record(value)
+            record = as_record(value)
             shapes[shape_of(record)] += 1
             kinds[_kind(convert_record(record))] += 1
         except MalformedRecord as error:
@@ -302,8 +338,9 @@ def _names(file: Path) -> dict[str, str]:
         name: _quote(file.with_name(made[name])) for name in made}
 
 
-def _encoding(head: bytes) -> str | None:
-    """UTF-16 by its byte order mark or its zeros; else UTF-8 or GB18030, if all but a few characters are in it."""
+def encoding_of(head: bytes) -> str | None:
+    """The encoding of a file that begins with these bytes: UTF-16 by its byte order mark or its zeros; else UTF-8 or
+    GB18030, if all but a few characters are in it; or None."""
     if (detected := json.detect_encoding(head)) not in ("utf-8", "utf-8-sig"):
         return detected
     for encoding in ("utf-8-sig", "gb18030"):
@@ -329,7 +366,9 @@ def _read(file: Path, packing: str, encoding: str, reader: Callable) -> Iterator
 # the command
 
 
-def _as_record(value) -> dict:
+def as_record(value) -> dict:
+    """The record that a value of a file stands for: a list is a conversation, a string a text. Raises MalformedRecord
+    for any other value but an object, and a MalformedRecord itself."""
     if isinstance(value, MalformedRecord):
         raise value
     record = {list: {"conversations": value}, str: {"text": value}, dict: value}.get(type(value))
@@ -344,7 +383,7 @@ def _kind(record: dict) -> str:
 
 def _to_line(value, kind: str | None, notes: Counter) -> tuple[str, str]:
     """(line, kind) of a value. Raises MalformedRecord, also if the project could not read the line."""
-    record = convert_record(_as_record(value), notes)
+    record = convert_record(as_record(value), notes)
     found = _kind(record)
     if found != (kind or found):
         raise MalformedRecord(f"a {found} record among {kind} records")
