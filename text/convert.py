@@ -42,7 +42,8 @@ BETWEEN_VALUES = re.compile(r"[\s,\]]*")
 # files: readers, each (text stream) → (where, value); what cannot be read is a MalformedRecord in place of the value
 
 
-def _is_list_of_records(value) -> bool:
+def is_list_of_records(value) -> bool:
+    """True for a list of objects that are no messages of one conversation."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not is_message(value[0])
 
 
@@ -59,7 +60,7 @@ def _wrapped(value) -> tuple[str, list] | None:
         columns = [{key: part[row] for key, part in value.items()} for row in parts[0]]
         tables = {"columns": columns, "rows": parts}
         return next(((name, rows) for name, rows in tables.items() if rows and shape_of(rows[0])), None)
-    lists = {key: part for key, part in value.items() if _is_list_of_records(part) and shape_of(part[0])}
+    lists = {key: part for key, part in value.items() if is_list_of_records(part) and shape_of(part[0])}
     if not lists:
         return None
     key, *others = lists  # training and test data are not mixed
@@ -67,12 +68,14 @@ def _wrapped(value) -> tuple[str, list] | None:
     return key, lists[key] + left_out
 
 
-def _read_lines(stream) -> Iterator[tuple[str, object]]:
+def read_json_lines(stream) -> Iterator[tuple[str, object]]:
+    """(where, value) of JSON values, one a line, with or without a comma behind; brackets on a line of their own are
+    left out. Python literals are read too."""
     for number, line in enumerate(stream, start=1):
         line = line.strip().removesuffix(",")
         if line not in ("", "[", "]"):
             value = parse_value(line)
-            yield from ((f"line {number}", each) for each in (value if _is_list_of_records(value) else [value]))
+            yield from ((f"line {number}", each) for each in (value if is_list_of_records(value) else [value]))
 
 
 def _values(text: str, end: int) -> Iterator[tuple[object, int]]:
@@ -171,12 +174,12 @@ def layout_of(text: str, name: str) -> tuple[str, Callable] | None:
     if (isinstance(value, dict) and (second or not _wrapped(value)) or isinstance(later, dict) and first[0] != "["
             or isinstance(value, list) and (second or ".jsonl" in name and isinstance((value or [0])[0], str))):
         if not isinstance(value, (dict, list)):
-            return "", _read_lines
+            return "", read_json_lines
         try:
             DECODER.decode(first.removesuffix(","))
         except ValueError:
-            return "Python literals, not JSON", _read_lines
-        return ("JSON lines that end in a comma" if first.endswith(",") else ""), _read_lines
+            return "Python literals, not JSON", read_json_lines
+        return ("JSON lines that end in a comma" if first.endswith(",") else ""), read_json_lines
     if re.match(r"""\[\s*[\[{"'\]]|\{\s*["'}]""", text.lstrip()):
         if first[0] == "[":
             element = next(_values(text.lstrip(), 1), (None, 0))[0]
@@ -245,6 +248,20 @@ class Examined(NamedTuple):
     kind: str | None = None
 
 
+class Sniffed(NamedTuple):
+    """What the beginning of a file says. `problem`: what it is in place of records, and what to do · `packing`: one of
+    PACKINGS or "" · `encoding`, `layout`, `reader`: as of `encoding_of` and `layout_of`, the reader None where none is
+    known · `text`: the beginning, unpacked · `is_cut`: the file goes on."""
+
+    problem: str | None = None
+    packing: str = ""
+    encoding: str = ""
+    layout: str = ""
+    reader: Callable | None = None
+    text: str = ""
+    is_cut: bool = False
+
+
 def describe(file: Path) -> str | None:
     """One line that says what a data file is and how to convert it; None if it is in our form, or not recognized.
 
@@ -258,39 +275,18 @@ def describe(file: Path) -> str | None:
 
 def _examine(file: Path) -> Examined:
     with open(file, "rb") as stream:
-        head = start = stream.read(HEAD).removeprefix(codecs.BOM_UTF8)
-    names = _names(file)
-    packing = next((suffix for suffix, magic in PACKINGS.items() if start.startswith(magic)), "")
-    if packing:
-        head, unpacked = b"", unpack(io.BytesIO(start), packing)
-        with contextlib.suppress(Exception):  # each library has errors of its own for a file that ends or is damaged
-            while len(head) < HEAD and (block := unpacked.read1(1 << 14)):
-                head += block
-        if not head and len(start) > 100:
-            return Examined(f"damaged: {AGAIN}")
-    for pattern, what, advice in [*(() if packing else UNREADABLE), *NOT_RECORDS]:
-        if pattern.match(head):
-            title = re.search(rb"(?i)<(?:title|code)>\s*([^<]{1,80})", head) if b"<" in head[:9] else None
-            said = f' ("{title[1].decode("utf-8", "replace").strip()}")' if title else ""
-            return Examined(f"{_one_line(what + said)}: {advice.format(**names)}")
-    if file.name.lower() in DESCRIPTIONS or file.suffix == ".py" and b"GeneratorBasedBuilder" in head:
-        return Examined("a description of a dataset, not its data: download its data files")
-
-    encoding = encoding_of(head)
-    text = codecs.getincrementaldecoder(encoding)("replace").decode(head) if encoding else ""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    layout = layout_of(text, file.name) if text.strip() else None
-    if layout is None:
-        return Examined(None)
-    what_layout, reader = layout
+        sniffed = sniff(stream.read(HEAD), file)
+    if sniffed.reader is None:
+        return Examined(sniffed.problem)
+    names, packing, encoding, what_layout, reader, text = _names(file), *sniffed[1:6]
     named = file.suffix if file.suffix in PACKINGS else ""
     if packing != named:
         what = f"not packed as {named}, though named so" if named else f"packed as {packing}, though not named so"
         return Examined(f"{what}: mv -n {names['file']} {_quote(str(file)[:len(str(file)) - len(named)] + packing)}")
-    is_cut = len(head) >= HEAD
-    if is_cut and reader is _read_whole and (opening := re.match(r'\s*\{\s*"([^"]+)"\s*:\s*(?=\[\s*\{)', text)):
+    if sniffed.is_cut and reader is _read_whole and (
+            opening := re.match(r'\s*\{\s*"([^"]+)"\s*:\s*(?=\[\s*\{)', text)):
         text, what_layout = text[opening.end():], AROUND.format(opening[1])
-    elif is_cut and "\n" in text:
+    elif sniffed.is_cut and "\n" in text:
         text = text[:text.rfind("\n") + 1]
     values = [value for _, value in itertools.islice(reader(io.StringIO(text)), SAMPLE)]
     shapes, kinds, reasons = Counter(), Counter(), []
@@ -309,9 +305,35 @@ def _examine(file: Path) -> Examined:
     line = None
     if what and kinds:
         line = f"{what}: python -m text.convert {names['file']} --out {names['converted']}"
-    elif what and reasons and not is_cut:
+    elif what and reasons and not sniffed.is_cut:
         line = f"{what}; its records cannot be converted ({_one_line(reasons[0])})"
     return Examined(line, lambda: _read(file, packing, encoding, reader), kinds.most_common(1)[0][0] if kinds else None)
+
+
+def sniff(start: bytes, file: Path) -> Sniffed:
+    """What the first HEAD bytes of a file say of it; `file` is named in the advice."""
+    head = start = start.removeprefix(codecs.BOM_UTF8)
+    names = _names(file)
+    packing = next((suffix for suffix, magic in PACKINGS.items() if start.startswith(magic)), "")
+    if packing:
+        head, unpacked = b"", unpack(io.BytesIO(start), packing)
+        with contextlib.suppress(Exception):  # each library has errors of its own for a file that ends or is damaged
+            while len(head) < HEAD and (block := unpacked.read1(1 << 14)):
+                head += block
+        if not head and len(start) > 100:
+            return Sniffed(f"damaged: {AGAIN}")
+    for pattern, what, advice in [*(() if packing else UNREADABLE), *NOT_RECORDS]:
+        if pattern.match(head):
+            title = re.search(rb"(?i)<(?:title|code)>\s*([^<]{1,80})", head) if b"<" in head[:9] else None
+            said = f' ("{title[1].decode("utf-8", "replace").strip()}")' if title else ""
+            return Sniffed(f"{_one_line(what + said)}: {advice.format(**names)}")
+    if file.name.lower() in DESCRIPTIONS or file.suffix == ".py" and b"GeneratorBasedBuilder" in head:
+        return Sniffed("a description of a dataset, not its data: download its data files")
+    encoding = encoding_of(head)
+    text = codecs.getincrementaldecoder(encoding)("replace").decode(head) if encoding else ""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    layout, reader = layout_of(text, file.name) or ("", None) if text.strip() else ("", None)
+    return Sniffed(None, packing, encoding or "", layout, reader, text, len(head) >= HEAD)
 
 
 def _one_line(text: str) -> str:

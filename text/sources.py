@@ -13,6 +13,7 @@ from text.records import read_lines
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
 DATA_FOLDER = Path("data")  # where a bare name is looked up
+PUBLISHING = ".prepare_data.publishing"  # a file beside the others while prepare_data.py gives them their names
 KINDS = {"question": ({"question", "answer"}, {"question", "decline"}),  # the keys of each form
          "chat": ({"conversations"},), "text": ({"text"},)}
 
@@ -87,6 +88,7 @@ def find_files(path: str, flag: str = "--data_path") -> list[Path]:
     twice, plain and packed."""
     is_name = re.fullmatch(r"[\w-]+", path) is not None
     if is_name and (found := _find_by_name(path, flag)):
+        _refuse_half_published(found, flag)
         return found
     if is_name and not os.path.exists(path) and (DATA_FOLDER / path).is_dir():
         path = str(DATA_FOLDER / path)
@@ -107,6 +109,7 @@ def find_files(path: str, flag: str = "--data_path") -> list[Path]:
             reason += " (a share is a positive number, as in PATH=0.5)"
     if not found:
         raise UserError(f"{flag} {path}: {reason}")
+    _refuse_half_published(found, flag)
     _refuse_packed_copies(found, flag)
     return sorted(found)
 
@@ -132,6 +135,14 @@ def _refuse_packed_copies(files: list[Path], flag: str) -> None:
         if (other := seen.setdefault((file.parent, name), file)).name != file.name:
             raise UserError(f"{flag}: {min(other, file)} and {max(other, file)} are there, the same data twice: remove "
                             "one, or name the files to read")
+
+
+def _refuse_half_published(files: list[Path], flag: str) -> None:
+    """Raises UserError where prepare_data.py was stopped while it gave its files their names: some shards may lack."""
+    for folder in sorted({file.parent for file in files}):
+        if (folder / PUBLISHING).exists():
+            raise UserError(f"{flag} {folder}: prepare_data.py was stopped while it named its files there: repeat its "
+                            "command with --resume")
 
 
 def _find_by_name(name: str, flag: str) -> list[Path]:

@@ -1,0 +1,428 @@
+"""The phases that find duplicates and leaks.
+
+exact    a task a range of keys    records whose normalized text is the same: the longest stays, then the first
+leaks    one task                  an index of the shingles of all validation files
+sign     a task a shard            signatures of what is left; records that contain validation text
+bands    a task a band             pairs that may be near-duplicates, by their signatures
+verify   a task some pairs         their true overlap
+decide   one task                  which of them go
+
+A record is known by its number: its place among all cleaned training records, in the order of the input.
+"""
+
+import json
+import mmap
+from collections import OrderedDict, defaultdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from prepare.pipeline import TEXT, content_of
+from prepare.similarity import (
+    BANDS,
+    HASHES,
+    band_hashes,
+    band_keys,
+    jaccard,
+    normalize,
+    shingles,
+    signature,
+    text_key,
+)
+from prepare.work import WorkStep, numbered, save_array
+
+# `by`: the record that stays, or the validation record
+REMOVED = np.dtype([("number", "<u8"), ("by", "<u8"), ("overlap", "<f4")])
+SIGNED = np.dtype([("number", "<u8"), ("size", "<u4"), ("chars", "<u4"), ("group", "<u8")])  # size: of the shingle set
+PAIR = np.dtype([("a", "<u8"), ("b", "<u8"), ("overlap", "<f4")])
+RECORDS_IN_RANGE = 8_000_000  # of which the exact and the band phase hold what they need at once, about 300 MB
+MOST_NEIGHBORS = 200  # of a record in one band: of more, those of about its size
+DOUBT = 0.15  # an overlap estimated by 100 hashes is off by more than this in one of a thousand
+LEAST_SHINGLES = 5  # a shorter validation text is only compared as a whole: its few words stand in many texts
+LEAST_QUESTION = 20  # characters: a shorter question of a chat is small talk, which validation may share
+PAIRS_IN_TASK = 20_000
+PAIRS_AT_ONCE = 50_000  # whose signatures are compared at once: 40 MB
+SETS_KEPT = 2_000  # shingle sets that a task keeps, about 15 MB
+
+
+class Corpus:
+    """The cleaned records of some shards, by number: `starts` (n_shards + 1,) where the numbers of each begin."""
+
+    def __init__(self, folder: Path, tasks: list[int], counts: list[int]):
+        self.folder, self.tasks = folder, tasks
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self._open: dict[int, tuple] = {}
+
+    def __getstate__(self):
+        return {"folder": self.folder, "tasks": self.tasks, "starts": self.starts, "_open": {}}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def meta(self, shard: int) -> np.ndarray:
+        """META of a shard's records."""
+        return np.load(numbered(self.folder / "clean", self.tasks[shard], ".npy"))
+
+    def record(self, number: int) -> dict:
+        """A record."""
+        shard = int(np.searchsorted(self.starts, number, "right")) - 1
+        if shard not in self._open:
+            if len(self._open) > 200:
+                self._open.clear()
+            with open(numbered(self.folder / "clean", self.tasks[shard], ".jsonl"), "rb") as file:
+                lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._open[shard] = lines, self.meta(shard)
+        lines, meta = self._open[shard]
+        offset, size = (int(meta[number - self.starts[shard]][name]) for name in ("offset", "size"))
+        return json.loads(lines[offset:offset + size])
+
+
+def corpora(folder: Path, shards) -> tuple[Corpus, Corpus]:
+    """(training, validation) records after the clean phase."""
+    made = []
+    for is_val in (False, True):
+        tasks = [task for task, shard in enumerate(shards) if shard.is_val == is_val]
+        counts = [len(np.load(numbered(folder / "clean", task, ".npy"), mmap_mode="r")) for task in tasks]
+        made.append(Corpus(folder, tasks, counts))
+    return made[0], made[1]
+
+
+def n_ranges(n_records: int) -> int:
+    """In how many parts of the key space records are sorted, so that each fits into memory."""
+    return max(1, -(-n_records // RECORDS_IN_RANGE))
+
+
+# ---------------------------------------------------------------------------------------------
+# exact
+
+
+class FindExact(WorkStep):
+    """Finds records with the same key, in one range of keys a task."""
+
+    def __init__(self, folder: Path, corpus: Corpus):
+        super().__init__(folder, "exact duplicates")
+        self.corpus = corpus
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Writes exact/RANK.npy (REMOVED)."""
+        keys, chars, numbers = [np.empty((0, 2), "<u8")], [np.empty(0, "<u4")], [np.empty(0, "<u8")]
+        for shard, start in enumerate(self.corpus.starts[:-1]):
+            self.tick(rank, shard / len(self.corpus.tasks))
+            meta = self.corpus.meta(shard)
+            mine = np.flatnonzero(meta["key"][:, 0] % np.uint64(world_size) == rank)
+            keys.append(meta["key"][mine])
+            chars.append(meta["chars"][mine])
+            numbers.append(mine.astype("<u8") + np.uint64(start))
+        keys, chars, numbers = np.concatenate(keys), np.concatenate(chars), np.concatenate(numbers)
+        order = np.lexsort((numbers, -chars.astype(np.int64), keys[:, 1], keys[:, 0]))
+        keys, numbers = keys[order], numbers[order]
+        is_new = np.ones(len(keys), bool)
+        is_new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+        stays = numbers[is_new][np.cumsum(is_new) - 1]
+        removed = np.empty(np.count_nonzero(~is_new), REMOVED)
+        removed["number"], removed["by"], removed["overlap"] = numbers[~is_new], stays[~is_new], 1
+        save_array(numbered(self.folder / "exact", rank, ".npy"), np.sort(removed, order="number"))
+
+
+def load_removed(folder: Path, name: str, begin: int, end: int) -> np.ndarray:
+    """REMOVED of the records with numbers begin ≤ n < end, of one of the phases, sorted."""
+    parts = [np.empty(0, REMOVED)]
+    for file in sorted((folder / name).glob("*.npy")):
+        removed = np.load(file, mmap_mode="r")
+        a, b = np.searchsorted(removed["number"], [begin, end])
+        parts.append(np.array(removed[a:b]))
+    return np.sort(np.concatenate(parts), order="number")
+
+
+# ---------------------------------------------------------------------------------------------
+# leaks
+
+
+class IndexValidation(WorkStep):
+    """Indexes the validation records by their shingles. One task: validation files are small."""
+
+    def __init__(self, folder: Path, corpus: Corpus):
+        super().__init__(folder, "index of validation")
+        self.corpus = corpus
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Writes leaks/shingles.npy (sorted, one entry a shingle), leaks/starts.npy and leaks/owners.npy (the records
+        of each), leaks/sizes.npy, and leaks/keys.npy with leaks/key_owners.npy, the whole texts and questions."""
+        hashes, owners, sizes, keys = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)], [], {}
+        for number in range(len(self.corpus)):
+            self.tick(rank, number / len(self.corpus))
+            record = self.corpus.record(number)
+            normalized = normalize(content_of(record))
+            found = shingles(normalized)
+            sizes.append(len(found))
+            if len(found) >= LEAST_SHINGLES:
+                hashes.append(found)
+                owners.append(np.full(len(found), number, np.uint32))
+            keys.setdefault(text_key("content", normalized)[0], number)
+            if "conversations" in record:
+                question = normalize(record["conversations"][0]["content"])
+                is_bare = len(record["conversations"]) == 1  # a question of a test set
+                if is_bare or len(question) >= LEAST_QUESTION:
+                    keys.setdefault(text_key("question", question)[0], number)
+        hashes, owners = np.concatenate(hashes), np.concatenate(owners)
+        order = np.argsort(hashes, kind="stable")
+        unique, starts = np.unique(hashes[order], return_index=True)
+        sorted_keys = sorted(keys)
+        for name, array in (("shingles", unique), ("starts", np.append(starts, len(hashes))), ("owners", owners[order]),
+                            ("sizes", np.array(sizes, np.uint32)), ("keys", np.array(sorted_keys, np.uint64)),
+                            ("key_owners", np.array([keys[key] for key in sorted_keys], np.uint32))):
+            save_array(self.folder / "leaks" / f"{name}.npy", array)
+
+
+class LeakFinder:
+    """Finds the validation record that a training record contains, or is contained in."""
+
+    def __init__(self, folder: Path, contained: float):
+        self.contained = contained
+        self.shingles, self.starts, self.owners, self.sizes, self.keys, self.key_owners = (
+            np.load(folder / "leaks" / f"{name}.npy", mmap_mode="r")
+            for name in ("shingles", "starts", "owners", "sizes", "keys", "key_owners"))
+        self.keys = set(self.keys.tolist())
+        self.smallest = max(1, int(self.sizes[self.sizes >= LEAST_SHINGLES].min(initial=1 << 31)))
+
+    def find(self, record: dict, normalized: str, hashed: np.ndarray) -> tuple[int, float] | None:
+        """(number of the validation record, containment), or None."""
+        keys = [text_key("content", normalized)[0]]
+        keys += [text_key("question", normalize(message["content"]))[0] for message in record.get("conversations", ())
+                 if message["role"] == "user"]
+        for key in keys:
+            if key in self.keys:
+                position = int(np.searchsorted(self.key_array, np.uint64(key)))
+                return int(self.key_owners[position]), 1.0
+        if not len(self.shingles) or not len(hashed):
+            return None
+        found = np.searchsorted(self.shingles, hashed)
+        found[found == len(self.shingles)] = 0
+        hits = found[self.shingles[found] == hashed]
+        if len(hits) < self.contained * min(len(hashed), self.smallest):
+            return None
+        owners = np.concatenate([self.owners[self.starts[hit]:self.starts[hit + 1]] for hit in hits])
+        candidates, common = np.unique(owners, return_counts=True)
+        containment = common / np.minimum(self.sizes[candidates], len(hashed))
+        best = int(np.argmax(containment))
+        return (int(candidates[best]), float(containment[best])) if containment[best] >= self.contained else None
+
+    @cached_property
+    def key_array(self) -> np.ndarray:
+        """The keys, sorted."""
+        return np.array(sorted(self.keys), np.uint64)
+
+
+# ---------------------------------------------------------------------------------------------
+# near duplicates
+
+
+class Sign(WorkStep):
+    """Computes the signatures of a shard's records that are no exact duplicates, and finds those that are leaks."""
+
+    def __init__(self, folder: Path, corpus: Corpus, contained: float, skip: tuple[str, ...]):
+        super().__init__(folder, "signatures, leaks")
+        self.corpus, self.contained, self.skip = corpus, contained, skip
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Writes sign/RANK.npy (SIGNED), signatures/RANK.npy (HASHES, n) and leak/RANK.npy (REMOVED)."""
+        begin, end = map(int, self.corpus.starts[rank:rank + 2])
+        removed = set(load_removed(self.folder, "exact", begin, end)["number"].tolist())
+        finder = LeakFinder(self.folder, self.contained) if "leak" not in self.skip else None
+        meta, signed, signatures, leaks = self.corpus.meta(rank), [], [], []
+        for number in range(begin, end):
+            self.tick(rank, (number - begin) / (end - begin))
+            if number in removed:
+                continue
+            record = self.corpus.record(number)
+            normalized = normalize(content_of(record))
+            hashed = shingles(normalized)
+            leak = finder.find(record, normalized, hashed) if finder else None
+            if leak is not None:
+                leaks.append((number, *leak))
+            elif len(hashed) and "near" not in self.skip:
+                row = meta[number - begin]
+                # chats are compared with chats in which the same numbers stand in the same order
+                group = 0 if row["kind"] == TEXT else int(row["numbers"]) | 1
+                signed.append((number, len(hashed), row["chars"], group))
+                signatures.append(signature(hashed))
+        save_array(numbered(self.folder / "sign", rank, ".npy"), np.array(signed, SIGNED))
+        rows = np.array(signatures, np.uint32).reshape(-1, HASHES).T
+        save_array(numbered(self.folder / "signatures", rank, ".npy"), np.ascontiguousarray(rows))
+        save_array(numbered(self.folder / "leak", rank, ".npy"), np.array(leaks, REMOVED))
+
+
+class Signed:
+    """All signed records, by their position among them."""
+
+    def __init__(self, folder: Path, n_shards: int):
+        self.folder = folder
+        parts = [np.load(numbered(folder / "sign", shard, ".npy")) for shard in range(n_shards)]
+        self.rows = np.concatenate([np.empty(0, SIGNED), *parts])
+        self.starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+        self._maps: dict[int, np.ndarray] = {}
+
+    def _shard(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:
+            if len(self._maps) > 500:
+                self._maps.clear()
+            self._maps[shard] = np.load(numbered(self.folder / "signatures", shard, ".npy"), mmap_mode="r")
+        return self._maps[shard]
+
+    def band(self, band: int) -> np.ndarray:
+        """The values (ROWS, n) of one band."""
+        hashes = band_hashes(band)
+        return np.concatenate([self._shard(shard)[hashes] for shard in range(len(self.starts) - 1)], axis=1)
+
+    def signatures(self, positions: np.ndarray) -> np.ndarray:
+        """The signatures (n, HASHES) of the records at sorted positions."""
+        made = np.empty((len(positions), HASHES), np.uint32)
+        bounds = np.searchsorted(positions, self.starts)
+        for shard in np.flatnonzero(bounds[1:] > bounds[:-1]).tolist():
+            a, b = bounds[shard:shard + 2]
+            made[a:b] = self._shard(shard)[:, positions[a:b] - self.starts[shard]].T
+        return made
+
+    def estimates(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The estimated overlap of pairs of positions."""
+        positions, where = np.unique(np.concatenate([a, b]), return_inverse=True)
+        signatures = self.signatures(positions)
+        return (signatures[where[:len(a)]] == signatures[where[len(a):]]).mean(axis=1)
+
+
+class FindPairs(WorkStep):
+    """Finds pairs that have one band in common and may overlap enough."""
+
+    def __init__(self, folder: Path, n_shards: int, near: float):
+        super().__init__(folder, "candidates")
+        self.n_shards, self.near = n_shards, near
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Task RANK is one band, and one range of its keys: writes pairs/RANK.npy, positions (n, 2)."""
+        signed = Signed(self.folder, self.n_shards)
+        band, range_, ranges = rank % BANDS, rank // BANDS, world_size // BANDS
+        keys = band_keys(signed.band(band), signed.rows["group"])
+        mine = np.flatnonzero(keys % np.uint64(ranges) == range_)
+        order = mine[np.lexsort((signed.rows["size"][mine], keys[mine]))]
+        keys, size = keys[order], signed.rows["size"][order].astype(np.float64)
+        found = [np.empty((0, 2), np.int64)]
+        for distance in range(1, MOST_NEIGHBORS + 1):
+            first = np.flatnonzero(keys[distance:] == keys[:-distance])
+            if not len(first):
+                break
+            first = first[size[first] >= self.near * size[first + distance]]  # else they cannot overlap enough
+            for begin in range(0, len(first), PAIRS_AT_ONCE):
+                self.tick(rank, 0.5)
+                a, b = order[first[begin:begin + PAIRS_AT_ONCE]], order[first[begin:begin + PAIRS_AT_ONCE] + distance]
+                likely = signed.estimates(a, b) >= self.near - DOUBT
+                found.append(np.stack([np.minimum(a, b)[likely], np.maximum(a, b)[likely]], axis=1))
+        save_array(numbered(self.folder / "pairs", rank, ".npy"), np.unique(np.concatenate(found), axis=0))
+
+
+def merge_pairs(folder: Path, tasks: int) -> int:
+    """Put the pairs of all bands together, each once, in pairs/all.npy. Returns their number."""
+    parts = [np.load(numbered(folder / "pairs", task, ".npy")) for task in range(tasks)]
+    pairs = np.unique(np.concatenate([np.empty((0, 2), np.int64), *parts]), axis=0)
+    save_array(folder / "pairs" / "all.npy", pairs)
+    return len(pairs)
+
+
+class _Sets:
+    """The shingles of records, the last ones kept."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus, self.kept = corpus, OrderedDict()
+
+    def of(self, number: int) -> np.ndarray:
+        if number in self.kept:
+            self.kept.move_to_end(number)
+            return self.kept[number]
+        found = shingles(normalize(content_of(self.corpus.record(number))))
+        self.kept[number] = found
+        if len(self.kept) > SETS_KEPT:
+            self.kept.popitem(last=False)
+        return found
+
+
+class Verify(WorkStep):
+    """Computes the overlap of some of the pairs."""
+
+    def __init__(self, folder: Path, corpus: Corpus, near: float):
+        super().__init__(folder, "verify")
+        self.corpus, self.near = corpus, near
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Writes verified/RANK.npy (PAIR, of positions), the pairs that overlap enough."""
+        begin, end = rank * PAIRS_IN_TASK, (rank + 1) * PAIRS_IN_TASK
+        pairs = np.load(self.folder / "pairs" / "all.npy", mmap_mode="r")[begin:end]
+        numbers = Signed(self.folder, len(self.corpus.tasks)).rows["number"]
+        sets, found = _Sets(self.corpus), []
+        for done, (a, b) in enumerate(pairs.tolist()):
+            self.tick(rank, done / len(pairs))
+            overlap = jaccard(sets.of(int(numbers[a])), sets.of(int(numbers[b])))
+            if overlap >= self.near:
+                found.append((a, b, overlap))
+        save_array(numbered(self.folder / "verified", rank, ".npy"), np.array(found, PAIR))
+
+
+class Decide(WorkStep):
+    """Decides which near-duplicates go: of records that are linked by overlaps, from the longest to the shortest, each
+    that overlaps enough with one that stays. So every record that goes has one that stays in its place."""
+
+    def __init__(self, folder: Path, corpus: Corpus, near: float, tasks: int):
+        super().__init__(folder, "decide")
+        self.corpus, self.near, self.tasks = corpus, near, tasks
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Writes near/000000.npy (REMOVED)."""
+        parts = [np.load(numbered(self.folder / "verified", task, ".npy")) for task in range(self.tasks)]
+        pairs = np.concatenate([np.empty(0, PAIR), *parts])
+        signed, sets, removed = Signed(self.folder, len(self.corpus.tasks)), _Sets(self.corpus), []
+        for done, members in enumerate(_components(pairs)):
+            self.tick(rank, min(0.99, done / 1000))
+            members = np.array(members)
+            rows = signed.rows[members]
+            order = np.lexsort((rows["number"], -rows["chars"].astype(np.int64)))
+            members, rows = members[order], rows[order]
+            by_position = np.argsort(members)
+            signatures = np.empty((len(members), HASHES), np.uint32)
+            signatures[by_position] = signed.signatures(members[by_position])
+            stays: list[int] = []
+            for i, row in enumerate(rows):
+                likely = (signatures[stays] == signatures[i]).mean(axis=1) >= self.near - DOUBT if stays else ()
+                overlaps = [(jaccard(sets.of(int(row["number"])), sets.of(int(rows[j]["number"]))), -j)
+                            for j in np.array(stays)[likely]] if len(likely) else []
+                overlap, j = max(overlaps, default=(0.0, 0))
+                if overlap >= self.near:
+                    removed.append((row["number"], rows[-j]["number"], overlap))
+                else:
+                    stays.append(i)
+        save_array(numbered(self.folder / "near", 0, ".npy"), np.sort(np.array(removed, REMOVED), order="number"))
+
+
+def describe_near(folder: Path, n_pairs: int) -> dict:
+    """The near-duplicates for the manifest: pairs whose overlap was computed, records that stay for others, and the
+    most that one stays for, itself counted."""
+    stays, counts = np.unique(load_removed(folder, "near", 0, 1 << 62)["by"], return_counts=True)
+    return {"pairs_compared": n_pairs, "groups": len(stays), "largest": int(counts.max(initial=0)) + bool(len(stays))}
+
+
+def _components(pairs: np.ndarray) -> list[list[int]]:
+    """The positions that are linked by pairs, directly or through others, in groups."""
+    parent: dict[int, int] = {}
+
+    def root(x: int) -> int:
+        while parent.setdefault(x, x) != x:
+            parent[x] = x = parent[parent[x]]
+        return x
+
+    for a, b in zip(pairs["a"].tolist(), pairs["b"].tolist(), strict=True):
+        a, b = root(a), root(b)
+        parent[max(a, b)] = min(a, b)
+    groups = defaultdict(list)
+    for x in sorted(parent):
+        groups[root(x)].append(x)
+    return [groups[first] for first in sorted(groups)]
+
+

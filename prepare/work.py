@@ -1,0 +1,258 @@
+"""The work folder of a run of the recipe: files that are whole or not there, counts, progress, and the phases.
+
+A phase is a datatrove pipeline over numbered tasks. Each task writes files of its own, under names that end in its
+number, and datatrove notes that it is done; a run that goes on skips it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import multiprocess
+import numpy as np
+import zstandard
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from loguru import logger
+
+from common.files import cannot_save, process_lives, temporary_name, write_whole
+from Config import UserError
+
+NOWHERE = open(os.devnull, "w")  # noqa: SIM115  for the life of the process: loguru keeps it
+ZSTD_LEVEL = 6
+TICK_SECONDS = 1.0
+
+# ---------------------------------------------------------------------------------------------
+# files
+
+
+def numbered(folder: Path, task: int, suffix: str) -> Path:
+    """The file of a task in a folder."""
+    return folder / f"{task:06d}{suffix}"
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file atomically. Raises UserError as write_whole."""
+    write_whole(path, lambda stream: np.save(stream, array))
+
+
+def save_json(path: Path, value) -> None:
+    """Write a JSON file atomically. Raises UserError as write_whole."""
+    write_whole(path, lambda stream: stream.write(json.dumps(value, ensure_ascii=False, indent=1).encode(
+        "utf-8", "backslashreplace")))
+
+
+def load_json(path: Path):
+    """The value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class LineWriter:
+    """JSON lines of one file, packed by zstd where its name ends in .zst, written under a temporary name until `close`.
+    Nothing is made of an unopened one. Raises UserError when a line cannot be written.
+
+    records, raw_bytes: what was written.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.records, self.raw_bytes, self.offsets = path, 0, 0, []
+        self._temporary, self._file, self._stream = temporary_name(path), None, None
+
+    def write(self, record: dict) -> int:
+        """Write a record; the number of bytes of its line."""
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            if self._stream is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._temporary, "wb")  # noqa: SIM115
+                packed = self.path.suffix == ".zst"
+                self._stream = zstandard.ZstdCompressor(ZSTD_LEVEL).stream_writer(self._file, closefd=False) if (
+                    packed) else self._file
+            self._stream.write(line)
+        except OSError as error:
+            raise cannot_save(self.path, error) from None
+        self.records += 1
+        self.raw_bytes += len(line)
+        return len(line)
+
+    def close(self) -> None:
+        """Give the file its name, if anything was written."""
+        if self._stream is None:
+            return
+        try:
+            if self._stream is not self._file:
+                self._stream.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+        except OSError as error:
+            raise cannot_save(self.path, error) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self.close()
+        elif self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+                self._temporary.unlink()
+
+
+# ---------------------------------------------------------------------------------------------
+# counts
+
+
+class Tally:
+    """What the steps did to the records of one task.
+
+    Of each step: `in`, `changed` and `dropped` by kind ("text", "chat"), dropped ones by `reasons` and by `by_source`,
+    and `counts` of what it changed.
+    """
+
+    FIELDS = ("in", "changed", "dropped", "reasons", "by_source", "counts")
+
+    def __init__(self):
+        self.steps: dict[str, dict[str, Counter]] = {}
+
+    def of(self, step: str) -> dict[str, Counter]:
+        """The counters of a step."""
+        return self.steps.setdefault(step, {field: Counter() for field in self.FIELDS})
+
+    def add(self, steps: dict[str, dict[str, dict[str, int]]]) -> None:
+        """Add the counts that another tally saved."""
+        for step, fields in steps.items():
+            for field, counts in fields.items():
+                self.of(step)[field].update(counts)
+
+
+# ---------------------------------------------------------------------------------------------
+# phases
+
+
+class WorkStep(PipelineStep):
+    """A step of a phase: datatrove's, with the work folder, a name in its log and signs of life."""
+
+    type = "recipe"
+
+    def __init__(self, folder: Path, name: str):
+        super().__init__()
+        self.folder, self.name = folder, name
+        self.main_process, self._ticked = os.getpid(), 0.0
+
+    def tick(self, task: int, share: float) -> None:
+        """Note which share of a task is done; ends the process if that which started the run has ended."""
+        now = time.monotonic()
+        if now - self._ticked < TICK_SECONDS:
+            return
+        self._ticked = now
+        if not process_lives(self.main_process):
+            os._exit(1)  # all that is whole has its name already
+        with contextlib.suppress(OSError):
+            numbered(self.folder / "progress", task, ".txt").write_text(f"{share:.4f}")
+
+
+class _Executor(LocalPipelineExecutor):
+    """datatrove's local executor, whose workers write to their log files alone and leave Ctrl-C to the main process."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
+        if multiprocess.parent_process() is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with contextlib.redirect_stderr(NOWHERE):
+            return super()._run_for_rank(rank, local_rank, node_rank)
+
+
+class Phases:
+    """Runs the phases of one work folder, each once, with progress lines.
+
+    `weights` of a phase: how long it takes beside the others, to estimate what is left.
+    """
+
+    def __init__(self, folder: Path, workers: int, weights: dict[str, float], say: Callable[[str], None] = print):
+        self.folder, self.workers, self.weights, self.say = folder, workers, weights, say
+        self.begin, self.skipped = time.monotonic(), 0.0
+        self.done = 0.0
+
+    def run(self, name: str, tasks: int, pipeline: list[PipelineStep]) -> None:
+        """Run what is not done of a phase. Raises what a task raises, and UserError when a worker was killed."""
+        log = self.folder / "phases" / name
+        before = len(list((log / "completions").glob("*"))) if log.exists() else 0
+        if tasks and before < tasks:
+            progress = self.folder / "progress"
+            progress.mkdir(parents=True, exist_ok=True)
+            for file in progress.glob("*.txt"):
+                file.unlink()
+            logger.remove()
+            executor = _Executor(pipeline, tasks=tasks, workers=min(self.workers, tasks), logging_dir=str(log))
+            with _Watch(self, name, tasks, log, before):
+                executor.run()
+        self.skipped += self.weights[name] * before / max(1, tasks)
+        self.done += self.weights[name]
+
+    def show(self, name: str, share: float) -> None:
+        """Print how far the run is."""
+        seconds = time.monotonic() - self.begin
+        done = self.done + self.weights[name] * share
+        computed, total = done - self.skipped, sum(self.weights.values())
+        left = f", about {_minutes(seconds / computed * (total - done))} left" if computed > 0.02 * total else ""
+        self.say(f"{name}: {share:4.0%}, {done / total:.0%} of all, {_minutes(seconds)}{left}")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+class _Watch:
+    """Beside a phase: prints its progress every few seconds, and stops it when a worker was killed, for which datatrove
+    would wait without end."""
+
+    EVERY = 5.0
+
+    def __init__(self, phases: Phases, name: str, tasks: int, log: Path, before: int):
+        self.phases, self.name, self.tasks, self.log, self.before = phases, name, tasks, log, before
+        self.ended, self.killed = threading.Event(), None
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.ended.set()
+        self.thread.join()
+        if self.killed is not None:
+            raise UserError(f"a worker ended in the phase {self.name} ({self.killed}): too little memory? "
+                            "Go on with --resume and fewer --workers") from None
+
+    def _watch(self) -> None:
+        shown, workers = time.monotonic(), {}
+        while not self.ended.wait(0.5):
+            for worker in multiprocess.active_children():
+                workers[worker.pid] = worker
+            failed = next((worker for worker in workers.values() if worker.exitcode not in (
+                None, 0, -signal.SIGTERM)), None)  # SIGTERM: the pool has ended
+            if failed is not None and not self.ended.is_set():
+                code = failed.exitcode
+                self.killed = f"signal {-code}" if code < 0 else f"exit code {code}"
+                os.kill(os.getpid(), signal.SIGINT)  # the main thread waits in datatrove
+                return
+            if time.monotonic() - shown >= self.EVERY:
+                shown = time.monotonic()
+                self.phases.show(self.name, self._share())
+
+    def _share(self) -> float:
+        done = len(list((self.log / "completions").glob("*")))
+        running = 0.0
+        for file in (self.phases.folder / "progress").glob("*.txt"):
+            if not (self.log / "completions" / f"{int(file.stem):05d}").exists():
+                with contextlib.suppress(OSError, ValueError):
+                    running += float(file.read_text())
+        return min(1.0, (done + running) / self.tasks)

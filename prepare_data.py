@@ -1,0 +1,297 @@
+"""Stage before all others: raw files → training files, cleaned, without duplicates and without validation text.
+
+    python prepare_data.py --data_path raw/ --dry_run                      # 1,000 records a file: what would go, and why
+    python prepare_data.py --data_path raw/ --val_path val/ --out_dir data
+    python prepare_data.py --data_path raw/ --val_path val/ --out_dir data --resume
+
+--data_path: JSON lines, a JSON array, Parquet, CSV or plain text, packed or not; files, folders, globs or addresses that
+fsspec knows; pretraining text and chats in the common shapes, R1 replies too. In --out_dir the stages find, without a
+flag, what the input holds:
+
+    pretrain-*.jsonl.zst       documents
+    sft_512-*.jsonl.zst        chats of up to 512 tokens of the tokenizer; sft_mini_512 is a sample of them
+    sft_1024-*.jsonl.zst       chats of 513 to 1,024 tokens
+    r1_1024-*.jsonl.zst        chats whose replies think, of up to 1,024 tokens
+    data_report.md, charts/    what each step changed and dropped; manifest.json: the same for programs
+    dropped/, listed/          every record that was dropped, by step; replies that refuse or name another assistant
+
+docs/DATA.md gives every rule, and the commands for well-known data sets. Chats need a tokenizer: where there is none yet,
+the text is written, and the run says how to go on.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import unicodedata
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are as many as the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from common import exits  # noqa: E402
+from common.lock import OutDirLock  # noqa: E402
+from Config import OneLineParser, UserError, number  # noqa: E402
+from prepare.step import Options, Step  # noqa: E402
+from text.tokenizer import DEFAULT_FOLDER, TextEncoder, load_tokenizer  # noqa: E402
+
+DRY_RUN = 1000  # records of each file
+# how long the phases take beside one another, for the estimate of what is left (docs/DATA.md)
+WEIGHTS = {"read": 12, "clean": 50, "exact": 1, "leaks": 1, "sign": 14, "bands": 8, "verify": 4, "decide": 1,
+           "write_text": 6, "write_chats": 14, "mini": 3}
+LAST_STEPS = (  # those that look at several records, or at tokens
+    Step("exact", "Of records whose normalized text is the same (NFKC, lower case, without white space and punctuation), "
+         "the longest stays, then the first.", "ours; like the exact deduplication of CCNet, on whole records", "whole", None),
+    Step("leak", "A record goes that shares at least --contained of the five-character shingles of the shorter one with a "
+         "record of --val_path, or asks a question of it.", "ours; containment as in Broder 1997", "whole", None),
+    Step("near", "A record goes whose shingles overlap by at least --near (Jaccard) with those of a longer one that stays; "
+         "candidates by MinHash, every overlap computed. Chats with other numbers are never duplicates.",
+         "MinHash as in Broder 1997; 20 bands of 5, in two arrangements", "whole", None),
+    Step("too_long", "A chat of more than 1,024 tokens is set aside.", "the longest row of the stages", "chat", None),
+)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments. Exits with 2, after one line, where one is wrong."""
+    default = Options()
+    parser = OneLineParser(prog="prepare_data.py", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_path", nargs="+", metavar="PATH", required=True, help="raw files, folders, globs or addresses")
+    add("--val_path", nargs="+", metavar="PATH", default=[],
+        help="validation and test files: nothing that they hold stays in the output")
+    add("--out_dir", default="data", help="folder to write (default: %(default)s)")
+    add("--tokenizer_path", default=DEFAULT_FOLDER, help="folder of the tokenizer that measures chats (default: %(default)s)")
+    add("--dry_run", action="store_true", help=f"read {DRY_RUN:,} records a file, print what each step would drop, write nothing")
+    add("--resume", action="store_true", help="go on with a run that was stopped")
+    add("--workers", type=number(int, 1), default=os.cpu_count(), help="processes; the output is the same (default: %(default)s)")
+    add("--rename_field", nargs="+", metavar="OLD=NEW", default=[], help="names of fields, as in body=text q=question a=answer")
+    add("--simplify", action="store_true", help="traditional → simplified characters (pip install opencc)")
+    add("--min_chars", type=number(int, 0), default=default.min_chars,
+        help="drop shorter documents, white space not counted (default: %(default)s)")
+    add("--max_chars", type=number(int, 1), default=default.max_chars, help="drop longer documents and chats (default: %(default)s)")
+    add("--min_han", type=number(float, 0, 1), default=default.min_han,
+        help="drop text with a smaller share of hanzi among its letters (default: %(default)s)")
+    add("--blocklist", metavar="FILE", help="drop every record that holds one of these words, one a line")
+    add("--assistant_name", metavar="NAME", help="what an assistant calls itself instead of ChatGPT and the like")
+    add("--drop_refusals", action="store_true", help="drop replies that refuse without need (else they are only listed)")
+    add("--near", type=number(float, 0.3, 1), default=default.near, help="overlap of near-duplicates (default: %(default)s)")
+    add("--contained", type=number(float, 0.1, 1), default=default.contained,
+        help="share of the shorter text that makes a leak (default: %(default)s)")
+    add("--mini_share", type=number(float, 0, 1), default=default.mini_share,
+        help="share of sft_512 that is in sft_mini_512 (default: %(default)s)")
+    add("--skip", nargs="+", metavar="STEP", default=[], help="steps to leave out, by the names in the report")
+    add("--max_bad_ratio", type=number(float, 0, 1), default=0.01,
+        help="stop when more than this share of the records is malformed (default: %(default)s)")
+    add("--shard_mb", type=number(int, 1), default=default.shard_mb, help="size of an output file before packing (default: %(default)s)")
+    add("--task_mb", type=number(int, 1), default=16, help="size of a task: a worker holds one (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=default.seed, help="seed of the sample (default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "prepare_data.py", *(sys.argv[1:] if argv is None else argv)])
+    args.rename_field = tuple(tuple(pair.split("=", 1)) for pair in args.rename_field)
+    if any(len(pair) != 2 or not all(pair) for pair in args.rename_field):
+        parser.error("--rename_field: each is OLD=NEW, as in body=text")
+    if args.min_chars > args.max_chars:
+        parser.error(f"--min_chars {args.min_chars} is greater than --max_chars {args.max_chars}")
+    return args
+
+
+def make_options(args: argparse.Namespace, names: set[str]) -> Options:
+    """The options of the steps. Raises UserError on an unknown step and on a blocklist that cannot be read."""
+    if unknown := sorted(set(args.skip) - names):
+        raise UserError(f"--skip {unknown[0]}: no such step; the steps are {', '.join(sorted(names))}")
+    words = ()
+    if args.blocklist:
+        try:
+            lines = Path(args.blocklist).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--blocklist {args.blocklist}: {error}") from None
+        words = tuple(sorted({line.strip() for line in lines if line.strip()}))
+        if not words:
+            raise UserError(f"--blocklist {args.blocklist}: no words in it, one a line")
+    taken = {field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if field.name != "blocklist"}
+    return Options(**taken | {"blocklist": words, "skip": tuple(sorted(args.skip))})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe. Returns 0, or 2 where chats wait for a tokenizer. Raises UserError."""
+    args = parse_args(argv)
+    try:
+        import datatrove  # noqa: F401
+    except ImportError:
+        raise UserError("prepare_data.py needs the package datatrove: pip install -r requirements-extra.txt") from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            return run(args, Path(folder), None)
+    out_dir = Path(args.out_dir)
+    lock = OutDirLock.take(args.out_dir, args.command)
+    try:
+        return run(args, out_dir / ".prepare", out_dir)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) else 130
+        command = args.command if args.resume else f"{args.command} --resume"
+        raise exits.TrainingStopped(f"stopped; go on with: {command}", code) from None
+    finally:
+        del lock
+
+
+def is_finished(args: argparse.Namespace, out_dir: Path, work: Path, settings: dict) -> bool:
+    """True where out_dir holds the whole result of these settings. Raises UserError where --resume is missing, and where
+    what is there was begun with other settings."""
+    before, manifest = work / "settings.json", out_dir / "manifest.json"
+    if not before.exists() and not manifest.exists():
+        if args.resume:
+            print(f"{out_dir}: nothing to go on with; from the beginning")
+        return False
+    if not args.resume:
+        raise UserError(f"--out_dir {out_dir}: a run of prepare_data.py is there already: add --resume to go on with it, "
+                        "or choose another --out_dir")
+    if not before.exists():
+        raise UserError(f"{before} is missing: remove {manifest} and the files it names, or choose another --out_dir")
+    begun, now = json.loads(before.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    for name in sorted({*begun["options"], *now["options"]}):
+        if begun["options"].get(name) != now["options"].get(name):
+            raise UserError(f"--{name}: this run was begun with {begun['options'].get(name)}; repeat its command, or "
+                            "choose another --out_dir")
+    if begun["task_mb"] != now["task_mb"]:
+        raise UserError(f"--task_mb: this run was begun with {begun['task_mb']}; repeat its command")
+    if begun["files"] != now["files"]:
+        changed = next(new or old for old, new in zip_longest(begun["files"], now["files"]) if old != new)
+        raise UserError(f"{changed[0]}: the files of --data_path and --val_path, or their sizes, are not those that this "
+                        "run was begun with; choose another --out_dir")
+    return manifest.exists() and json.loads(manifest.read_text(encoding="utf-8"))["complete"]
+
+
+def keep_tokenizer(path: str, work: Path) -> None:
+    """Note the tokenizer by which chats are sorted. Raises UserError where the run was begun with another."""
+    from prepare.work import save_json
+
+    fingerprint, noted = TextEncoder.of(load_tokenizer(path)).fingerprint, work / "tokenizer.json"
+    if noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != fingerprint:
+        raise UserError(f"--tokenizer_path {path}: this run was begun with another tokenizer; choose another --out_dir")
+    save_json(noted, fingerprint)
+
+
+def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
+    """The phases, in order, in the folder `work`; then the files in out_dir (None: a dry run)."""
+    from prepare import duplicates, outputs, pipeline, summary
+    from prepare.inputs import find_raw_files
+    from prepare.report import write_report
+    from prepare.work import Phases, save_json
+
+    begin = time.monotonic()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    options = make_options(args, {step.name for step in (*pipeline.STEPS, *LAST_STEPS)})
+
+    # -- what comes in
+    files, others = find_raw_files(args.data_path, "--data_path")
+    val_files, more = find_raw_files(args.val_path, "--val_path") if args.val_path else ([], [])
+    others += more
+    files += val_files
+    print(f"{len(files) - len(val_files):,} files to prepare, {len(val_files):,} of validation, "
+          f"{sum(file.size for file in files) / 1e6:,.1f} MB; {args.workers} workers", flush=True)
+    if others:
+        print(f"left alone, as their names are not those of data: {len(others):,} ({', '.join(others[:3])}, …)")
+    if not val_files:
+        print("no --val_path: nothing keeps your validation and test texts out of the training files")
+    settings = {"options": dataclasses.asdict(options), "task_mb": args.task_mb, "files": [list(file) for file in files]}
+    if out_dir is not None and is_finished(args, out_dir, work, settings):
+        print(f"{out_dir}: finished before")
+        return 0
+    save_json(work / "settings.json", settings)
+    phases = Phases(work, args.workers, WEIGHTS, lambda line: print(line, flush=True))
+
+    # -- read
+    reading = pipeline.ReadRaw(work, files, options.rename_field, DRY_RUN if out_dir is None else None)
+    phases.run("read", len(files), [reading, pipeline.WriteShards(work, reading, args.task_mb * 1_000_000)])
+    inputs, shards = pipeline.read_results(work, len(files))
+    summary.say_inputs(inputs, args.max_bad_ratio)
+
+    # -- clean
+    phases.run("clean", len(shards), pipeline.clean_pipeline(work, shards, options))
+    corpus, validation = duplicates.corpora(work, shards)
+    kinds = {int(kind) for shard in range(len(corpus.tasks)) for kind in set(corpus.meta(shard)["kind"])}
+
+    # -- duplicates and leaks
+    n_shards = len(corpus.tasks)
+    if "exact" not in options.skip:
+        phases.run("exact", duplicates.n_ranges(len(corpus)), [duplicates.FindExact(work, corpus)])
+    phases.run("leaks", 1, [duplicates.IndexValidation(work, validation)])
+    phases.run("sign", n_shards, [duplicates.Sign(work, corpus, options.contained, options.skip)])
+    bands = duplicates.BANDS * duplicates.n_ranges(len(corpus))
+    phases.run("bands", bands, [duplicates.FindPairs(work, n_shards, options.near)])
+    n_pairs = duplicates.merge_pairs(work, bands)
+    parts = -(-n_pairs // duplicates.PAIRS_IN_TASK)
+    phases.run("verify", parts, [duplicates.Verify(work, corpus, options.near)])
+    phases.run("decide", 1, [duplicates.Decide(work, corpus, options.near, parts)])
+
+    # -- write
+    has_chats, has_tokenizer = bool(kinds - {pipeline.TEXT}), os.path.isdir(args.tokenizer_path)
+    write = [work, corpus, validation]
+    phases.run("write_text", n_shards, [outputs.WriteStage(*write, (pipeline.TEXT,), None, options.seed)])
+    if has_chats and has_tokenizer:
+        keep_tokenizer(args.tokenizer_path, work)
+        phases.run("write_chats", n_shards, [outputs.WriteStage(
+            *write, (pipeline.CHAT, pipeline.R1), args.tokenizer_path, options.seed)])
+        outputs.choose_sample(work, options.mini_share)
+        phases.run("mini", n_shards, [outputs.WriteSample(work, args.tokenizer_path)])
+
+    # -- publish
+    tally, written = outputs.sum_counts(work)
+    whole = has_tokenizer or not has_chats
+    steps = [step for step in pipeline.STEPS if step.name not in options.skip and step.when(options)]
+    steps += [step for step in LAST_STEPS if step.name not in options.skip]
+    manifest = {
+        "format": 1, "complete": whole,
+        "run": {"command": args.command, "started": started, "seconds": round(time.monotonic() - begin, 1),
+                "workers": args.workers, "versions": {"python": platform.python_version()} | {
+                    name: version(name) for name in ("datatrove", "numpy", "zstandard", "tokenizers")} | {
+                    "unicode": unicodedata.unidata_version}},
+        "settings": settings["options"] | {"task_mb": args.task_mb}, "inputs": inputs, "left_alone": others, "outputs": [],
+        "steps": [summary.describe_step(step, tally) for step in steps], "near": duplicates.describe_near(work, n_pairs),
+    }
+    staged = work / "staged"
+    shutil.rmtree(staged, ignore_errors=True)
+    for name in outputs.OUTPUTS:
+        if name in written.outputs:
+            pieces = outputs.join_pieces(work / "out", staged, name, options.shard_mb * 1_000_000)
+            manifest["outputs"].append(outputs.describe_output(name, written.outputs[name], pieces))
+    for folder in ("dropped", "listed"):
+        manifest[folder] = [
+            {"file": f"{folder}/{path.name}"} | outputs.describe_file(path)
+            for name in sorted(path.name for path in (work / folder).glob("*"))
+            for path in outputs.join_pieces(work / folder, staged / folder, name)]
+    summary.check_account(manifest, is_whole=whole)
+    if out_dir is None:
+        summary.say_steps(manifest)
+        return 0
+    save_json(staged / "manifest.json", manifest)
+    write_report(staged, manifest)
+    outputs.publish(staged, out_dir)
+    summary.say_steps(manifest)
+    print(f"{out_dir}/data_report.md tells the whole; {out_dir}/dropped/ holds what was dropped")
+    if not whole:
+        print(f"the chats wait for a tokenizer, since they are sorted by tokens, and there is no {args.tokenizer_path}: "
+              f"python train_tokenizer.py --data_path {out_dir / 'pretrain-*.jsonl.zst'}, then {args.command} --resume",
+              file=sys.stderr)
+        return 2
+    keep = work / "settings.json"
+    for path in work.iterdir():
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exits.run(main))
