@@ -35,12 +35,13 @@ def _turns_before(messages: list[dict], index: int) -> list[dict]:
     return messages[:end]
 
 
-def _cut(messages: list[dict], index: int, reason: str, counts: Counter) -> list[dict] | Drop:
-    """The conversation without the turn of messages[index] and all after it, or a Drop if nothing is left."""
+def _cut(messages: list[dict], index: int, reason: str, counts: Counter, what: str | None = None) -> list[dict] | Drop:
+    """The conversation without the turn of messages[index] and all after it, or a Drop if nothing is left; `what` is
+    counted, the reason if not given."""
     kept = _turns_before(messages, index)
     if not kept:
         return Drop(reason)
-    counts[f"cut before: {reason}"] += 1
+    counts[f"cut before: {what or reason}"] += 1
     return kept
 
 
@@ -149,7 +150,7 @@ def form_thoughts(messages: list[dict], options: Options, counts: Counter) -> li
             counts["empty thoughts left out"] += 1
             content = TAG_PATTERN.split(content)[-1 if OPEN_ANSWER not in content else 3].strip()
         elif shape != BARE:
-            return _cut(formed, index, f"thought {shape}", counts)
+            return _cut(formed, index, shape, counts, f"a malformed thought ({shape})")
         formed.append({"role": "assistant", "content": content})
     return formed
 
@@ -221,10 +222,11 @@ DONE = (
     r"(?:\s*(?:自主|独立|共同|联合|精心|最新|全新|所|新|一起|倾力|专门|[于在]\s?\d{4}\s?年(?:\s?\d+\s?月)?))*\s*"
     r"(?:开发|研发|研制|训练|预训练|微调|创建|创造|推出|打造|设计|制作|制造|构建|提供|发布|搭建|培训|开源)")
 MADE = r"(?:trained|developed|created|made|built|designed|released|fine-?tuned|trained and developed)"
-# Between "我是" and a name: articles, kinds, makers. Any other word there, and the sentence says something else.
+# Between "我是" and a name: articles, kinds, makers. Any other word there, and the sentence says something else. The
+# group is atomic: many such words in a row are read in one way only.
 FILLER = (
-    rf"(?:\s|一(?:个|款|名|位|种|台)|个|款|大型|超大规模|大规模|大|小|小型|超级|智能|虚拟|中文|语言|对话|聊天|知识增强|预训练|通用|"
-    rf"多模态|新一代|开源|专业|在线|认知|{KIND}|名字?(?:叫|为|是)|叫做?|称为|被称为|我|是|的|产品|系统|来自|旗下|基于|中国|国内|"
+    rf"(?>\s+|{KIND}|一(?:个|款|名|位|种|台)|个|款|大型|超大规模|大规模|大|小|小型|超级|智能|虚拟|中文|语言|对话|聊天|知识增强|预训练|通用|"
+    rf"多模态|新一代|开源|专业|在线|认知|名字?(?:叫|为|是)|叫做?|称为|被称为|我|是|的|产品|系统|来自|旗下|基于|中国|国内|"
     r"[，,、：:“\"「『《(（]|"
     r"an?\b|the\b|large\b|artificial intelligence\b|helpful\b|virtual\b|called\b|named\b|known as\b|by\b|or\b|"
           r"your\b|conversational\b|powered\b|from\b)")
@@ -268,7 +270,13 @@ class Patterns(NamedTuple):
 
 
 @lru_cache(None)
+def _mention(family: Family) -> re.Pattern:
+    return re.compile(f"{family.names}|{family.makers}", re.I)
+
+
+@lru_cache(None)
 def _patterns(family: Family) -> Patterns:
+    """The patterns of a family; they are made where it is met, which takes a while."""
     name = rf"(?:(?<![A-Za-z])(?:{family.names}){SUFFIX}(?![A-Za-z]))"
     maker = rf"(?:(?<![A-Za-z])(?:{family.makers})(?![A-Za-z]){ORGANIZATION})"
     either = rf"(?:(?<![A-Za-z])(?:{family.makers}|{family.names})(?![A-Za-z]){ORGANIZATION})"
@@ -307,6 +315,8 @@ def _claims(messages: list[dict]) -> tuple[list[Family], int]:
         return [], 0
     families, said = [], set()
     for family in FAMILIES:
+        if not any(_mention(family).search(m["content"]) for m in messages):
+            continue
         patterns, found = _patterns(family), set()
         for index, message in enumerate(messages):
             role, text = message["role"], message["content"]
@@ -376,7 +386,7 @@ def _rename(sentence: str, patterns: Patterns, name: str, role: str) -> str:
 
     def drop_english(match: re.Match) -> str:
         """Trained by OpenAI, behind a noun; behind "was" it stays."""
-        if TO_BE.search(sentence[:match.start()]):
+        if TO_BE.search(sentence[max(0, match.start() - 12):match.start()]):
             return match[0]
         return "" if named else f" called {name}"
 
@@ -398,10 +408,11 @@ def _rename(sentence: str, patterns: Patterns, name: str, role: str) -> str:
 SORRY = r"(?:我)?(?:非常|很|十分|真的?|实在|深感|感到|表示)*(?:抱歉|对不起|不好意思|遗憾)[呢啊哦]?[，,。！!\s]*"
 ADVERB = r"(?:们|目前|现在|暂时|还|并|也|是|完全|确实|只|个人|本身|恐怕|可能|自己|，|,|\s)*"
 UNABLE = r"(?:无法|不能够?|没有办法|没办法|不便|不可以|无权|不具备|没有能力|没有权限|不会|不应该|不提供|不愿意?|拒绝)"
-DO = (r"(?:提供|回答|解答|答复|回应|完成|帮|协助|生成|创建|创作|制作|绘制|画|执行|处理|理解|访问|浏览|打开|判断|确定|确认|给出|"
-      r"给任何|给您|告诉|满足|讨论|评论|评价|发表|支持|继续|查看|查询|获取|翻译|写|编写|撰写|预测|进行|透露|分享|"
-      r"播放|设置|发送|显示|识别|推荐|参与|涉及|知道|"
-      r"得知|了解|做出|这样做|实时|直接|干预|建议|鼓励|接受任何|持有|协助|看到|听到|体验|感受|代替)")
+DO = (
+    r"(?:提供|回答|解答|答复|回应|完成|帮|协助|生成|创建|创作|制作|绘制|画|执行|处理|理解|访问|浏览|打开|"
+    r"判断|确定|确认|给出|给任何|给您|告诉|满足|讨论|评论|评价|发表|支持|继续|查看|查询|获取|翻译|写|"
+    r"编写|撰写|预测|进行|透露|分享|播放|设置|发送|显示|识别|推荐|参与|涉及|知道|得知|了解|做出|这样做|"
+    r"实时|直接|干预|建议|鼓励|接受任何|持有|看到|听到|体验|感受|代替)")
 AI_SELF = (r"(?:作为|身为|我(?:只|仅|仅仅|只不过)?是)[^，。,\n]{0,24}?(?:AI|人工智能|模型|助手|助理|机器人|计算机程序)"
            r"[^，。,\n]{0,10}[，,。\s]*(?:所以|因此|但)?")
 NO_SELF = r"没有(?:个人|情感|感情|感受|意见|观点|偏好|喜好|能力|权限|身体|实体|意识|自己的|主观|任何)"
@@ -472,12 +483,13 @@ def cut_refusals(messages: list[dict], options: Options, counts: Counter) -> lis
     if not refusals:
         return messages
     counts["replies that refuse"] += len(refusals)
-    return _cut(messages, refusals[0], "a refusal", counts) if options.drop_refusals else messages
+    return _cut(messages, refusals[0], "refusal", counts) if options.drop_refusals else messages
 
 
 def listed(messages: list[dict]) -> list[str]:
     """The lists that a conversation belongs to, of "self_mentions" and "refusals". It is to be asked before the step
-    `assistants`: what is renamed or cut is in no list."""
+    `assistants`, also of conversations that `roles` has not seen: what is renamed or cut is in no list."""
+    messages = [m for m in messages if m["role"] in KEPT_KEYS and m.get("content")]
     return ["self_mentions"] * bool(_claims(messages)[0]) + ["refusals"] * bool(find_refusals(messages))
 
 

@@ -84,7 +84,7 @@ def _find(path: str) -> tuple[list[str], list[str]]:
     if "://" in path:
         return sorted(shown(name) for name in system.glob(root) if system.isfile(name)), []
     return sorted(name if path.startswith("/") else os.path.relpath(name) for name in system.glob(root)
-                  if system.isfile(name)), []
+                  if system.isfile(name) and not re.search(r"/\.[^/]*$", name)), []
 
 
 def _size(path: str) -> int:
@@ -167,7 +167,7 @@ class RawReader:
 
     def _refuse(self, number: int, reason: str) -> None:
         self.malformed += 1
-        self.reasons[re.sub(r"\d+", "N", reason)] += 1
+        self.reasons[re.sub(r"(?<![\w-])\d+", "N", reason)] += 1
         if len(self.examples) < MOST_EXAMPLES:
             self.examples.append(f"{self.file.path} line {number}: {reason}"[:300])
 
@@ -194,12 +194,12 @@ class RawReader:
                 hashed = _Hashed(raw)
                 try:
                     if sniffed.reader is not None:
-                        with unpack(io.BufferedReader(hashed, 1 << 16), sniffed.packing) as stream:
-                            for number, value in self._parsed(stream, sniffed):
-                                self.n_read = hashed.n_read
-                                yield number, value
+                        buffered = io.BufferedReader(hashed, 1 << 16)
+                        for number, value in self._parsed(unpack(buffered, sniffed.packing), sniffed):
+                            self.n_read = hashed.n_read
+                            yield number, value
                 finally:
-                    if with_hash and not hashed.closed:
+                    if with_hash:
                         self.sha256 = hashed.read_rest()
         except (OSError, EOFError, zlib.error, UnicodeError) as error:
             self.unreadable = f"not read beyond record {number}: {' '.join(str(error).split()) or type(error).__name__}"
@@ -211,8 +211,11 @@ class RawReader:
             return
         strict = sniffed.encoding.startswith(("utf-16", "utf-32"))
         text = io.TextIOWrapper(stream, sniffed.encoding, "strict" if strict else "surrogateescape")
-        for where, value in sniffed.reader(text):
-            yield int(re.search(r"\d+", where)[0]), value
+        try:
+            for where, value in sniffed.reader(text):
+                yield int(re.search(r"\d+", where)[0]), value
+        finally:
+            text.detach()  # else it would close the file, whose rest is to be hashed
 
     def _parquet_rows(self) -> Iterator[dict]:
         import pyarrow

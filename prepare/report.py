@@ -3,12 +3,10 @@
 Equal manifests give equal bytes, and so do manifests that differ only under "run": no times, no names of the machine.
 """
 
-import glob
 import re
-import shlex
 from collections import Counter, defaultdict
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from common.files import write_lines, write_whole
 
@@ -324,9 +322,8 @@ def _where_to_look(manifest: dict) -> list[str]:
     notes = {"dropped": "left out of the output", "listed": "chats to have a look at"}
     rows = [[plain(item["file"]), notes[kind], f"{item['records']:,}", _size(item["bytes"])] for kind, item in files]
     most = max((item for _, item in files), key=lambda item: item["records"])
-    path = PurePath(manifest["settings"].get("out_dir") or ".") / most["file"]
     return [*_table(["file", "its records are", "records", "size"], rows, right=2), "",
-            *_commands([f"zstd -dc {shlex.quote(str(path))} | head -n 3"])]
+            *_commands([f"zstd -dc {most['file']} | head -n 3"])]
 
 
 def _commands(commands: list[str]) -> list[str]:
@@ -334,32 +331,23 @@ def _commands(commands: list[str]) -> list[str]:
 
 
 def _next_commands(manifest: dict, account: Account) -> list[str]:
-    written = {output["name"]: output for output in manifest["outputs"] if output["records"]}
-    tokenizer = manifest["settings"].get("tokenizer_path") or "weakwater_tokenizer"
-    tokenizer_flag = "" if tokenizer == "weakwater_tokenizer" else f" --tokenizer_path {shlex.quote(tokenizer)}"
-    commands = []
-    if account.waiting.total() or written and all(output["tokens"] is None for output in written.values()):
-        source = _data_path(manifest, written["pretrain"]) if "pretrain" in written else " ".join(
-            [" --data_path", *map(shlex.quote, manifest["settings"].get("data_path") or [])])
-        commands.append(f"python train_tokenizer.py{source}{tokenizer_flag}")
-    if account.waiting.total():
-        return [*_commands(commands), "",
-                "Then the same command as before with `--resume`: the chats are split by their number of tokens."]
-    for name, stage in STAGES.items():
-        if name in written:
-            flag = tokenizer_flag if name == "pretrain" else ""  # later stages find it in the weights they start from
-            commands.append(f"python {stage}{_data_path(manifest, written[name])}{flag}")
-    return _commands(commands) if commands else ["Nothing was written, so there is nothing to train on."]
-
-
-def _data_path(manifest: dict, output: dict) -> str:
-    """The flag that names the files of an output, or "" in data/, where the stage finds them by their name."""
-    folder = PurePath(manifest["settings"].get("out_dir") or ".")
-    names = [file["name"] for file in output["files"]]
-    if folder == PurePath("data"):
-        return ""
-    path = folder / names[0] if len(names) == 1 else PurePath(glob.escape(str(folder))) / f"{output['name']}-*"
-    return f" --data_path {shlex.quote(str(path))}"
+    """Commands for a folder called data/, where the stages find their files by name. The real name is not in the
+    report, which is the same wherever it is written."""
+    written = {output["name"] for output in manifest["outputs"] if output["records"]}
+    waiting = account.waiting.total()
+    commands = ["python train_tokenizer.py"] if waiting or "pretrain" in written else []
+    commands += [f"python {stage}" for name, stage in STAGES.items() if name in written and not waiting]
+    if not commands:
+        return ["Nothing was written, so there is nothing to train on."]
+    if not waiting:
+        text = ["The stages find these files by their names, where this folder is `data/` (elsewhere: `--data_path "
+                "FOLDER/NAME-*.jsonl.zst`). A tokenizer that is there already need not be trained again."]
+    elif "pretrain" in written:
+        text = ["Then the command that wrote this, with `--resume`: the chats are split by their number of tokens."]
+    else:
+        text = ["with `--data_path` and the files that hold the chats; then the command that wrote this, with "
+                "`--resume`: the chats are split by their number of tokens."]
+    return [*_commands(commands), "", *text]
 
 
 def _rules(manifest: dict) -> list[str]:

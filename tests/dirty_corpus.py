@@ -24,6 +24,7 @@ import lzma
 import random
 import re
 import sys
+import tempfile
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -48,44 +49,57 @@ GIVEN = ("知若清文书景子思静明远亭云雨晓春秋海山川宁安和�
 PLACES = ("青白石柳桃梅竹松枫桐荷莲菱芦苇云霞雾露霜冰雪星月虹燕鹤雁鹭鹿马牛羊鱼虾龙凤金银铜铁玉珠",
           "溪河湖泉潭井塘湾滩洲沙桥渡津岸坡岭岗峰岩洞谷坪原田园林圃亭阁楼台寺庙塔墙门关", "镇村乡寨县庄")
 TABLES = {name: words.split() for name, words in {
-    "who": """木匠 船工 邮差 裁缝 药师 渔夫 教师 铁匠 厨师 画匠 石匠 守林人 放牛娃 账房先生 磨坊主人 养蜂人 茶农 瓦匠
-        说书人 钟表匠 护士 司机 收音机修理工 图书管理员 气象员 水文站站员 摄影师 编辑 果农 灯塔看守人 兽医 乐师 染坊师傅""",
-    "kin": """母亲 祖父 外婆 弟弟 妹妹 叔叔 姑妈 邻居 同伴 徒弟 老朋友 房东 堂兄 表姐 舅舅 嫂子 同学 掌柜 学徒 队长
-        客人 孩子们 老师傅 村里的老人 同行的人 隔壁的婶婶 旧日的同事 会计 对门的大爷""",
-    "spot": """茶馆 渡口 石桥边 车站 码头 祠堂 后院 阁楼 磨坊 学校操场 布店 药铺 打谷场 井台 戏台下 候船室 旧书摊 河堤
-        菜市场 苗圃 砖窑 水库边 粮站 果园深处 晒场 屋檐下 灶台旁 凉亭 竹林尽头 卫生院 广播站 瓜棚 老槐树底下 仓库""",
-    "thing": """油纸伞 铜壶 旧地图 竹篮 棉布包袱 怀表 陶罐 书信 收音机 木梳 渔网 风筝 相册 药方 种子 毛毯 墨水瓶 铁锁
-        煤油灯 算盘 账本 草帽 胡琴 印章 镰刀 望远镜 自行车 缝纫机 剪刀 瓷碗 笔记本 照相机 手套 蓑衣 象棋 温度计 鱼竿""",
-    "act": """沿着田埂慢慢往回走 把门板卸下来晾晒 给窗纸刷上新的米浆 蹲在地上挑拣豆子 写完了最后的家书 收拾好行李准备动身
-        点起炉火烧水 在黑板上画出水渠的走向 把歪斜的篱笆扶正 量了量门框的宽度 替病人熬药 背着孩子过河 翻找压在箱底的布料
-        给果树剪枝 记下当天的雨量 补好漏水的屋顶 牵着毛驴去驮盐 把鱼干挂满绳子 修理漏气的风箱 核对送来的货单 往坛子里撒盐
-        教徒弟辨认木纹 站在高处张望 打听去县城的班车 合上书页发了很久的呆 数着远处的灯火 给邻村送去消息 擦亮了生锈的门环
-        搬开挡路的石头 在信封背面画了草图 替老人念报纸 用麻绳捆紧柴火 把墙上的字描了又描 听完广播才肯吃饭""",
-    "when": """清明前后 天刚亮的时候 秋收以后 腊月里 梅雨季节 傍晚收工时 开春那阵子 入伏以来 霜降过后 集市散场后 夜深时
-        午饭刚过 雪化的日子 端午前夕 立冬那天 放学以后 大雾散尽时 涨水的季节 鸡叫头遍 黄昏将近 月亮升起来时 中秋夜里
-        停电的晚上 年关将近 谷雨时节 新茶上市那阵子 暑假里 渡船停航期间 戏班子进村那天 赶集的日子 晌午时分""",
-    "sky": """天色阴沉 细雨下个不停 西风紧了起来 太阳晒得石板发烫 薄雾笼着山腰 云层压得很低 雪粒敲着瓦片 雷声由远而近
-        晚霞烧红了半边天 空气里有潮湿的泥土味 星星特别亮 北风刮得窗户直响 露水打湿了裤脚 阳光斜斜照进来 闷热得叫人喘不过气
-        月光铺在水面上 雨后的天空格外干净 冰凌挂满了屋檐 热浪贴着地面翻滚 风里带着稻花的香气""",
-    "road": "青石板路 山间小道 河边的土路 通往码头的街 村口大路 铁路旁的便道 田间的机耕路 盘山公路 巷子深处 桥面 堤坝 长街",
-    "sound": """远处的捣衣声 断断续续的蝉鸣 磨盘转动的声音 水车吱呀作响 谁家的狗叫 算盘珠子的脆响 汽笛声 打铁的叮当声
-        瓦片上的雨声 孩子背书的声音 风吹竹叶的沙沙声 灶膛里柴火的噼啪声 卖豆腐的吆喝 胡琴的调子 更夫的梆子声 鸽哨""",
-    "mood": "笑着 平静 着急 小声 认真 犹豫 爽快 惊讶 不慌不忙 有些得意 低着头 缓缓 郑重 半开玩笑 懒洋洋 略带歉意",
-    "food": """腌笋 芝麻糖 米酒 豆腐干 藕粉 柿饼 腊鱼 荞麦面 桂花糕 绿豆汤 咸鸭蛋 麦芽糖 山核桃 菱角 糯米团子 辣酱
-        红薯粉 梅干菜 炒米 姜茶 酸枣膏 栗子鸡 莲子羹 酱萝卜 烤饼 杏仁茶""",
-    "plant": "海棠 山茶 蔷薇 油菜花 紫藤 腊梅 石榴 芍药 栀子 牵牛花 木槿 向日葵 桂花 野菊 凌霄 合欢 芦花 杜鹃 玉簪 鸢尾",
-    "work": """编竹器 酿酱油 扎灯笼 烧石灰 织土布 晒海盐 造纸 打银器 做豆豉 刻木版 采药材 养蚕 制茶 捕鱼 修钟表 种香菇
-        熬糖 做油纸伞 烧瓦 弹棉花 绣花 磨香油""",
-    "say": """明天再去也不迟 这门手艺不能丢 等水退了再说 你看山那边的云 火候还差得远 账要当面算清楚 慢工才能出细活
-        路上多加小心 种子要挑饱满的 别忘了给门上锁 先把肚子填饱要紧 他说的话我记着呢 船总会来的 字写得比去年端正
-        这雨怕是要下到月底 谁也没想到会这样 东西旧了也舍不得扔 心里有数就好 来年还在这里见面 不懂就要多问""",
-    "look": """脸上沾着煤灰 袖口磨得发白 眼睛熬得通红 鞋底沾满了泥 嗓子有些沙哑 头发被风吹乱 手上全是老茧 背驼得厉害
-        眉头皱得很紧 嘴角带着笑意 步子迈得很大 衣服上落满雪花 额头冒着细汗 神情有些恍惚""",
-    "why": """路实在难走 木料还没有干透 缺少懂行的人 山洪冲垮了便桥 布料涨了价 机器总出毛病 天气说变就变 消息传得太慢
-        年轻人都进了城 土质偏酸 水渠年久失修 账目对不上 灯油快要用完 药材受了潮 班车临时改道 秤砣丢了""",
-    "end": """事情总算有了着落 大家这才松了口气 院子重新安静下来 没有人再提起从前的争执 灯光照得满屋通亮 船顺利靠了岸
-        新苗齐刷刷冒出头来 手艺就这样传了下来 客人带着礼物走了 墙上多出了新的字迹 孩子在凳子上睡着了 炉子里的火也慢慢熄了
-        收成比往年好些 门外又响起熟悉的脚步声 他把名字写在了扉页 信终于寄到了""",
+    "who": """木匠 船工 邮差 裁缝 药师 渔夫 教师 铁匠 厨师 画匠 石匠 守林人 放牛娃 账房先生 磨坊主人 养蜂人 茶农
+        瓦匠 说书人 钟表匠 护士 司机 收音机修理工 图书管理员 气象员 水文站站员 摄影师 编辑 果农 灯塔看守人 兽医
+        乐师 染坊师傅""",
+    "kin": """母亲 祖父 外婆 弟弟 妹妹 叔叔 姑妈 邻居 同伴 徒弟 老朋友 房东 堂兄 表姐 舅舅 嫂子 同学 掌柜 学徒
+        队长 客人 孩子们 老师傅 村里的老人 同行的人 隔壁的婶婶 旧日的同事 会计 对门的大爷""",
+    "spot": """茶馆 渡口 石桥边 车站 码头 祠堂 后院 阁楼 磨坊 学校操场 布店 药铺 打谷场 井台 戏台下 候船室
+        旧书摊 河堤 菜市场 苗圃 砖窑 水库边 粮站 果园深处 晒场 屋檐下 灶台旁 凉亭 竹林尽头 卫生院 广播站 瓜棚
+        老槐树底下 仓库""",
+    "thing": """油纸伞 铜壶 旧地图 竹篮 棉布包袱 怀表 陶罐 书信 收音机 木梳 渔网 风筝 相册 药方 种子 毛毯 墨水瓶
+        铁锁 煤油灯 算盘 账本 草帽 胡琴 印章 镰刀 望远镜 自行车 缝纫机 剪刀 瓷碗 笔记本 照相机 手套 蓑衣 象棋
+        温度计 鱼竿""",
+    "act": """沿着田埂慢慢往回走 把门板卸下来晾晒 给窗纸刷上新的米浆 蹲在地上挑拣豆子 写完了最后的家书
+        收拾好行李准备动身 点起炉火烧水 在黑板上画出水渠的走向 把歪斜的篱笆扶正 量了量门框的宽度 替病人熬药
+        背着孩子过河 翻找压在箱底的布料 给果树剪枝 记下当天的雨量 补好漏水的屋顶 牵着毛驴去驮盐 把鱼干挂满绳子
+        修理漏气的风箱 核对送来的货单 往坛子里撒盐 教徒弟辨认木纹 站在高处张望 打听去县城的班车
+        合上书页发了很久的呆 数着远处的灯火 给邻村送去消息 擦亮了生锈的门环 搬开挡路的石头 在信封背面画了草图
+        替老人念报纸 用麻绳捆紧柴火 把墙上的字描了又描 听完广播才肯吃饭""",
+    "when": """清明前后 天刚亮的时候 秋收以后 腊月里 梅雨季节 傍晚收工时 开春那阵子 入伏以来 霜降过后 集市散场后
+        夜深时 午饭刚过 雪化的日子 端午前夕 立冬那天 放学以后 大雾散尽时 涨水的季节 鸡叫头遍 黄昏将近
+        月亮升起来时 中秋夜里 停电的晚上 年关将近 谷雨时节 新茶上市那阵子 暑假里 渡船停航期间 戏班子进村那天
+        赶集的日子 晌午时分""",
+    "sky": """天色阴沉 细雨下个不停 西风紧了起来 太阳晒得石板发烫 薄雾笼着山腰 云层压得很低 雪粒敲着瓦片
+        雷声由远而近 晚霞烧红了半边天 空气里有潮湿的泥土味 星星特别亮 北风刮得窗户直响 露水打湿了裤脚
+        阳光斜斜照进来 闷热得叫人喘不过气 月光铺在水面上 雨后的天空格外干净 冰凌挂满了屋檐 热浪贴着地面翻滚
+        风里带着稻花的香气""",
+    "road": """青石板路 山间小道 河边的土路 通往码头的街 村口大路 铁路旁的便道 田间的机耕路 盘山公路 巷子深处
+        桥面 堤坝 长街""",
+    "sound": """远处的捣衣声 断断续续的蝉鸣 磨盘转动的声音 水车吱呀作响 谁家的狗叫 算盘珠子的脆响 汽笛声
+        打铁的叮当声 瓦片上的雨声 孩子背书的声音 风吹竹叶的沙沙声 灶膛里柴火的噼啪声 卖豆腐的吆喝 胡琴的调子
+        更夫的梆子声 鸽哨""",
+    "mood": """笑着 平静 着急 小声 认真 犹豫 爽快 惊讶 不慌不忙 有些得意 低着头 缓缓 郑重 半开玩笑 懒洋洋
+        略带歉意""",
+    "food": """腌笋 芝麻糖 米酒 豆腐干 藕粉 柿饼 腊鱼 荞麦面 桂花糕 绿豆汤 咸鸭蛋 麦芽糖 山核桃 菱角 糯米团子
+        辣酱 红薯粉 梅干菜 炒米 姜茶 酸枣膏 栗子鸡 莲子羹 酱萝卜 烤饼 杏仁茶""",
+    "plant": """海棠 山茶 蔷薇 油菜花 紫藤 腊梅 石榴 芍药 栀子 牵牛花 木槿 向日葵 桂花 野菊 凌霄 合欢 芦花 杜鹃
+        玉簪 鸢尾""",
+    "work": """编竹器 酿酱油 扎灯笼 烧石灰 织土布 晒海盐 造纸 打银器 做豆豉 刻木版 采药材 养蚕 制茶 捕鱼 修钟表
+        种香菇 熬糖 做油纸伞 烧瓦 弹棉花 绣花 磨香油""",
+    "say": """明天再去也不迟 这门手艺不能丢 等水退了再说 你看山那边的云 火候还差得远 账要当面算清楚
+        慢工才能出细活 路上多加小心 种子要挑饱满的 别忘了给门上锁 先把肚子填饱要紧 他说的话我记着呢 船总会来的
+        字写得比去年端正 这雨怕是要下到月底 谁也没想到会这样 东西旧了也舍不得扔 心里有数就好 来年还在这里见面
+        不懂就要多问""",
+    "look": """脸上沾着煤灰 袖口磨得发白 眼睛熬得通红 鞋底沾满了泥 嗓子有些沙哑 头发被风吹乱 手上全是老茧
+        背驼得厉害 眉头皱得很紧 嘴角带着笑意 步子迈得很大 衣服上落满雪花 额头冒着细汗 神情有些恍惚""",
+    "why": """路实在难走 木料还没有干透 缺少懂行的人 山洪冲垮了便桥 布料涨了价 机器总出毛病 天气说变就变
+        消息传得太慢 年轻人都进了城 土质偏酸 水渠年久失修 账目对不上 灯油快要用完 药材受了潮 班车临时改道
+        秤砣丢了""",
+    "end": """事情总算有了着落 大家这才松了口气 院子重新安静下来 没有人再提起从前的争执 灯光照得满屋通亮
+        船顺利靠了岸 新苗齐刷刷冒出头来 手艺就这样传了下来 客人带着礼物走了 墙上多出了新的字迹
+        孩子在凳子上睡着了 炉子里的火也慢慢熄了 收成比往年好些 门外又响起熟悉的脚步声 他把名字写在了扉页
+        信终于寄到了""",
 }.items()}
 TEMPLATES = [line for line in """
 {when}，{who}{name}{act}，{kin}在{spot}等着。
@@ -151,38 +165,65 @@ TEMPLATES = [line for line in """
 """.strip().splitlines() if line]
 
 JAPANESE = """
-{m}という名前を古い手紙の中で見つけました。|朝の市場では新鮮な魚と野菜がならんでいます。|祖母はいつも縁側でお茶を飲みながら庭をながめていた。
-電車を降りると、海の匂いがかすかにしました。|この町には小さな図書館がひとつだけあります。|雨が上がったので、子どもたちは公園へ走っていった。
-彼女は毎晩日記をつけることを習慣にしている。|駅前のパン屋は朝早くから客でいっぱいだ。|冬になると、湖はすっかり凍ってしまうそうです。
-友だちに借りた本を、まだ最後まで読んでいない。|山の上からは、遠くの島まではっきり見えた。|祭りの夜、通りには色とりどりの提灯がともる。
-""".replace("\n", "|").strip("|").split("|")
+{m}という名前を古い手紙の中で見つけました。
+朝の市場では新鮮な魚と野菜がならんでいます。
+祖母はいつも縁側でお茶を飲みながら庭をながめていた。
+電車を降りると、海の匂いがかすかにしました。
+この町には小さな図書館がひとつだけあります。
+雨が上がったので、子どもたちは公園へ走っていった。
+彼女は毎晩日記をつけることを習慣にしている。
+駅前のパン屋は朝早くから客でいっぱいだ。
+冬になると、湖はすっかり凍ってしまうそうです。
+友だちに借りた本を、まだ最後まで読んでいない。
+山の上からは、遠くの島まではっきり見えた。
+祭りの夜、通りには色とりどりの提灯がともる。
+""".strip().splitlines()
 KOREAN = """
-{m} 이라는 이름을 오래된 편지에서 보았습니다.|아침 시장에는 신선한 생선과 채소가 가득합니다.|할머니는 늘 마당에 앉아 차를 마시며 하늘을 보셨다.
-기차에서 내리자 바다 냄새가 희미하게 났습니다.|이 마을에는 작은 도서관이 하나밖에 없습니다.|비가 그치자 아이들은 공원으로 뛰어갔다.
-그녀는 매일 밤 일기를 쓰는 습관이 있습니다.|역 앞의 빵집은 이른 아침부터 손님으로 붐빈다.|겨울이 되면 호수는 완전히 얼어붙는다고 합니다.
-친구에게 빌린 책을 아직 끝까지 읽지 못했다.|산 위에서는 멀리 있는 섬까지 또렷하게 보였다.|축제의 밤에는 거리마다 색색의 등불이 켜진다.
-""".replace("\n", "|").strip("|").split("|")
+{m} 이라는 이름을 오래된 편지에서 보았습니다.
+아침 시장에는 신선한 생선과 채소가 가득합니다.
+할머니는 늘 마당에 앉아 차를 마시며 하늘을 보셨다.
+기차에서 내리자 바다 냄새가 희미하게 났습니다.
+이 마을에는 작은 도서관이 하나밖에 없습니다.
+비가 그치자 아이들은 공원으로 뛰어갔다.
+그녀는 매일 밤 일기를 쓰는 습관이 있습니다.
+역 앞의 빵집은 이른 아침부터 손님으로 붐빈다.
+겨울이 되면 호수는 완전히 얼어붙는다고 합니다.
+친구에게 빌린 책을 아직 끝까지 읽지 못했다.
+산 위에서는 멀리 있는 섬까지 또렷하게 보였다.
+축제의 밤에는 거리마다 색색의 등불이 켜진다.
+""".strip().splitlines()
 ENGLISH = """
-The name {m} was found in an old letter.|The market opens before sunrise and closes around noon.|My grandmother kept bees behind the barn.
-We walked along the river until the path disappeared.|There is only one small library in this town.|After the rain the children ran straight to the park.
-She writes a page in her diary every single night.|The bakery near the station is crowded in the morning.|In winter the lake freezes from shore to shore.
-He has not finished the book that I lent him.|From the summit you could see the distant islands.|Lanterns of every color hung over the street that evening.
-""".replace("\n", "|").strip("|").split("|")
+The name {m} was found in an old letter.
+The market opens before sunrise and closes around noon.
+My grandmother kept bees behind the barn.
+We walked along the river until the path disappeared.
+There is only one small library in this town.
+After the rain the children ran straight to the park.
+She writes a page in her diary every single night.
+The bakery near the station is crowded in the morning.
+In winter the lake freezes from shore to shore.
+He has not finished the book that I lent him.
+From the summit you could see the distant islands.
+Lanterns of every color hung over the street that evening.
+""".strip().splitlines()
 SIMPLIFIED, TRADITIONAL = (
-    "国学这们个来时说为会过还没开门间问见长车东书话语读写张马鱼鸟风点钟热爱图远运进连边笔纸红绿线织灯烧烟热药银铁铜锁钥针镜"
-    "页题顺须预领颜饭馆饼饿银针样树桥楼机条极构标栏档横检归队阳阴阶际陆陈随难雾灵静带帮师归录办务动劳势医单卖双变叶号听启员"
-    "响园围场坏块坚坛坝备处复头夹奋妇娘宁实宽宾对寻导将尽层屋岁岗岛岭币帐广庆库应庙废开异弃张弯弹强当彻径忆忧怀态总恋惊惯",
-    "國學這們個來時說為會過還沒開門間問見長車東書話語讀寫張馬魚鳥風點鐘熱愛圖遠運進連邊筆紙紅綠線織燈燒煙熱藥銀鐵銅鎖鑰針鏡"
-    "頁題順須預領顏飯館餅餓銀針樣樹橋樓機條極構標欄檔橫檢歸隊陽陰階際陸陳隨難霧靈靜帶幫師歸錄辦務動勞勢醫單賣雙變葉號聽啟員"
-    "響園圍場壞塊堅壇壩備處復頭夾奮婦娘寧實寬賓對尋導將盡層屋歲崗島嶺幣帳廣慶庫應廟廢開異棄張彎彈強當徹徑憶憂懷態總戀驚慣")
+    "国学这们个来时说为会过还没开门间问见长车东书话语读写张马鱼鸟风点钟热爱图远运进连边笔纸红绿线织灯烧烟"
+    "热药银铁铜锁钥针镜页题顺须预领颜饭馆饼饿银针样树桥楼机条极构标栏档横检归队阳阴阶际陆陈随难雾灵静带帮"
+    "师归录办务动劳势医单卖双变叶号听启员响园围场坏块坚坛坝备处复头夹奋妇娘宁实宽宾对寻导将尽层屋岁岗岛岭"
+    "币帐广庆库应庙废开异弃张弯弹强当彻径忆忧怀态总恋惊惯",
+    "國學這們個來時說為會過還沒開門間問見長車東書話語讀寫張馬魚鳥風點鐘熱愛圖遠運進連邊筆紙紅綠線織燈燒煙"
+    "熱藥銀鐵銅鎖鑰針鏡頁題順須預領顏飯館餅餓銀針樣樹橋樓機條極構標欄檔橫檢歸隊陽陰階際陸陳隨難霧靈靜帶幫"
+    "師歸錄辦務動勞勢醫單賣雙變葉號聽啟員響園圍場壞塊堅壇壩備處復頭夾奮婦娘寧實寬賓對尋導將盡層屋歲崗島嶺"
+    "幣帳廣慶庫應廟廢開異棄張彎彈強當徹徑憶憂懷態總戀驚慣")
 TO_TRADITIONAL = str.maketrans(SIMPLIFIED, TRADITIONAL)
 
 AD_LINES = [
     "关注公众号“{p}风物”，获取更多精彩内容", "长按识别二维码，关注我们的微信公众号", "点击阅读原文，查看更多文章",
     "责任编辑：{n}", "版权所有，未经许可不得转载", "转载请注明出处", "扫码添加客服微信，领取免费资料",
     "免责声明：本文来自网络，如有侵权请联系删除"]
-CHAT_QUESTIONS = ["请讲讲{m}的事情。", "你能写写{m}吗？", "{m}后来怎么样了？", "帮我写段关于{m}的文字。", "我想了解{m}。",
-                  "谁认识{m}？他做什么？", "给孩子讲个{m}的故事。", "{m}平常怎么过日子？", "介绍下{m}和他的家乡。"]
+CHAT_QUESTIONS = ["请讲讲{m}的事情。", "你能写写{m}吗？", "{m}后来怎么样了？", "帮我写段关于{m}的文字。",
+                  "我想了解{m}。", "谁认识{m}？他做什么？",
+                  "给孩子讲个{m}的故事。", "{m}平常怎么过日子？", "介绍下{m}和他的家乡。"]
 PROBLEMS = [  # two copies that differ only in their numbers must both stay
     "{m}在果园里摘了{a}筐梨，每筐装{b}个，路上碰坏了{c}个，剩下的全部平均送给附近几所学校的孩子们。"
     "请问他从果园里一共摘了多少个梨，最后拿去送人的又有多少个？写出计算的过程，不要只给出结果。",
@@ -255,8 +296,9 @@ class Fate:
     stays: in a run with default flags · step, reason: the step that drops it and a part of its reason ·
     flag: it is dropped by `step` only in a run with this flag, and stays in others ·
     expected: the exact text, or the messages, in the output · keeps, loses: strings in the output, or not ·
-    simplified: the exact text in a run with --simplify · renamed: strings that are gone in one with --assistant_name · listed: lists that name it ·
-    out: the output it is in ("pretrain", "sft_512", "sft_1024", "r1_1024") · tokens: of a chat, by the golden tokenizer ·
+    simplified: the exact text in a run with --simplify · renamed: strings that are gone in one with --assistant_name ·
+    listed: lists that name it · out: the output it is in ("pretrain", "sft_512", "sft_1024", "r1_1024") ·
+    tokens: of a chat, by the golden tokenizer ·
     duplicate_of: (file, line) of the record that stays · sure: a test can demand it; else only that most are so
     """
 
@@ -312,8 +354,8 @@ class Corpus:
     """The files and what was planted in them.
 
     broken: the files of `train` of which a part or all cannot be read · rename: values for --rename_field ·
-    blocklist: words for --blocklist · fates: one for each record that can be read · fate: marker → the fate of the first
-    record with it · malformed: file name → Counter of what is wrong with lines that are no records ("not JSON",
+    blocklist: words for --blocklist · fates: one for each record that can be read · fate: marker → the fate of the
+    first record with it · malformed: file name → Counter of what is wrong with lines that are no records ("not JSON",
     "not UTF-8", "duplicate key", "not an object", "no known shape", "lone surrogate") · unreadable: file name → why
     ("truncated", "no text field", "empty") · counts: everything else that was planted, by name
     """
@@ -415,8 +457,8 @@ class Writer:
         return "".join(self.parts(marker, count, count))
 
     def replace_bursts(self, text: str, keep: str, until, burst: int = 10) -> str:
-        """`text` with hanzi replaced by others in bursts until `until(text)`; the marker `keep` and all punctuation stay
-        as they are, so that the length is the same."""
+        """`text` with hanzi replaced by others in bursts until `until(text)`; the marker `keep` and all punctuation
+        stay as they are, so that the length is the same."""
         chars, start = list(text), text.index(keep)
         fixed = range(start, start + len(keep))
         while not until("".join(chars)):
@@ -498,10 +540,9 @@ class _Builder:
             fate["expected"] = messages
         if "step" not in fate or "flag" in fate:
             fate["tokens"] = self.tokens(fate.get("expected") or messages)
-            if kind == "r1":
-                fate["out"] = "r1_1024"
-            else:
-                fate["out"] = "sft_512" if fate["tokens"] <= 512 else "sft_1024"
+            assert fate["tokens"] <= 1024, f"{about}: a claim that it stays, of {fate['tokens']} tokens"
+            if fate.get("expected"):
+                fate["out"] = "r1_1024" if kind == "r1" else "sft_512" if fate["tokens"] <= 512 else "sft_1024"
         return self.add(file, record or {"conversations": messages}, about, marker, kind, joined(messages), **fate)
 
     def raw(self, file: str, line: bytes, why: str) -> None:
@@ -512,13 +553,13 @@ class _Builder:
     def question(self, marker: str) -> str:
         return self.rng.choice(CHAT_QUESTIONS).format(m=marker)
 
-    def turns(self, marker: str, count: int = 1, low: int = 2, high: int = 7) -> list[dict]:
+    def turns(self, marker: str, count: int = 1, low: int = 4, high: int = 8) -> list[dict]:
         """`count` questions and replies, the marker in the first question."""
         messages = []
         for turn in range(count):
             asked = self.question(marker) if not turn else self.rng.choice(
                 ["后来呢？", "能再说详细些吗？", f"那{self.writer.place()}呢？", "还有别的吗？"])
-            reply = "".join(self.writer.sentences(self.rng.randint(low, high)))
+            reply = "".join(self.writer.sentences(self.rng.randint(low, high if count == 1 else low + 1)))
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
         return messages
 
@@ -614,8 +655,7 @@ class _Builder:
     def characters(self) -> None:
         """Control and zero-width characters, full-width letters, line ends."""
         file = "11-characters.jsonl"
-        for hidden in ("\u0000", "\u0008", "\u001b", "\u007f", "\u0085", "\u200b", "\u200c", "\ufeff", "\u202e", "\u2060",
-                       "\u00ad"):
+        for hidden in "\u0000\u0008\u001b\u007f\u0085\u200b\u200c\ufeff\u202e\u2060\u00ad":
             marker = self.writer.marker()
             text = self.writer.line(marker)
             dirty = list(text)
@@ -627,7 +667,8 @@ class _Builder:
             marker = self.writer.marker()
             text = self.writer.line(marker, 8)
             lines = text.replace("。", "。\n").strip()
-            self.text(file, lines.replace("\n", "  \r\n"), "CRLF and spaces at the ends of lines", marker, expected=lines)
+            self.text(file, lines.replace("\n", "  \r\n"), "CRLF and spaces at the ends of lines", marker,
+                      expected=lines)
         for _ in range(6):
             marker = self.writer.marker()
             word = self.rng.choice(["LINUX", "Python3", "GPS", "DNA", "AM1600"])
@@ -673,7 +714,8 @@ class _Builder:
                 half = len(parts) // 2
                 lines = ["".join(parts[:half]), "".join(parts[half:])]
                 dirty = [*lines, line] if where == "end" else [lines[0], line, lines[1]]
-                self.text(file, "\n".join(dirty), "advertising or template line", marker, loses=(line,), keeps=(*lines,))
+                self.text(file, "\n".join(dirty), "advertising or template line", marker, loses=(line,),
+                          keeps=(*lines,))
 
     def personal(self) -> None:
         file, rng = "13-personal.jsonl", self.rng
@@ -688,13 +730,16 @@ class _Builder:
             self.text(file, self.writer.compose(parts), about, marker, **fate)
 
         for _ in range(8):
-            mail = f"{rng.choice(['lanhua', 'old.boat', 'tea_house', 'w-k'])}{rng.randint(1, 99)}@mail{rng.randint(1, 9)}.example.cn"
-            in_text(f"想报名的人可以写信到{mail}，不收费用。", "mail addresses", loses=(mail,), keeps=("想报名的人可以写信到",))
+            name = rng.choice(["lanhua", "old.boat", "tea_house", "w-k"])
+            mail = f"{name}{rng.randint(1, 99)}@mail{rng.randint(1, 9)}.example.cn"
+            in_text(f"想报名的人可以写信到{mail}，不收费用。", "mail addresses", loses=(mail,),
+                    keeps=("想报名的人可以写信到",))
         for form in ("{}", "{}", "{}", "+86 {}", "{0[0]}-{0[1]}-{0[2]}", "{0[0]} {0[1]} {0[2]}"):
             number = mobile()
             split = (number[:3], number[3:7], number[7:])
             written = form.format(split if "[" in form else number)
-            in_text(f"联系电话：{written}，白天有人接。", "mobile numbers", loses=(written, number), keeps=("联系电话：",))
+            in_text(f"联系电话：{written}，白天有人接。", "mobile numbers", loses=(written, number),
+                    keeps=("联系电话：",))
         for _ in range(6):
             number = identity_number(rng, right=True)
             in_text(f"登记表上的身份证号是{number}，字迹已经模糊。", "identity numbers", loses=(number,),
@@ -745,8 +790,8 @@ class _Builder:
         for _ in range(5):
             marker = self.writer.marker()
             sentence = self.writer.sentences(1)[0]
-            self.text(file, self.writer.opening(marker) + sentence * rng.randint(12, 20), "one sentence many times", marker,
-                      step="repetition")
+            self.text(file, self.writer.opening(marker) + sentence * rng.randint(12, 20), "one sentence many times",
+                      marker, step="repetition")
         for _ in range(3):
             marker = self.writer.marker()
             block = "".join(self.writer.sentences(3))
@@ -792,7 +837,8 @@ class _Builder:
         for marker, messages in some(40):
             self.chat("31-openai.jsonl", messages, "clean chat", marker, {"messages": messages})
         for marker, messages in some(40):
-            turns = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in messages]
+            names = {"user": "human", "assistant": "gpt"}
+            turns = [{"from": names[message["role"]], "value": message["content"]} for message in messages]
             self.chat("32-sharegpt.json", messages, "clean chat", marker, {"id": marker, "conversations": turns})
         for index, (marker, messages) in enumerate(some(40, turns=1)):
             question, more = messages[0]["content"], self.writer.sentences(1)[0] if index % 2 else ""
@@ -829,20 +875,20 @@ class _Builder:
         for _ in range(3):
             marker = writer.marker()
             good, more = self.turns(marker), self.turns(marker)[1]["content"]
-            texts = good[0]["content"], good[1]["content"]
-            marked = {"keeps": texts}
             self.chat(file, [assistant("您好，欢迎光临小店。"), *good], "an assistant who speaks first", marker,
                       expected=good)
             marker = writer.marker()
             good = self.turns(marker, 2)
-            self.chat(file, [*good, user("那么还有呢？")], "a question without a reply at the end", marker, expected=good)
+            self.chat(file, [*good, user("那么还有呢？")], "a question without a reply at the end", marker,
+                      expected=good)
             marker = writer.marker()
             good = self.turns(marker, 2)
             self.chat(file, [*good, user("接着讲。"), assistant("  \n"), user("怎么不说话？"), assistant(more)],
                       "an empty reply in the third turn", marker, expected=good)
             marker = writer.marker()
             good = self.turns(marker)
-            self.chat(file, [{"role": "system", "content": "  "}, *good], "an empty system message", marker, expected=good)
+            self.chat(file, [{"role": "system", "content": "  "}, *good], "an empty system message", marker,
+                      expected=good)
             marker = writer.marker()
             first, reply = self.turns(marker)
             self.chat(file, [first, user("请尽量详细。"), reply], "two questions in a row", marker,
@@ -850,7 +896,8 @@ class _Builder:
             marker = writer.marker()
             self.chat(file, [user(self.question(marker)), assistant("")], "an empty reply", marker, step="roles")
             marker = writer.marker()
-            self.chat(file, [assistant(f"{marker}来过这里。" + marked["keeps"][1])], "no question", marker, step="roles")
+            self.chat(file, [assistant(f"{marker}来过这里。" + "".join(writer.sentences(3)))], "no question", marker,
+                      step="roles")
             marker = writer.marker()
             self.chat(file, [user(self.question(marker))], "no reply", marker, step="roles")
         for blank in ("", "   ", "\u200b\n"):
@@ -859,7 +906,7 @@ class _Builder:
         for reason, shape in {
             "cut": f"<think>\n{thought}{reply}", "not opened": f"{thought}\n</think>\n<answer>\n{reply}\n</answer>",
             "no <answer>": f"<think>\n{thought}{reply}\n</think>\n", "no <think>": f"<answer>\n{reply}\n</answer>",
-            "tags repeated": f"<think>\n{thought}\n</think>\n<think>\n{thought}\n</think>\n<answer>\n{reply}\n</answer>",
+            "tags repeated": f"<think>\n{thought}\n</think>\n" * 2 + f"<answer>\n{reply}\n</answer>",
             "<answer> before <think>": f"<answer>\n{reply}\n</answer>\n<think>\n{thought}\n</think>",
             "text outside of the tags": f"{reply}\n<think>\n{thought}\n</think>\n<answer>\n{reply}\n</answer>",
             "empty <answer>": f"<think>\n{thought}{reply}\n</think>\n<answer>\n\n</answer>",
@@ -884,8 +931,8 @@ class _Builder:
         for reply, names in SELF_MENTIONS:
             marker = writer.marker()
             text = reply.format(m=marker) + "".join(writer.sentences(2))
-            self.chat(file, [user("你是谁？"), assistant(text)], "an assistant who calls itself by another name", marker,
-                      renamed=names, listed=("self_mentions",), family="self mentions")
+            self.chat(file, [user("你是谁？"), assistant(text)], "an assistant who calls itself by another name",
+                      marker, renamed=names, listed=("self_mentions",), family="self mentions")
         for fact in ("ChatGPT是OpenAI推出的聊天程序，", "通义千问是阿里云推出的语言模型，"):
             marker = writer.marker()
             text = f"{fact}{marker}写过文章介绍。" + "".join(writer.sentences(2))
@@ -962,7 +1009,7 @@ class _Builder:
                 copy(original, first if index % 2 else second, edit(text), how)
                 if index == 3:
                     copy(original, second, edit(text), how)
-        marked = [fate for fate in self.corpus.fates if fate.about == "clean"]
+        marked = [fate for fate in self.corpus.fates if fate.about == "clean" and not fate.file.endswith(".txt")]
         for original in self.rng.sample(marked, 12):
             copy(original, second, original.text, "of another file")
         file = "43-chat-duplicates.jsonl"
@@ -1003,9 +1050,9 @@ class _Builder:
                 while True:
                     text = writer.replace_bursts(start, other, lambda t, kept=kept, goal=goal: overlap(
                         kept.text, t) <= goal + 0.01, burst)
-                    if overlap(kept.text, text) > goal - 0.02:
+                    shared = overlap(kept.text, text)
+                    if shared > (max(goal - 0.02, 0.62) if goal > NEAR else goal - 0.02):
                         break
-                shared = overlap(kept.text, text)
                 file = second if index % 2 else first
                 if goal > NEAR:
                     fate = self.text(file, text, f"near copy, {how}", other, step="near", sure=shared >= SURE,
@@ -1023,7 +1070,8 @@ class _Builder:
                 free = [i for i in range(len(changed)) if i != at]
                 file = second if index % 2 else first
                 if how == "sentences inserted":  # the copy is the longer one: it stays
-                    new = next(part for part in writer.sentences(40) if part not in changed and len(normalized(part)) > 12)
+                    new = next(part for part in writer.sentences(40)
+                               if part not in changed and len(normalized(part)) > 12)
                     changed.insert(rng.choice(free), new)
                     line = len(self.files[file]) + (2 if file == first else 1)
                     kept = original("original of a near copy", marker, parts, step="near", duplicate_of=(file, line))
@@ -1055,12 +1103,12 @@ class _Builder:
             parts = writer.sentences(16, numerals=False)
             longest = max(range(len(parts)), key=lambda i: len(normalized(parts[i])))
             question = self.question(marker)
-            kept = self.chat(file, [{"role": "user", "content": question},
-                                    {"role": "assistant", "content": "".join(parts)}], "original of a near copy", marker)
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "".join(parts)}]
+            kept = self.chat(file, messages, "original of a near copy", marker)
             messages = [{"role": "user", "content": question.replace(marker, other)},
                         {"role": "assistant", "content": "".join(parts[:longest] + parts[longest + 1:])}]
-            fate = self.chat(file, messages, "near copy of a chat, a sentence deleted", other, step="near", family=marker,
-                             duplicate_of=(kept.file, kept.line))
+            fate = self.chat(file, messages, "near copy of a chat, a sentence deleted", other, step="near",
+                             family=marker, duplicate_of=(kept.file, kept.line))
             corpus.near.append(Pair(fate.duplicate_of, (fate.file, fate.line), overlap(kept.text, fate.text),
                                     "a sentence deleted"))
 
@@ -1133,8 +1181,8 @@ class _Builder:
                      marker=val)
             elif index % 3 == 1:
                 asked = f"请先读题再回答。{question}不用着急，慢慢说。"
-                leak(file, val, "a test question inside a longer one", messages=[{"role": "user", "content": asked}, reply],
-                     marker=val)
+                leak(file, val, "a test question inside a longer one",
+                     messages=[{"role": "user", "content": asked}, reply], marker=val)
             else:
                 marker = writer.marker()
                 text = "".join(writer.parts(marker, 8, 12)) + "\n" + question + "\n" + "".join(writer.sentences(3))
@@ -1158,8 +1206,7 @@ class _Builder:
             path = corpus.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             items, suffix = self.files[name], path.suffix
-            lines = b"".join((item if isinstance(item, bytes) else json.dumps(item, ensure_ascii=False).encode()) + b"\n"
-                             for item in items)
+            lines = b"".join(item + b"\n" if isinstance(item, bytes) else to_line(item) for item in items)
             if suffix == ".json":
                 path.write_text(json.dumps(items, ensure_ascii=False, indent=1), encoding="utf-8")
             elif suffix == ".parquet":
@@ -1194,7 +1241,7 @@ class _Builder:
 
         packer, blocks = zstandard.ZstdCompressor().compressobj(), []
         for record in records:
-            block = packer.compress(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            block = packer.compress(to_line(record))
             blocks.append(block + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
         blocks.append(packer.flush())
         packed = b"".join(blocks)
@@ -1219,6 +1266,11 @@ class _Builder:
                 line += fate.text.count("\n") + 2
 
 
+def to_line(record: dict) -> bytes:
+    """A record as a line of JSON."""
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
 def write_parquet(path: Path, records: list[dict]) -> None:
     """A Parquet file of texts beside another column; of no records, one that has no field of text."""
     import pyarrow
@@ -1238,3 +1290,120 @@ def make(folder: Path, seed: int = 1) -> Corpus:
                   builder.long_chats, builder.word_problems, builder.exact_copies, builder.near_copies, builder.leaks):
         plant()
     return builder.write()
+
+
+# ---------------------------------------------------------------------------------------------
+# its own claims
+
+
+def related(texts: list[tuple[str, str]], least: float) -> list[tuple[int, int, float]]:
+    """Pairs of (family, text) of different families whose texts overlap by at least `least`: by an index of all
+    shingles, exact."""
+    sets, holders = [shingles(text) for _, text in texts], defaultdict(list)
+    for index, found in enumerate(sets):
+        for shingle in found:
+            holders[shingle].append(index)
+    common = Counter(pair for indexes in holders.values() for pair in combinations(indexes, 2))
+    found = []
+    for (i, j), count in common.items():
+        shared = count / (len(sets[i]) + len(sets[j]) - count)
+        if shared >= least and texts[i][0] != texts[j][0]:
+            found.append((i, j, shared))
+    return found
+
+
+def check(corpus: Corpus) -> list[str]:
+    """What is wrong with the corpus; nothing, if all that its docstrings claim is so."""
+    wrong, fates = [], {(fate.file, fate.line): fate for fate in corpus.fates}
+    if len(fates) != len(corpus.fates):
+        wrong.append("two fates have one place")
+    for fate in corpus.fates:  # markers: in all records of theirs and in no other
+        unrepaired = fate.about.startswith("UTF-8 read as") or not fate.marker
+        if not unrepaired and fate.marker not in unicodedata.normalize("NFKC", fate.text) and not re.search(
+                r".[\0-\x1f\x7f\x85\xad\u200b-\u202e\u2060\ufeff].", fate.text):
+            wrong.append(f"{fate.file}:{fate.line}: without its marker {fate.marker}")
+    everything, holders = "\n".join(fate.text for fate in corpus.fates), defaultdict(list)
+    for fate in corpus.fates:
+        holders[fate.marker].append(fate)
+    del holders[""]  # blank chats
+    for marker, holding in holders.items():
+        if everything.count(marker) > sum(fate.text.count(marker) for fate in holding):
+            wrong.append(f"{marker} is in a record of others")
+        if not (all(fate.step == "exact" for fate in holding[1:]) or re.match(
+                "word problem|a test question|leak", holding[-1].about)):
+            wrong.append(f"{marker}: in {len(holding)} records that are no copies")
+    last = {}
+    for fate in corpus.fates:
+        if fate.step == "exact":
+            first = fates[fate.duplicate_of]
+            if normalized(first.text) != normalized(fate.text) or len(first.text) < len(fate.text) or not (
+                    first.stays and (first.file, first.line) < (fate.file, fate.line)):
+                wrong.append(f"{fate.file}:{fate.line} is no copy of {first.file}:{first.line}")
+        elif fate.stays:
+            other = last.setdefault((fate.kind == "text", normalized(fate.expected if isinstance(
+                fate.expected, str) else fate.text)), fate)
+            if other is not fate:
+                wrong.append(f"{fate.file}:{fate.line} is a copy of {other.file}:{other.line}")
+    for pairs, low, high in ((corpus.near, 0.62, 0.99), (corpus.apart, 0, APART)):
+        for pair in pairs:
+            a, b = fates[pair.kept], fates[pair.other]
+            if overlap(a.text, b.text) != pair.overlap or not low <= pair.overlap < high:
+                wrong.append(f"{pair.kept} and {pair.other} overlap by {overlap(a.text, b.text):.3f}, {pair.how}")
+            if pairs is corpus.near and (not b.stays) and b.sure != (pair.overlap >= SURE):
+                wrong.append(f"{pair.other}: sure or not?")
+            longer = len(normalized(a.text)) - len(normalized(b.text))
+            if pairs is corpus.near and not (longer >= 12 or longer == 0 and len(a.text) == len(b.text)
+                                             and pair.kept < pair.other):
+                wrong.append(f"{pair.kept} is {longer} characters longer than {pair.other}")
+    for leak in corpus.leaks + corpus.shared:
+        low, high = (CONTAINED, 1) if leak in corpus.leaks else (0, UNRELATED)
+        contained = containment(fates[leak.record].text, corpus.val_texts[leak.val])
+        if contained != leak.contained or not low <= contained <= high:
+            wrong.append(f"{leak.record} has {contained:.3f} of {leak.val}, {leak.how}")
+    vals = [(marker, shingles(text)) for marker, text in corpus.val_texts.items()]
+    for fate in corpus.fates:
+        found = shingles(fate.expected if isinstance(fate.expected, str) else fate.text)
+        reaches_leak = fate.stays or fate.step in ("near", "too_long")
+        for marker, val in vals if reaches_leak and fate.sure else []:
+            if fate.family != marker and len(found & val) >= UNRELATED * min(len(found), len(val)) > 0:
+                wrong.append(f"{fate.file}:{fate.line} ({fate.about}) has much of the validation text {marker}")
+    texts = [(fate.family, fate.expected if isinstance(fate.expected, str) else fate.text) for fate in corpus.fates]
+    for i, j, shared in related(texts, UNRELATED):
+        a, b = corpus.fates[i], corpus.fates[j]
+        wrong.append(f"{a.file}:{a.line} and {b.file}:{b.line} overlap by {shared:.2f}")
+    size = sum(path.stat().st_size for path in corpus.train + corpus.val)
+    if len(corpus.fates) > 2000 or size > 3e6:
+        wrong.append(f"{len(corpus.fates)} records, {size} bytes: too large")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, help="folder (with --check: a temporary one)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--check", action="store_true", help="verify the claims by brute force; exit code 1 if one "
+                        "fails")
+    args = parser.parse_args()
+    if not args.out and not args.check:
+        parser.error("OUT or --check is needed")
+    with tempfile.TemporaryDirectory() as temporary:
+        corpus = make(args.out or Path(temporary), args.seed)
+        size = sum(path.stat().st_size for path in corpus.train + corpus.val)
+        print(f"{len(corpus.fates):,} records in {len(corpus.train)} files, {len(corpus.val_texts)} validation texts, "
+              f"{size:,} bytes; {sum(corpus.staying().values()):,} stay")
+        for name, count in corpus.counts.items():
+            print(f"  {count:4} {name}")
+        for name, reasons in corpus.malformed.items():
+            print(f"  {name}: {', '.join(f'{count} {why}' for why, count in reasons.items())}")
+        for name, why in corpus.unreadable.items():
+            print(f"  {name}: {why}")
+        wrong = check(corpus) if args.check else []
+    for line in wrong:
+        print(f"wrong: {line}", file=sys.stderr)
+    if args.check and not wrong:
+        print("all claims hold")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
