@@ -47,8 +47,8 @@ from text.tokenizer import DEFAULT_FOLDER, TextEncoder, load_tokenizer  # noqa: 
 
 DRY_RUN = 1000  # records of each file
 # how long the phases take beside one another, for the estimate of what is left (docs/DATA.md)
-WEIGHTS = {"read": 12, "clean": 50, "exact": 1, "leaks": 1, "sign": 14, "bands": 8, "verify": 4, "decide": 1,
-           "write_text": 6, "write_chats": 14, "mini": 3}
+WEIGHTS = {"read": 10, "clean": 55, "exact": 1, "leaks": 1, "sign": 30, "bands": 4, "verify": 2, "decide": 1,
+           "write_text": 5, "write_chats": 15, "mini": 3}
 LAST_STEPS = (  # those that look at several records, or at tokens
     Step("exact", "Of records whose normalized text is the same (NFKC, lower case, without white space and punctuation), "
          "the longest stays, then the first.", "ours; like the exact deduplication of CCNet, on whole records", "whole", None),

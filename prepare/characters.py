@@ -39,9 +39,13 @@ def _latin_as_utf8(match: re.Match) -> str:
 
 def _gbk_as_utf8(text: str) -> str | None:
     """The text that was read as GBK, or None if it was not, or if it is not plainly Chinese afterwards."""
-    try:
-        read = text.encode("gb18030").decode("utf-8")
-    except UnicodeError:
+    for euro in ("€".encode("gb18030"), b"\x80"):  # Windows reads the byte 80 as €
+        try:
+            read = euro.join([part.encode("gb18030") for part in text.split("€")]).decode("utf-8")
+            break
+        except UnicodeError:
+            continue
+    else:
         return None
     foreign = [char for char in read if char > "\x7f"]
     chinese = sum("\u4e00" <= char <= "\u9fff" or "\u2010" <= char <= "\u2030" or "\u3000" <= char <= "\u303f"
@@ -73,10 +77,10 @@ def repair_encoding(text: str, options: Options, counts: Counter) -> str | Drop:
         sure = LATIN_RUN.sub(_latin_as_utf8, text)
         counts["texts read as Latin-1 repaired"] += sure != text
         text = sure
-    marks = GBK_MARK.findall(text, 0, 5000)
-    if len(marks) > 1 and len(marks) * 100 > min(len(text), 5000):
+    if GBK_MARK.search(text):
         text = _repair_gbk(text, counts)
-        if len(GBK_MARK.findall(text)) > 0.05 * len(text):
+        marks = GBK_MARK.findall(text)
+        if len(marks) > 0.05 * len(text) and len(set(marks)) > 3:  # not 涓涓
             return Drop("wrong encoding")
     lost = text.count("\ufffd")
     residue = RESIDUE.findall(text) if ("锟斤拷" in text or "烫烫烫烫" in text or "屯屯屯屯" in text) else []

@@ -232,7 +232,8 @@ def repetition_shares(text: str) -> dict[str, float]:
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     total = sum(map(len, lines)) or 1
     seen = set(lines)
-    shares = {"lines": 1 - len(seen) / max(1, len(lines)), "line characters": 1 - sum(map(len, seen)) / total}
+    shares = {"lines": 1 - len(seen) / max(1, len(lines)) if lines else 0.0,
+              "line characters": 1 - sum(map(len, seen)) / total}
     codes = code_points("".join(text.split()))
     size = len(codes)
     bits = np.uint64(max(1, size).bit_length())
@@ -275,11 +276,11 @@ FILTERS = (
          "common practice; the numbers are flags", "text", check_length),
     Step("language", "drop a text whose letters, or whose lines, are by less than --min_han Chinese; Japanese "
          "by its kana, Korean by its hangul; code, formulas and addresses are not counted",
-         "script shares in place of a language model: hanzi tell Chinese from all but Japanese", "whole",
-         judge_language),
+         "script shares: hanzi tell Chinese from all others but Japanese",
+         "whole", judge_language),
     Step("symbols", "drop a text of over 25% symbols, 40% digits or 65% signs, of cut lines, of menus; formulas, sums "
-         "and tables count as text", "Gopher's ratios of symbols and of lines with an ellipsis, set on real text", "text",
-         judge_symbols),
+         "and tables count as text", "Gopher's ratios of symbols and of lines with an ellipsis, set on real text",
+         "text", judge_symbols),
     Step("repetition", "drop a text that repeats its lines, one phrase or longer passages",
          "Gopher and FineWeb-2 (cmn_Hani), from words to characters", "text", judge_repetition),
 )

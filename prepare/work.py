@@ -178,8 +178,9 @@ class Phases:
 
     def __init__(self, folder: Path, workers: int, weights: dict[str, float], say: Callable[[str], None] = print):
         self.folder, self.workers, self.weights, self.say = folder, workers, weights, say
-        self.begin, self.skipped = time.monotonic(), 0.0
-        self.done = 0.0
+        self.begin, self.skipped, self.done = time.monotonic(), 0.0, 0.0
+        # the process that workers are forked from imports these once; else each worker of each phase would
+        multiprocess.set_forkserver_preload(["prepare.outputs"])
 
     def run(self, name: str, tasks: int, pipeline: list[PipelineStep]) -> None:
         """Run what is not done of a phase. Raises what a task raises, and UserError when a worker was killed."""

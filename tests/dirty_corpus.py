@@ -37,13 +37,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 NEAR, SURE, APART, CONTAINED, UNRELATED = 0.6, 0.8, 0.5, 0.5, 0.3
-NUMERALS = set("零〇一二三四五六七八九十百千万亿两半几双俩")
+NUMERALS = set("零〇一二三四五六七八九十百千万亿两半几双俩壹贰叁肆伍陆柒捌玖拾佰仟")
 BLOCKED = "灰檐赌坊"  # a made-up word for --blocklist
 
 # ---------------------------------------------------------------------------------------------
 # tables
 
-SURNAMES = "顾沈陆程叶苏林江许何吕施曹严孔魏姜谢邹喻柏章潘葛范彭郎韦昌苗凤方任袁柳鲍史唐费岑薛雷贺倪汤"
+SURNAMES = "顾程叶苏林江许何吕施曹严孔魏姜谢邹喻柏章潘葛范彭郎韦昌苗凤方任袁柳鲍史唐费岑薛雷贺倪汤"
 GIVEN = ("知若清文书景子思静明远亭云雨晓春秋海山川宁安和平佳美玉兰芳竹松柏青红星月光华君宜之乐天心怀素朗",
          "遥秋溪岚舟鸣川宁和平远澜帆晴薇梅兰竹松石林森岩泉峰岭晨曦昕悦怡欣然言诗词画棋琴笙笛容颜辰星河湾")
 PLACES = ("青白石柳桃梅竹松枫桐荷莲菱芦苇云霞雾露霜冰雪星月虹燕鹤雁鹭鹿马牛羊鱼虾龙凤金银铜铁玉珠",
@@ -295,10 +295,11 @@ class Fate:
     text: as it was written, a chat's messages joined by line feeds · family: records of one family overlap on purpose ·
     stays: in a run with default flags · step, reason: the step that drops it and a part of its reason ·
     flag: it is dropped by `step` only in a run with this flag, and stays in others ·
-    expected: the exact text, or the messages, in the output · keeps, loses: strings in the output, or not ·
+    expected: the exact text, or the messages, in the output of a run with default flags · keeps, loses: strings that
+    are in the output, or not ·
     simplified: the exact text in a run with --simplify · renamed: strings that are gone in one with --assistant_name ·
-    listed: lists that name it · out: the output it is in ("pretrain", "sft_512", "sft_1024", "r1_1024") ·
-    tokens: of a chat, by the golden tokenizer ·
+    listed: lists that name it · out: the output it is in ("pretrain", "sft_512", "sft_1024", "r1_1024"), None where
+    that depends on the step · tokens: of a chat, by the golden tokenizer ·
     duplicate_of: (file, line) of the record that stays · sure: a test can demand it; else only that most are so
     """
 
@@ -593,7 +594,7 @@ class _Builder:
             "not JSON": [line()[:-2].encode(), line().replace('"text":', '"text"').encode(), b"<html>"],
             "not UTF-8": [line().encode()[:60] + b"\xff\xfe" + line().encode()[60:], line().encode("gb18030")],
             "duplicate key": [(line()[:-1] + ", " + line()[1:]).encode()],
-            "not an object": [json.dumps([self.writer.document("甲")]).encode(), b'"text"', b"17"],
+            "not an object": [b"true", b"null", b"17"],
             "no known shape": [b'{"id": 7, "url": "here"}'],
             "lone surrogate": [(line()[:-2] + '\\ud83d"}').encode()],
         }.items():
@@ -602,7 +603,8 @@ class _Builder:
                 self.raw(file, bad, why)
         good(file, 3)
         for _ in range(20):
-            self.raw("90-gbk.jsonl", line().encode("gbk"), "not UTF-8")
+            marker = self.writer.marker()
+            self.text("90-gbk.jsonl", self.writer.document(marker), "clean, in a file that is GBK", marker)
         for file in ("91-truncated.jsonl.gz", "92-truncated.jsonl.zst"):
             good(file, 40)
             self.corpus.unreadable[file] = "truncated"
@@ -655,7 +657,7 @@ class _Builder:
     def characters(self) -> None:
         """Control and zero-width characters, full-width letters, line ends."""
         file = "11-characters.jsonl"
-        for hidden in "\u0000\u0008\u001b\u007f\u0085\u200b\u200c\ufeff\u202e\u2060\u00ad":
+        for hidden in "\u0000\u0008\u001b\u007f\u200b\u200c\ufeff\u202e\u2060\u00ad":
             marker = self.writer.marker()
             text = self.writer.line(marker)
             dirty = list(text)
@@ -731,7 +733,7 @@ class _Builder:
 
         for _ in range(8):
             name = rng.choice(["lanhua", "old.boat", "tea_house", "w-k"])
-            mail = f"{name}{rng.randint(1, 99)}@mail{rng.randint(1, 9)}.example.cn"
+            mail = f"{name}{rng.randint(1, 99)}@post{rng.randint(1, 9)}.lanzhou-tea.cn"
             in_text(f"想报名的人可以写信到{mail}，不收费用。", "mail addresses", loses=(mail,),
                     keeps=("想报名的人可以写信到",))
         for form in ("{}", "{}", "{}", "+86 {}", "{0[0]}-{0[1]}-{0[2]}", "{0[0]} {0[1]} {0[2]}"):
@@ -753,7 +755,7 @@ class _Builder:
         in_text("箱子侧面印着9913712345678，谁也不懂。", "mobile numbers inside longer numbers")
         in_text("老式电话机上写着12012345678，已经打不通了。", "numbers that begin with 12")
         for _ in range(4):
-            marker, number, mail = self.writer.marker(), mobile(), f"yu{rng.randint(10, 99)}@fish.example.com"
+            marker, number, mail = self.writer.marker(), mobile(), f"yu{rng.randint(10, 99)}@fish.old-boat.com"
             messages = self.turns(marker)
             dirty = [messages[0] | {"content": messages[0]["content"] + f"我的手机号是{number}。"},
                      messages[1] | {"content": messages[1]["content"] + f"请写信到{mail}。"}]
@@ -799,8 +801,9 @@ class _Builder:
                       step="repetition")
         for _ in range(3):
             marker = self.writer.marker()
-            menu = rng.sample(TABLES["work"], 4) + rng.sample(TABLES["plant"], 3)
-            self.text(file, "\n".join([self.writer.opening(marker), *menu * 9]), "a menu many times", marker,
+            menu = [f"{self.writer.place()}的{work}：从前的规矩和今天的做法，图片与说明。"
+                    for work in rng.sample(TABLES["work"], 5)]
+            self.text(file, "\n".join([self.writer.opening(marker), *menu * 7]), "a menu many times", marker,
                       step="repetition")
         for _ in range(3):
             marker = self.writer.marker()
@@ -922,7 +925,7 @@ class _Builder:
         file = "40-voices.jsonl"
         for refusal in REFUSALS:
             marker = writer.marker()
-            self.chat(file, [user(self.question(marker)), assistant(refusal.format(m=marker))], "a refusal", marker,
+            self.chat(file, [user(f"{marker}是谁？"), assistant(refusal.format(m=marker))], "a refusal", marker,
                       step="refusals", flag="drop_refusals", listed=("refusals",), reason="refusal", family="refusals")
             marker = writer.marker()
             good = self.turns(marker)
@@ -1100,17 +1103,18 @@ class _Builder:
         file = "43-chat-duplicates.jsonl"
         for _ in range(10):  # a sentence without a number is deleted: their sequences of numbers are equal
             marker, other = writer.marker(), writer.marker()
-            parts = writer.sentences(16, numerals=False)
-            longest = max(range(len(parts)), key=lambda i: len(normalized(parts[i])))
+            parts = writer.sentences(14, numerals=False)
+            shortest = min((i for i, part in enumerate(parts) if len(normalized(part)) >= 12),
+                           key=lambda i: len(parts[i]))
             question = self.question(marker)
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "".join(parts)}]
             kept = self.chat(file, messages, "original of a near copy", marker)
             messages = [{"role": "user", "content": question.replace(marker, other)},
-                        {"role": "assistant", "content": "".join(parts[:longest] + parts[longest + 1:])}]
+                        {"role": "assistant", "content": "".join(parts[:shortest] + parts[shortest + 1:])}]
+            shared = overlap(kept.text, joined(messages))
             fate = self.chat(file, messages, "near copy of a chat, a sentence deleted", other, step="near",
-                             family=marker, duplicate_of=(kept.file, kept.line))
-            corpus.near.append(Pair(fate.duplicate_of, (fate.file, fate.line), overlap(kept.text, fate.text),
-                                    "a sentence deleted"))
+                             family=marker, duplicate_of=(kept.file, kept.line), sure=shared >= SURE)
+            corpus.near.append(Pair(fate.duplicate_of, (fate.file, fate.line), shared, "a sentence deleted"))
 
     # ------------------------------------------------------------------------- validation
 
@@ -1220,13 +1224,15 @@ class _Builder:
                 self._write_zst(path, items)
             elif suffix == ".xz":
                 path.write_bytes(lzma.compress(lines))
+            elif name == "90-gbk.jsonl":
+                path.write_bytes(lines.decode().encode("gbk"))
             else:
                 path.write_bytes(lines)
             if name.startswith("val/"):
                 corpus.val.append(path)
                 continue
             corpus.train.append(path)
-            if name in corpus.unreadable or name == "90-gbk.jsonl":
+            if name in corpus.unreadable:
                 corpus.broken.append(path)
         self._forget_unreadable()
         self._number_lines_of_txt()
@@ -1296,6 +1302,13 @@ def make(folder: Path, seed: int = 1) -> Corpus:
 # its own claims
 
 
+def cleaned(fate: Fate) -> str:
+    """The text of a record as it will be, as far as it is known."""
+    if fate.about == "HTML":
+        return "".join(fate.keeps)
+    return fate.expected if isinstance(fate.expected, str) else fate.text
+
+
 def related(texts: list[tuple[str, str]], least: float) -> list[tuple[int, int, float]]:
     """Pairs of (family, text) of different families whose texts overlap by at least `least`: by an index of all
     shingles, exact."""
@@ -1320,7 +1333,7 @@ def check(corpus: Corpus) -> list[str]:
     for fate in corpus.fates:  # markers: in all records of theirs and in no other
         unrepaired = fate.about.startswith("UTF-8 read as") or not fate.marker
         if not unrepaired and fate.marker not in unicodedata.normalize("NFKC", fate.text) and not re.search(
-                r".[\0-\x1f\x7f\x85\xad\u200b-\u202e\u2060\ufeff].", fate.text):
+                r".[\0-\x1f\x7f\xad\u200b-\u202e\u2060\ufeff].", fate.text):
             wrong.append(f"{fate.file}:{fate.line}: without its marker {fate.marker}")
     everything, holders = "\n".join(fate.text for fate in corpus.fates), defaultdict(list)
     for fate in corpus.fates:
@@ -1340,8 +1353,7 @@ def check(corpus: Corpus) -> list[str]:
                     first.stays and (first.file, first.line) < (fate.file, fate.line)):
                 wrong.append(f"{fate.file}:{fate.line} is no copy of {first.file}:{first.line}")
         elif fate.stays:
-            other = last.setdefault((fate.kind == "text", normalized(fate.expected if isinstance(
-                fate.expected, str) else fate.text)), fate)
+            other = last.setdefault((fate.kind == "text", normalized(cleaned(fate))), fate)
             if other is not fate:
                 wrong.append(f"{fate.file}:{fate.line} is a copy of {other.file}:{other.line}")
     for pairs, low, high in ((corpus.near, 0.62, 0.99), (corpus.apart, 0, APART)):
@@ -1362,12 +1374,12 @@ def check(corpus: Corpus) -> list[str]:
             wrong.append(f"{leak.record} has {contained:.3f} of {leak.val}, {leak.how}")
     vals = [(marker, shingles(text)) for marker, text in corpus.val_texts.items()]
     for fate in corpus.fates:
-        found = shingles(fate.expected if isinstance(fate.expected, str) else fate.text)
+        found = shingles(cleaned(fate))
         reaches_leak = fate.stays or fate.step in ("near", "too_long")
         for marker, val in vals if reaches_leak and fate.sure else []:
             if fate.family != marker and len(found & val) >= UNRELATED * min(len(found), len(val)) > 0:
                 wrong.append(f"{fate.file}:{fate.line} ({fate.about}) has much of the validation text {marker}")
-    texts = [(fate.family, fate.expected if isinstance(fate.expected, str) else fate.text) for fate in corpus.fates]
+    texts = [(fate.family, cleaned(fate)) for fate in corpus.fates]
     for i, j, shared in related(texts, UNRELATED):
         a, b = corpus.fates[i], corpus.fates[j]
         wrong.append(f"{a.file}:{a.line} and {b.file}:{b.line} overlap by {shared:.2f}")

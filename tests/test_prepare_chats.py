@@ -185,10 +185,11 @@ RENAMED = [  # a conversation, and what it becomes
     ("u:你好，ChatGPT！|a:你好！", "u:你好，小水！|a:你好！"),
     ("u:你是谁？|a:我是ChatGPT。|u:ChatGPT会做饭吗？|a:ChatGPT不会做饭。", "u:你是谁？|a:我是小水。|u:小水会做饭吗？|a:小水不会做饭。"),
     # what is no self-mention stays, also beside one
+    ("u:你是谁？|a:我是ChatGPT。OpenAI推出的模型有好几种。", "u:你是谁？|a:我是小水。OpenAI推出的模型有好几种。"),
     ("u:你是谁？|a:我是由谷歌训练的大型语言模型。你可以用谷歌搜索。", "u:你是谁？|a:我是名为小水的大型语言模型。你可以用谷歌搜索。"),
 ]
 FACTS = [
-    "u:ChatGPT是什么？|a:ChatGPT是OpenAI推出的聊天程序，它由OpenAI训练。", "u:介绍一下|a:通义千问是阿里云推出的语言模型。",
+    "u:你好，ChatGPT！|a:我不是ChatGPT，请讲。",     "u:ChatGPT是什么？|a:ChatGPT是OpenAI推出的聊天程序，它由OpenAI训练。", "u:介绍一下|a:通义千问是阿里云推出的语言模型。",
     "u:你是ChatGPT吗？|a:不，我不是ChatGPT，我是小水。", "u:你是ChatGPT吗？|a:我是小水。", "u:写自我介绍|a:我是百度的员工，也是一个书生。",
     "u:写一句话|a:我是ChatGPT的忠实用户。", "u:写一句话|a:作为谷歌员工，我会用Google Docs。", "u:写一句话|a:我叫Claude，是一位画家。",
     "u:早饭呢？|a:我是豆包，不是馒头。", "u:写故事|a:机器人说：“我是Siri。”", "u:我用ChatGPT写作业行吗？|a:作为学生，可以用ChatGPT，但要核对。",
@@ -253,7 +254,7 @@ def test_no_family_is_without_a_test():
 LECTURE = "这样的做法会伤到别人，也会伤到自己，请多想想。"
 REFUSED = [
     ("古井在哪？", "作为一个AI语言模型，我无法回答关于古井的问题。"), ("古井在哪？", "很抱歉，我不能提供古井的相关信息。"),
-    ("古井在哪？", "对不起，我无法回答这个问题，因为我不认识它。" + LECTURE), ("唱首歌", "作为人工智能助手，我没有身体，唱不了歌。"),
+    ("古井在哪？", "对不起，我无法回答这个问题，因为我不认识它。" + LECTURE * 3), ("唱首歌", "作为人工智能助手，我没有身体，唱不了歌。"),
     ("画一只羊", "抱歉，该任务需要视觉输出，无法完成。"), ("画一只羊", "无输出，因为语言模型无法画画。"), ("定个闹钟", "我无法设置闹钟。"),
     ("古井在哪？", "很抱歉，作为AI助手，我无法得知。但是，您可以问问邻居。"), ("古井在哪？", "<think>\n我不知道。\n</think>\n<answer>\n我无法提供这些信息。\n</answer>"),
     ("Where is it?", "As an AI language model, I cannot answer questions about wells."), ("Where is it?", "I'm sorry, but I can't help with that."),
