@@ -185,7 +185,7 @@ def keep_tokenizer(path: str, work: Path) -> None:
 
 def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     """The phases, in order, in the folder `work`; then the files in out_dir (None: a dry run)."""
-    from prepare import duplicates, outputs, pipeline, summary
+    from prepare import duplicates, outputs, pipeline, summary, worker  # noqa: F401  worker: for its children
     from prepare.inputs import find_raw_files
     from prepare.report import write_report
     from prepare.work import Phases, save_json

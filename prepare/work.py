@@ -39,7 +39,11 @@ def numbered(folder: Path, task: int, suffix: str) -> Path:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file atomically. Raises UserError as write_whole."""
-    write_whole(path, lambda stream: np.save(stream, array))
+    def write(stream) -> None:
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+        stream.write(array.tobytes())  # np.save does not say why it could not write
+
+    write_whole(path, write)
 
 
 def save_json(path: Path, value) -> None:
@@ -179,8 +183,8 @@ class Phases:
     def __init__(self, folder: Path, workers: int, weights: dict[str, float], say: Callable[[str], None] = print):
         self.folder, self.workers, self.weights, self.say = folder, workers, weights, say
         self.begin, self.skipped, self.done = time.monotonic(), 0.0, 0.0
-        # the process that workers are forked from imports these once; else each worker of each phase would
-        multiprocess.set_forkserver_preload(["prepare.outputs"])
+        # what the process imports that workers are forked from; else each worker of each phase would
+        multiprocess.set_forkserver_preload(["prepare.worker"])
 
     def run(self, name: str, tasks: int, pipeline: list[PipelineStep]) -> None:
         """Run what is not done of a phase. Raises what a task raises, and UserError when a worker was killed."""
@@ -192,8 +196,9 @@ class Phases:
             for file in progress.glob("*.txt"):
                 file.unlink()
             logger.remove()
-            executor = _Executor(pipeline, tasks=tasks, workers=min(self.workers, tasks), logging_dir=str(log))
-            with _Watch(self, name, tasks, log, before):
+            workers = min(self.workers, tasks)
+            executor = _Executor(pipeline, tasks=tasks, workers=workers, logging_dir=str(log))
+            with _Watch(self, name, tasks, workers, log):
                 executor.run()
         self.skipped += self.weights[name] * before / max(1, tasks)
         self.done += self.weights[name]
@@ -217,9 +222,9 @@ class _Watch:
 
     EVERY = 5.0
 
-    def __init__(self, phases: Phases, name: str, tasks: int, log: Path, before: int):
-        self.phases, self.name, self.tasks, self.log, self.before = phases, name, tasks, log, before
-        self.ended, self.killed = threading.Event(), None
+    def __init__(self, phases: Phases, name: str, tasks: int, workers: int, log: Path):
+        self.phases, self.name, self.tasks, self.workers, self.log = phases, name, tasks, workers, log
+        self.ended, self.killed = threading.Event(), False
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self):
@@ -229,20 +234,21 @@ class _Watch:
     def __exit__(self, kind, error, traceback) -> None:
         self.ended.set()
         self.thread.join()
-        if self.killed is not None:
-            raise UserError(f"a worker ended in the phase {self.name} ({self.killed}): too little memory? "
-                            "Go on with --resume and fewer --workers") from None
+        if self.killed:
+            raise UserError(f"a worker was killed in the phase {self.name}: too little memory? Go on with --resume and "
+                            "fewer --workers") from None
 
     def _watch(self) -> None:
-        shown, workers = time.monotonic(), {}
+        shown = time.monotonic()
         while not self.ended.wait(0.5):
-            for worker in multiprocess.active_children():
-                workers[worker.pid] = worker
-            failed = next((worker for worker in workers.values() if worker.exitcode not in (
-                None, 0, -signal.SIGTERM)), None)  # SIGTERM: the pool has ended
-            if failed is not None and not self.ended.is_set():
-                code = failed.exitcode
-                self.killed = f"signal {-code}" if code < 0 else f"exit code {code}"
+            # children are numbered as they begin: datatrove's manager, the workers, one in the place of each that died
+            numbers = {"ForkServerPoolWorker": 0, "SyncManager": 0}
+            for child in multiprocess.active_children():
+                kind, _, number = child.name.rpartition("-")
+                numbers[kind] = max(numbers.get(kind, 0), int(number))
+            began = numbers["ForkServerPoolWorker"] - numbers["SyncManager"]
+            if numbers["SyncManager"] and began > self.workers and not self.ended.is_set():
+                self.killed = True
                 os.kill(os.getpid(), signal.SIGINT)  # the main thread waits in datatrove
                 return
             if time.monotonic() - shown >= self.EVERY:

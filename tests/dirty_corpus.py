@@ -10,7 +10,7 @@ What is true of all of it (--check verifies):
 
     overlap     of two texts: both in NFKC and lower case, their letters and digits alone; Jaccard of their sets of five
                 characters in a row. Unrelated records overlap by less than 0.3.
-    near pairs  overlap by 0.62 to 0.96; from 0.8 a search by MinHash (20 bands of 5) misses none in a thousand: `sure`
+    near pairs  overlap by 0.62 to 0.99; from 0.8 a search by MinHash (20 bands of 5) misses one in 3,000: `sure`
     apart       pairs that overlap by less than 0.5: both stay
     the longest of a group of copies is at least 12 characters longer than the others, or all are equally long and the
                 first in input order stays

@@ -252,11 +252,11 @@ def test_options(corpus, argv, tmp_path):
 
 
 def test_word_problems_that_differ_in_their_numbers_all_stay(tmp_path):
-    """Also in their Chinese numerals and in their order; a copy that differs in one word goes."""
+    """Also those with Chinese numerals or in another order; a copy that differs in one word goes."""
     story = ("今天清早，果园的主人请{}位邻居帮忙摘橘子，每人摘了{}筐，{}筐放在路边的棚子里，剩下的装上了去县城的卡车。"
              "请问一共装上卡车的橘子有多少筐？请把每一步的算式都写出来，再写答案。")
     numbers = [(a, b, c) for a in (3, 4, 5) for b in (6, 7, 8) for c in (1, 2)]
-    numbers += [("三", "六", "一"), ("三", "七", "一"), ("四", "六", "一")]
+    numbers += [("七", "八", "九"), ("七", "九", "八"), ("八", "七", "九")]
     with open(tmp_path / "raw.jsonl", "w", encoding="utf-8") as file:
         for text in [*(story.format(*values) for values in numbers), story.format(*numbers[0]).replace("县城", "省城")]:
             chat = [{"role": "user", "content": text},
@@ -304,7 +304,7 @@ def test_a_killed_worker_and_a_signal_are_told_and_resumed(small_argv, small, tm
             workers += subprocess.run(["pgrep", "-P", task], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "a worker ended in the phase" in err and "--resume" in err, err
+    assert process.returncode == 2 and "a worker was killed in the phase" in err and "--resume" in err, err
     assert len(err.strip().splitlines()) == 1, err
 
     process = start(*small_argv, "--out_dir", out, "--workers", 2, "--resume")
@@ -320,7 +320,7 @@ def test_a_killed_worker_and_a_signal_are_told_and_resumed(small_argv, small, tm
     assert "finished before" in run(*small_argv, "--out_dir", out, "--resume")[0]
 
 
-@pytest.mark.parametrize("limit", [2_000, 60_000, 300_000])
+@pytest.mark.parametrize("limit", [2_000, 20_000])
 def test_a_full_disk_is_told_and_nothing_half_written_is_taken_for_whole(small_argv, small, tmp_path, limit):
     out = tmp_path / "data"
     _, err = run(*small_argv, "--out_dir", out, "--workers", 2, limit=limit, code=2)
