@@ -30,6 +30,7 @@ WORD_AFTER = {
     "十": "分足", "百": "姓科货般", "千": "古里秋方", "万": "物能分事", "三": "角明", "四": "周处川肢", "五": "官行谷",
     "七": "夕", "八": "卦", "两": "岸旁侧性", "千万": "别不要记注小"}
 MINUTES = "十分钟", "十分之"
+FORMAL = "贰叁肆伍陆柒捌玖拾佰仟"  # alone they are surnames (陆, 伍) and parts of words (收拾): they count like 一
 # "一" is an article and a part of many words (一般, 统一): it counts with one of these behind it, or "第" and the like
 ONE_BEFORE = frozenset("第初负加减乘除以于期拜周")
 ONE_AFTER = frozenset(
@@ -41,8 +42,8 @@ def number_sequence(text: str) -> tuple[str, ...]:
     """All numbers of a text in order, each in one way of writing.
 
     Arabic numbers have their sign, decimals, fraction (3/4) and percent sign, without separators of thousands; Chinese
-    ones and signs as ③ are written in Arabic digits (两 is 2, 一万二 is 12000). "一" alone counts with a measure word
-    behind it; a few words as 十分 and 万一 count nothing.
+    ones and signs as ③ are written in Arabic digits (两 is 2, 一万二 is 12000). 一 and 陆 alone count with a measure
+    word behind them; a few words as 十分 and 万一 count nothing.
     """
     numbers = []
     for match in NUMBER.finditer(text):
@@ -70,7 +71,7 @@ def _counts_nothing(text: str, word: str, start: int, end: int) -> bool:
     after = text[end:end + 1]
     if word == "万一":
         return after not in ONE_AFTER
-    if word in "一壹":
+    if word in "一壹" or word in FORMAL:
         return after not in ONE_AFTER and (not start or text[start - 1] not in ONE_BEFORE)
     return bool(after) and after in WORD_AFTER.get(word, "") and text[start:end + 2] not in MINUTES
 
