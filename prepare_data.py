@@ -42,23 +42,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from common import exits  # noqa: E402
 from common.lock import OutDirLock  # noqa: E402
 from Config import OneLineParser, UserError, number  # noqa: E402
-from prepare.step import Options, Step  # noqa: E402
+from prepare.step import Options  # noqa: E402
 from text.tokenizer import DEFAULT_FOLDER, TextEncoder, load_tokenizer  # noqa: E402
 
 DRY_RUN = 1000  # records of each file
 # how long the phases take beside one another, for the estimate of what is left (docs/DATA.md)
 WEIGHTS = {"read": 10, "clean": 55, "exact": 1, "leaks": 1, "sign": 30, "bands": 4, "verify": 2, "decide": 1,
            "write_text": 5, "write_chats": 15, "mini": 3}
-LAST_STEPS = (  # those that look at several records, or at tokens
-    Step("exact", "Of records whose normalized text is the same (NFKC, lower case, without white space and punctuation), "
-         "the longest stays, then the first.", "ours; like the exact deduplication of CCNet, on whole records", "whole", None),
-    Step("leak", "A record goes that shares at least --contained of the five-character shingles of the shorter one with a "
-         "record of --val_path, or asks a question of it.", "ours; containment as in Broder 1997", "whole", None),
-    Step("near", "A record goes whose shingles overlap by at least --near (Jaccard) with those of a longer one that stays; "
-         "candidates by MinHash, every overlap computed. Chats with other numbers are never duplicates.",
-         "MinHash as in Broder 1997; 20 bands of 5, in two arrangements", "whole", None),
-    Step("too_long", "A chat of more than 1,024 tokens is set aside.", "the longest row of the stages", "chat", None),
-)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -146,11 +136,15 @@ def main(argv: list[str] | None = None) -> int:
         del lock
 
 
-def is_finished(args: argparse.Namespace, out_dir: Path, work: Path, settings: dict) -> bool:
-    """True where out_dir holds the whole result of these settings. Raises UserError where --resume is missing, and where
-    what is there was begun with other settings."""
+def is_finished(args: argparse.Namespace, out_dir: Path, work: Path, settings: dict, names: tuple[str, ...]) -> bool:
+    """True where out_dir holds the whole result of these settings. Raises UserError where --resume is missing, where what
+    is there was begun with other settings, and where files of the outputs' `names` are there that are not ours."""
     before, manifest = work / "settings.json", out_dir / "manifest.json"
     if not before.exists() and not manifest.exists():
+        for name in names:
+            for file in sorted({*out_dir.glob(f"{name}.jsonl*"), *out_dir.glob(f"{name}-*.jsonl*")}):
+                raise UserError(f"--out_dir {out_dir}: {file} is there, and the stages would find two: move it away, or "
+                                "choose another --out_dir")
         if args.resume:
             print(f"{out_dir}: nothing to go on with; from the beginning")
         return False
@@ -188,11 +182,12 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     from prepare import duplicates, outputs, pipeline, summary, worker  # noqa: F401  worker: for its children
     from prepare.inputs import find_raw_files
     from prepare.report import write_report
+    from prepare.steps import LAST_STEPS, STEPS
     from prepare.work import Phases, save_json
 
     begin = time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    options = make_options(args, {step.name for step in (*pipeline.STEPS, *LAST_STEPS)})
+    options = make_options(args, {step.name for step in (*STEPS, *LAST_STEPS)})
 
     # -- what comes in
     files, others = find_raw_files(args.data_path, "--data_path")
@@ -206,7 +201,7 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     if not val_files:
         print("no --val_path: nothing keeps your validation and test texts out of the training files")
     settings = {"options": dataclasses.asdict(options), "task_mb": args.task_mb, "files": [list(file) for file in files]}
-    if out_dir is not None and is_finished(args, out_dir, work, settings):
+    if out_dir is not None and is_finished(args, out_dir, work, settings, outputs.OUTPUTS):
         print(f"{out_dir}: finished before")
         return 0
     save_json(work / "settings.json", settings)
@@ -250,7 +245,7 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     # -- publish
     tally, written = outputs.sum_counts(work)
     whole = has_tokenizer or not has_chats
-    steps = [step for step in pipeline.STEPS if step.name not in options.skip and step.when(options)]
+    steps = [step for step in STEPS if step.name not in options.skip and step.when(options)]
     steps += [step for step in LAST_STEPS if step.name not in options.skip]
     manifest = {
         "format": 1, "complete": whole,

@@ -152,7 +152,7 @@ def find_duplicates(texts: list[str], folder: Path, near: float, flags: list[str
     Returns, for "exact" and "near", the numbers of the dropped texts → those of the texts that stay; and seconds.
     Raises RuntimeError when it fails, or when a text is neither in the output nor among the dropped ones.
     """
-    from prepare.pipeline import STEPS
+    from prepare.steps import STEPS
 
     source, out = folder / "texts.jsonl", folder / "out"
     write_jsonl(source, [{"text": text} for text in texts])

@@ -513,23 +513,23 @@ def check_length(messages: list[dict], options: Options, counts: Counter) -> lis
 
 CHAT_STEPS = (
     Step("roles",
-         "A conversation is an optional system message and then user and assistant in turn; messages of one role in a "
+         "a conversation is an optional system message and then user and assistant in turn; messages of one role in a "
          "row are joined, replies before the first question and questions after the last reply are left out, and it "
-         "ends before an empty message or a tool call.",
-         "Ours: the chat format of the stages (text/chat.py).", "chat", order_roles),
+         "ends before an empty message or a tool call",
+         "the chat format of the stages (text/chat.py)", "chat", order_roles),
     Step("thoughts",
-         "A thought, also one in reasoning_content or before a reply without <answer>, is written as <think>…</think>"
-         "<answer>…</answer>; the conversation ends before a malformed one.",
-         "DeepSeek-R1's form and its API's reasoning_content; ours is text/content.py's.", "chat", form_thoughts),
+         "a thought, also one in reasoning_content or before a reply without <answer>, is written as <think>…</think>"
+         "<answer>…</answer>; the conversation ends before a malformed one",
+         "DeepSeek-R1's form and its API's reasoning_content; ours is text/content.py's", "chat", form_thoughts),
     Step("assistants",
-         "Where the assistant says that it is another one (我是ChatGPT), the conversation is listed; with "
-         "--assistant_name the names are replaced in all of its messages and the makers left out.",
-         "Ours: names of the assistants that Chinese chats were generated with.", "chat", rename_assistants),
+         "where the assistant says that it is another one (我是ChatGPT), the conversation is listed; with "
+         "--assistant_name the names are replaced in all of its messages and the makers left out",
+         "names of the assistants that Chinese chats were generated with", "chat", rename_assistants),
     Step("refusals",
-         "Replies that only refuse are listed; with --drop_refusals the conversation ends before the first.",
-         "Ours, after the refusals in translated Alpaca data and MOSS's.", "chat", cut_refusals),
+         "list replies that only refuse; with --drop_refusals the conversation ends before the first",
+         "after the refusals in translated Alpaca data and MOSS's", "chat", cut_refusals),
     Step("chat_length",
-         f"The conversation ends before a reply of nothing but punctuation and before --max_chars characters; one of "
-         f"fewer than {LEAST_VISIBLE} visible characters is dropped. Short replies stay.",
-         "Ours.", "chat", check_length),
+         f"the conversation ends before a reply of nothing but punctuation and before --max_chars characters; one of "
+         f"fewer than {LEAST_VISIBLE} visible characters is dropped; short replies stay",
+         "ours", "chat", check_length),
 )

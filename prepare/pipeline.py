@@ -14,19 +14,15 @@ from typing import NamedTuple
 import numpy as np
 from datatrove.data import Document
 
-from prepare import chat_steps, text_steps
+from prepare import chat_steps
 from prepare.inputs import RawFile, RawReader
 from prepare.numbers import number_sequence
 from prepare.similarity import normalize, text_key
 from prepare.step import Drop, Options, Step
+from prepare.steps import STEP_OF, STEPS
 from prepare.work import LineWriter, Tally, WorkStep, load_json, numbered, save_array, save_json
 from text.records import unpack
 
-ORDER = ("encoding", "unicode", "controls", "html", "markdown", "simplify", "personal", "template_lines", "roles",
-         "thoughts", "assistants", "refusals", "blocklist", "length", "chat_length", "language", "symbols",
-         "repetition")
-STEPS = tuple(sorted((*text_steps.TEXT_STEPS, *chat_steps.CHAT_STEPS), key=lambda step: ORDER.index(step.name)))
-STEP_OF = {step.name: step for step in STEPS}
 TEXT, CHAT, R1 = range(3)  # kinds of records
 # of each cleaned record: where its line begins in the shard, and its bytes; its characters; the key of its normalized
 # text; for chats a hash of the numbers in it, in their order

@@ -27,6 +27,8 @@ SMALLER = {  # flags that make a command small; of a flag that is given twice th
     "pretrain.py": [*TINY, "--preset", "nano"], "SFT.py": TINY, "SFT_long.py": TINY, "distill.py": TINY,
     "eval_model.py": ["--max_new_tokens", "8"],
     "evaluate.py": ["--max_new_tokens", "8", "--max_questions", "4", "--eval_tokens", "2000"], "export.py": [],
+    "prepare_data.py": ["--data_path", "data/val", "--val_path", "data/eval", "--out_dir", "prepared",
+                        "--max_bad_ratio", "1"],
 }
 OTHERS = ("bash quickstart.sh", "bash test.sh", "python3 -m venv .venv", "source .venv/bin/activate",
           "pip install -r requirements.txt", "pip install -r requirements-extra.txt", "pip install fastapi uvicorn")

@@ -15,7 +15,8 @@ import dirty_corpus
 import pytest
 from conftest import ROOT
 
-from prepare.pipeline import STEPS, read_jsonl
+from prepare.pipeline import read_jsonl
+from prepare.steps import LAST_STEPS, STEPS
 from text.sources import PUBLISHING, find_files
 
 pytestmark = pytest.mark.extra
@@ -228,7 +229,7 @@ def test_the_manifest_and_the_report_say_what_is_in_the_files(done):
     for chart in ("lengths", "sources", "steps"):
         assert (done.folder / "charts" / f"{chart}.png").read_bytes().startswith(b"\x89PNG")
     assert [step["name"] for step in done.manifest["steps"]] == [
-        *(step.name for step in STEPS if step.name != "simplify"), "exact", "leak", "near", "too_long"]
+        step.name for step in (*STEPS, *LAST_STEPS) if step.name != "simplify"]
 
 
 def test_options(corpus, argv, tmp_path):
@@ -348,6 +349,13 @@ def test_another_run_in_the_same_folder_is_refused(argv, done, flags, message):
     before = contents(done.folder)
     _, err = run(*argv, "--out_dir", done.folder, *flags, code=2)
     assert message in err and len(err.splitlines()) == 1 and contents(done.folder) == before
+
+
+def test_files_of_others_in_the_way_are_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pretrain.jsonl").write_text("mine")
+    _, err = run("--data_path", ROOT / "README.md", "--out_dir", tmp_path / "data", code=2)
+    assert "pretrain.jsonl is there" in err and (tmp_path / "data" / "pretrain.jsonl").read_text() == "mine"
 
 
 def test_changed_input_is_refused(tmp_path):
