@@ -17,6 +17,7 @@ import numpy as np
 
 from common.files import cannot_save, sync_folder
 from prepare.duplicates import Corpus, load_removed
+from prepare.numbers import number_sequence
 from prepare.pipeline import R1, TEXT, content_of, read_jsonl
 from prepare.similarity import text_key
 from prepare.work import LineWriter, Tally, WorkStep, load_json, numbered, save_array, save_json
@@ -119,6 +120,8 @@ class WriteStage(WorkStep):
                 continue
             other = (self.validation if step == "leak" else self.corpus).record(by)
             reason = {"exact": "the same text", "leak": "in a validation file", "near": "nearly the same text"}[step]
+            if step == "leak" and _have_other_numbers(content_of(record), content_of(other)):
+                reason = "in a validation file, with other numbers"
             self._drop(step, record, reason, {"duplicate_of": other["id"], "overlap": round(overlap, 4)})
 
     def _write_chats(self, kept: Iterator[tuple[dict, int]]) -> None:
@@ -165,6 +168,12 @@ class WriteStage(WorkStep):
     def _writer(self, folder: str, name: str) -> LineWriter:
         path = numbered(self.folder / folder / name, self.rank, ".jsonl.zst")
         return self.writers.setdefault((folder, name), LineWriter(path))
+
+
+def _have_other_numbers(a: str, b: str) -> bool:
+    """True where each of two texts has numbers that the other lacks: two word problems of one wording, say."""
+    a, b = (Counter(number_sequence(text)) for text in (a, b))
+    return bool(a - b and b - a)
 
 
 def choose_sample(folder: Path, share: float) -> None:

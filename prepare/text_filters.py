@@ -281,7 +281,7 @@ FILTERS = (
     Step("symbols", "drop a text of over 25% symbols, 40% digits or 65% signs, of cut lines, of menus; formulas, sums "
          "and tables count as text", "Gopher's ratios of symbols and of lines with an ellipsis, set on real text",
          "text", judge_symbols),
-    Step("repetition", "drop a text in which repeated lines, one phrase or repeated passages take more than their share "
-         "(docs/DATA.md, Repetition)",
+    Step("repetition", "drop a text in which repeated lines, one phrase or repeated passages take more than "
+         "their share (docs/DATA.md, Repetition)",
          "Gopher and FineWeb-2 (cmn_Hani), from words to characters", "text", judge_repetition),
 )
