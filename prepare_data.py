@@ -43,6 +43,7 @@ from common import exits  # noqa: E402
 from common.lock import OutDirLock  # noqa: E402
 from Config import OneLineParser, UserError, number  # noqa: E402
 from prepare.step import Options  # noqa: E402
+from text.sources import PUBLISHING  # noqa: E402
 from text.tokenizer import DEFAULT_FOLDER, TextEncoder, load_tokenizer  # noqa: E402
 
 DRY_RUN = 1000  # records of each file
@@ -64,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer_path", default=DEFAULT_FOLDER, help="folder of the tokenizer that measures chats (default: %(default)s)")
     add("--dry_run", action="store_true", help=f"read {DRY_RUN:,} records a file, print what each step would drop, write nothing")
     add("--resume", action="store_true", help="go on with a run that was stopped")
-    add("--workers", type=number(int, 1), default=os.cpu_count(), help="processes; the output is the same (default: %(default)s)")
+    add("--workers", type=number(int, 1), default=n_cores(), help="processes; the output is the same (default: %(default)s)")
     add("--rename_field", nargs="+", metavar="OLD=NEW", default=[], help="names of fields, as in body=text q=question a=answer")
     add("--simplify", action="store_true", help="traditional → simplified characters (pip install opencc)")
     add("--min_chars", type=number(int, 0), default=default.min_chars,
@@ -76,6 +77,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--assistant_name", metavar="NAME", help="what an assistant calls itself instead of ChatGPT and the like")
     add("--drop_refusals", action="store_true", help="drop replies that refuse without need (else they are only listed)")
     add("--near", type=number(float, 0.3, 1), default=default.near, help="overlap of near-duplicates (default: %(default)s)")
+    add("--keep_other_numbers", action="store_true",
+        help="keep a chat that is like a validation record but for its numbers: word problems of one wording")
     add("--contained", type=number(float, 0.1, 1), default=default.contained,
         help="share of the shorter text that makes a leak (default: %(default)s)")
     add("--mini_share", type=number(float, 0, 1), default=default.mini_share,
@@ -83,27 +86,36 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--skip", nargs="+", metavar="STEP", default=[], help="steps to leave out, by the names in the report")
     add("--max_bad_ratio", type=number(float, 0, 1), default=0.01,
         help="stop when more than this share of the records is malformed (default: %(default)s)")
-    add("--shard_mb", type=number(int, 1), default=default.shard_mb, help="size of an output file before packing (default: %(default)s)")
-    add("--task_mb", type=number(int, 1), default=16, help="size of a task: a worker holds one (default: %(default)s)")
+    add("--shard_mb", type=number(int, 1), default=default.shard_mb, help="size of an output file (default: %(default)s)")
+    add("--task_mb", type=number(int, 1), default=16, help="size of a task, a part of the records, before compression (default: %(default)s)")
     add("--seed", type=number(int, 0), default=default.seed, help="seed of the sample (default: %(default)s)")
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "prepare_data.py", *(sys.argv[1:] if argv is None else argv)])
     args.rename_field = tuple(tuple(pair.split("=", 1)) for pair in args.rename_field)
     if any(len(pair) != 2 or not all(pair) for pair in args.rename_field):
         parser.error("--rename_field: each is OLD=NEW, as in body=text")
+    if any(len({pair[side] for pair in args.rename_field}) < len(args.rename_field) for side in (0, 1)):
+        parser.error("--rename_field: a name is there twice")
     if args.min_chars > args.max_chars:
         parser.error(f"--min_chars {args.min_chars} is greater than --max_chars {args.max_chars}")
     return args
 
 
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_options(args: argparse.Namespace, names: set[str]) -> Options:
     """The options of the steps. Raises UserError on an unknown step and on a blocklist that cannot be read."""
+    if "too_long" in args.skip:
+        raise UserError("--skip too_long: no stage has rows for longer chats")
     if unknown := sorted(set(args.skip) - names):
         raise UserError(f"--skip {unknown[0]}: no such step; the steps are {', '.join(sorted(names))}")
     words = ()
     if args.blocklist:
         try:
-            lines = Path(args.blocklist).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.blocklist).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--blocklist {args.blocklist}: {error}") from None
         words = tuple(sorted({line.strip() for line in lines if line.strip()}))
@@ -121,19 +133,31 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError:
         raise UserError("prepare_data.py needs the package datatrove: pip install -r requirements-extra.txt") from None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if args.dry_run:
-        with tempfile.TemporaryDirectory() as folder:
-            return run(args, Path(folder), None)
     out_dir = Path(args.out_dir)
-    lock = OutDirLock.take(args.out_dir, args.command)
+    for path in args.data_path + args.val_path:
+        if os.path.isdir(path) and out_dir.resolve().is_relative_to(Path(path).resolve()):
+            raise UserError(f"--out_dir {out_dir}: it is in {path}, whose files are read: choose another")
     try:
-        return run(args, out_dir / ".prepare", out_dir)
+        if args.dry_run:
+            with tempfile.TemporaryDirectory() as folder:
+                return run(args, Path(folder), None)
+        lock = OutDirLock.take(args.out_dir, args.command)
+        try:
+            return run(args, out_dir / ".prepare", out_dir)
+        finally:
+            del lock
+    except MemoryError:
+        raise UserError("out of memory: fewer --workers or a smaller --task_mb need less") from None
     except (KeyboardInterrupt, SystemExit) as stop:
+        if args.dry_run:
+            raise
         code = stop.code if isinstance(stop, SystemExit) else 130
-        command = args.command if args.resume else f"{args.command} --resume"
-        raise exits.TrainingStopped(f"stopped; go on with: {command}", code) from None
-    finally:
-        del lock
+        raise exits.TrainingStopped(f"stopped; go on with: {resuming(args)}", code) from None
+
+
+def resuming(args: argparse.Namespace) -> str:
+    """The command that goes on with this run."""
+    return args.command if args.resume else f"{args.command} --resume"
 
 
 def is_finished(args: argparse.Namespace, out_dir: Path, work: Path, settings: dict, names: tuple[str, ...]) -> bool:
@@ -156,25 +180,25 @@ def is_finished(args: argparse.Namespace, out_dir: Path, work: Path, settings: d
     begun, now = json.loads(before.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
     for name in sorted({*begun["options"], *now["options"]}):
         if begun["options"].get(name) != now["options"].get(name):
-            raise UserError(f"--{name}: this run was begun with {begun['options'].get(name)}; repeat its command, or "
-                            "choose another --out_dir")
-    if begun["task_mb"] != now["task_mb"]:
-        raise UserError(f"--task_mb: this run was begun with {begun['task_mb']}; repeat its command")
+            value = "other words" if name == "blocklist" else begun["options"].get(name)
+            raise UserError(f"--{name}: this run was begun with {value}; repeat its command, or choose another --out_dir")
     if begun["files"] != now["files"]:
         changed = next(new or old for old, new in zip_longest(begun["files"], now["files"]) if old != new)
-        raise UserError(f"{changed[0]}: the files of --data_path and --val_path, or their sizes, are not those that this "
+        raise UserError(f"{changed[0]}: the files of --data_path and --val_path, their sizes or times, are not those that this "
                         "run was begun with; choose another --out_dir")
-    return manifest.exists() and json.loads(manifest.read_text(encoding="utf-8"))["complete"]
+    return (manifest.exists() and not (out_dir / PUBLISHING).exists()
+            and json.loads(manifest.read_text(encoding="utf-8"))["complete"])
 
 
-def keep_tokenizer(path: str, work: Path) -> None:
-    """Note the tokenizer by which chats are sorted. Raises UserError where the run was begun with another."""
-    from prepare.work import save_json
-
-    fingerprint, noted = TextEncoder.of(load_tokenizer(path)).fingerprint, work / "tokenizer.json"
-    if noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != fingerprint:
+def find_tokenizer(path: str, work: Path) -> str | None:
+    """The fingerprint of the tokenizer by which chats are sorted, or None where its folder is not there yet. Raises
+    UserError where it is no tokenizer, or another than that which sorted chats of this run."""
+    noted = work / "tokenizer.json"
+    before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else None
+    fingerprint = TextEncoder.of(load_tokenizer(path)).fingerprint if before or os.path.isdir(path) else None
+    if before not in (None, fingerprint):
         raise UserError(f"--tokenizer_path {path}: this run was begun with another tokenizer; choose another --out_dir")
-    save_json(noted, fingerprint)
+    return fingerprint
 
 
 def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
@@ -197,13 +221,22 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     print(f"{len(files) - len(val_files):,} files to prepare, {len(val_files):,} of validation, "
           f"{sum(file.size for file in files) / 1e6:,.1f} MB; {args.workers} workers", flush=True)
     if others:
-        print(f"left alone, as their names are not those of data: {len(others):,} ({', '.join(others[:3])}, …)")
+        print(f"ignored (no data file name): {len(others):,} ({', '.join(others[:3])}{', …' * (len(others) > 3)})")
     if not val_files:
         print("no --val_path: nothing keeps your validation and test texts out of the training files")
-    settings = {"options": dataclasses.asdict(options), "task_mb": args.task_mb, "files": [list(file) for file in files]}
-    if out_dir is not None and is_finished(args, out_dir, work, settings, outputs.OUTPUTS):
+    choices = dataclasses.asdict(options) | {"task_mb": args.task_mb, "max_bad_ratio": args.max_bad_ratio}
+    settings = {"options": choices, "files": [list(file) for file in files]}
+    finished = out_dir is not None and is_finished(args, out_dir, work, settings, outputs.OUTPUTS)
+    tokenizer = find_tokenizer(args.tokenizer_path, work)
+    if finished:
+        clean_up(work)
         print(f"{out_dir}: finished before")
         return 0
+    for leftover in work.rglob(".*.tmp"):  # of processes that were killed: the lock is ours
+        leftover.unlink()
+    noted = work / "started.json"
+    started = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else started
+    save_json(noted, started)
     save_json(work / "settings.json", settings)
     phases = Phases(work, args.workers, WEIGHTS, lambda line: print(line, flush=True))
 
@@ -211,10 +244,16 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     reading = pipeline.ReadRaw(work, files, options.rename_field, DRY_RUN if out_dir is None else None)
     phases.run("read", len(files), [reading, pipeline.WriteShards(work, reading, args.task_mb * 1_000_000)])
     inputs, shards = pipeline.read_results(work, len(files))
-    summary.say_inputs(inputs, args.max_bad_ratio)
+    try:
+        summary.say_inputs(inputs, args.max_bad_ratio)
+    except UserError:
+        shutil.rmtree(work)  # other flags may read it, and would be refused as another run
+        raise
 
     # -- clean
     phases.run("clean", len(shards), pipeline.clean_pipeline(work, shards, options))
+    for shard in shards:  # they are half of what the work folder takes
+        shard.path.unlink(missing_ok=True)
     corpus, validation = duplicates.corpora(work, shards)
     kinds = {int(kind) for shard in range(len(corpus.tasks)) for kind in set(corpus.meta(shard)["kind"])}
 
@@ -223,7 +262,7 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     if "exact" not in options.skip:
         phases.run("exact", duplicates.n_ranges(len(corpus)), [duplicates.FindExact(work, corpus)])
     phases.run("leaks", 1, [duplicates.IndexValidation(work, validation)])
-    phases.run("sign", n_shards, [duplicates.Sign(work, corpus, options.contained, options.skip)])
+    phases.run("sign", n_shards, [duplicates.Sign(work, corpus, validation, options)])
     bands = duplicates.BANDS * duplicates.n_ranges(len(corpus))
     phases.run("bands", bands, [duplicates.FindPairs(work, n_shards, options.near)])
     n_pairs = duplicates.merge_pairs(work, bands)
@@ -232,11 +271,11 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     phases.run("decide", 1, [duplicates.Decide(work, corpus, options.near, parts)])
 
     # -- write
-    has_chats, has_tokenizer = bool(kinds - {pipeline.TEXT}), os.path.isdir(args.tokenizer_path)
+    has_chats = bool(kinds - {pipeline.TEXT})
     write = [work, corpus, validation]
     phases.run("write_text", n_shards, [outputs.WriteStage(*write, (pipeline.TEXT,), None, options.seed)])
-    if has_chats and has_tokenizer:
-        keep_tokenizer(args.tokenizer_path, work)
+    if has_chats and tokenizer:
+        save_json(work / "tokenizer.json", tokenizer)
         phases.run("write_chats", n_shards, [outputs.WriteStage(
             *write, (pipeline.CHAT, pipeline.R1), args.tokenizer_path, options.seed)])
         outputs.choose_sample(work, options.mini_share)
@@ -244,16 +283,16 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
 
     # -- publish
     tally, written = outputs.sum_counts(work)
-    whole = has_tokenizer or not has_chats
+    whole = tokenizer is not None or not has_chats
     steps = [step for step in STEPS if step.name not in options.skip and step.when(options)]
     steps += [step for step in LAST_STEPS if step.name not in options.skip]
     manifest = {
-        "format": 1, "complete": whole,
+        "format": 1, "complete": whole, "tokenizer": tokenizer if has_chats else None,
         "run": {"command": args.command, "started": started, "seconds": round(time.monotonic() - begin, 1),
                 "workers": args.workers, "versions": {"python": platform.python_version()} | {
-                    name: version(name) for name in ("datatrove", "numpy", "zstandard", "tokenizers")} | {
+                    name: version(name) for name in ("datatrove", "numpy", "zstandard", "tokenizers", "pyarrow")} | {
                     "unicode": unicodedata.unidata_version}},
-        "settings": settings["options"] | {"task_mb": args.task_mb}, "inputs": inputs, "left_alone": others, "outputs": [],
+        "settings": choices, "inputs": inputs, "left_alone": others, "outputs": [],
         "steps": [summary.describe_step(step, tally) for step in steps], "near": duplicates.describe_near(work, n_pairs),
     }
     staged = work / "staged"
@@ -270,22 +309,30 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     summary.check_account(manifest, is_whole=whole)
     if out_dir is None:
         summary.say_steps(manifest)
+        if not whole:
+            print(f"{sum(manifest['waiting'].values()):,} chats would wait for a tokenizer: {args.tokenizer_path} is not there")
         return 0
     save_json(staged / "manifest.json", manifest)
     write_report(staged, manifest)
     outputs.publish(staged, out_dir)
     summary.say_steps(manifest)
-    print(f"{out_dir}/data_report.md tells the whole; {out_dir}/dropped/ holds what was dropped")
+    print(f"{out_dir}/data_report.md has the full account" + (
+        f"; {out_dir}/dropped/ holds what was dropped" if manifest["dropped"] else ""))
     if not whole:
-        print(f"the chats wait for a tokenizer, since they are sorted by tokens, and there is no {args.tokenizer_path}: "
-              f"python train_tokenizer.py --data_path {out_dir / 'pretrain-*.jsonl.zst'}, then {args.command} --resume",
-              file=sys.stderr)
+        text = out_dir / "pretrain-*.jsonl.zst" if "pretrain" in written.outputs else "FILES with text or chats"
+        print(f"the chats wait for a tokenizer, which splits them by tokens, and there is no folder {args.tokenizer_path}: "
+              f"python train_tokenizer.py --data_path {shlex.quote(str(text))} --tokenizer_path "
+              f"{shlex.quote(args.tokenizer_path)}, then {resuming(args)}", file=sys.stderr)
         return 2
-    keep = work / "settings.json"
-    for path in work.iterdir():
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    clean_up(work)
     return 0
+
+
+def clean_up(work: Path) -> None:
+    """Remove what a finished run no longer needs: all but what tells another run from it."""
+    for path in work.iterdir():
+        if path.name not in ("settings.json", "tokenizer.json"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":

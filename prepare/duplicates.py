@@ -12,11 +12,12 @@ A record is known by its number: its place among all cleaned training records, i
 
 import json
 import mmap
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from prepare.numbers import number_sequence
 from prepare.pipeline import TEXT, content_of
 from prepare.similarity import (
     BANDS,
@@ -29,20 +30,23 @@ from prepare.similarity import (
     signature,
     text_key,
 )
+from prepare.step import Options
 from prepare.work import WorkStep, numbered, save_array
 
 # `by`: the record that stays, or the validation record
 REMOVED = np.dtype([("number", "<u8"), ("by", "<u8"), ("overlap", "<f4")])
 SIGNED = np.dtype([("number", "<u8"), ("size", "<u4"), ("chars", "<u4"), ("group", "<u8")])  # size: of the shingle set
 PAIR = np.dtype([("a", "<u8"), ("b", "<u8"), ("overlap", "<f4")])
-RECORDS_IN_RANGE = 8_000_000  # of which the exact and the band phase hold what they need at once, about 300 MB
+RECORDS_IN_RANGE = 8_000_000  # whose keys the exact and the band phase sort at once, in about 500 MB
 MOST_NEIGHBORS = 200  # of a record in one band: of more, those of about its size
+MOST_LINKS = 32  # of them that are likely duplicates: enough to link a group of thousands of copies
 DOUBT = 0.15  # an overlap estimated by 100 hashes is off by more than this in one of a thousand
 LEAST_SHINGLES = 5  # a shorter validation text is only compared as a whole: its few words stand in many texts
 LEAST_QUESTION = 20  # characters: a shorter question of a chat is small talk, which validation may share
 PAIRS_IN_TASK = 20_000
 PAIRS_AT_ONCE = 50_000  # whose signatures are compared at once: 40 MB
-SETS_KEPT = 2_000  # shingle sets that a task keeps, about 15 MB
+SETS_BYTES = 64_000_000  # of shingle sets that a task keeps
+MAPS_OPEN = 64  # files mapped at once
 
 
 class Corpus:
@@ -67,7 +71,7 @@ class Corpus:
         """A record."""
         shard = int(np.searchsorted(self.starts, number, "right")) - 1
         if shard not in self._open:
-            if len(self._open) > 200:
+            if len(self._open) >= MAPS_OPEN:
                 self._open.clear()
             with open(numbered(self.folder / "clean", self.tasks[shard], ".jsonl"), "rb") as file:
                 lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -160,10 +164,10 @@ class IndexValidation(WorkStep):
                 owners.append(np.full(len(found), number, np.uint32))
             keys.setdefault(text_key("content", normalized)[0], number)
             if "conversations" in record:
-                question = normalize(record["conversations"][0]["content"])
+                question = record["conversations"][0]["content"]
                 is_bare = len(record["conversations"]) == 1  # a question of a test set
-                if is_bare or len(question) >= LEAST_QUESTION:
-                    keys.setdefault(text_key("question", question)[0], number)
+                if is_bare or len(normalize(question)) >= LEAST_QUESTION:
+                    keys.setdefault(question_key(question), number)
         hashes, owners = np.concatenate(hashes), np.concatenate(owners)
         order = np.argsort(hashes, kind="stable")
         unique, starts = np.unique(hashes[order], return_index=True)
@@ -174,11 +178,22 @@ class IndexValidation(WorkStep):
             save_array(self.folder / "leaks" / f"{name}.npy", array)
 
 
+def question_key(question: str) -> int:
+    """64 bits that identify a question, by its normalized text and its numbers."""
+    return text_key("question", "\0".join([normalize(question), *number_sequence(question)]))[0]
+
+
+def have_other_numbers(a: str, b: str) -> bool:
+    """True where each of two texts has numbers that the other lacks: two word problems of one wording, say."""
+    a, b = (Counter(number_sequence(text)) for text in (a, b))
+    return bool(a - b and b - a)
+
+
 class LeakFinder:
     """Finds the validation record that a training record contains, or is contained in."""
 
-    def __init__(self, folder: Path, contained: float):
-        self.contained = contained
+    def __init__(self, folder: Path, validation: Corpus, contained: float, keep_other_numbers: bool):
+        self.validation, self.contained, self.keep_other_numbers = validation, contained, keep_other_numbers
         self.shingles, self.starts, self.owners, self.sizes, self.keys, self.key_owners = (
             np.asarray(np.load(folder / "leaks" / f"{name}.npy", mmap_mode="r"))  # a plain array is faster to index
             for name in ("shingles", "starts", "owners", "sizes", "keys", "key_owners"))
@@ -188,12 +203,12 @@ class LeakFinder:
     def find(self, record: dict, normalized: str, hashed: np.ndarray) -> tuple[int, float] | None:
         """(number of the validation record, containment), or None."""
         keys = [text_key("content", normalized)[0]]
-        keys += [text_key("question", normalize(message["content"]))[0] for message in record.get("conversations", ())
+        keys += [question_key(message["content"]) for message in record.get("conversations", ())
                  if message["role"] == "user"]
         for key in keys:
             if key in self.key_set:
                 return int(self.key_owners[np.searchsorted(self.keys, np.uint64(key))]), 1.0
-        if not len(self.shingles) or not len(hashed):
+        if not len(self.shingles) or len(hashed) < LEAST_SHINGLES:
             return None
         found = np.searchsorted(self.shingles, hashed)
         found[found == len(self.shingles)] = 0
@@ -204,8 +219,13 @@ class LeakFinder:
         first = np.repeat(self.starts[hits] - np.cumsum(n_owners) + n_owners, n_owners)
         candidates, common = np.unique(self.owners[first + np.arange(len(first))], return_counts=True)
         containment = common / np.minimum(self.sizes[candidates], len(hashed))
-        best = int(np.argmax(containment))
-        return (int(candidates[best]), float(containment[best])) if containment[best] >= self.contained else None
+        for i in np.argsort(-containment, kind="stable"):
+            if containment[i] < self.contained:
+                break
+            if not (self.keep_other_numbers and "conversations" in record and have_other_numbers(
+                    content_of(record), content_of(self.validation.record(int(candidates[i]))))):
+                return int(candidates[i]), float(containment[i])
+        return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -215,15 +235,16 @@ class LeakFinder:
 class Sign(WorkStep):
     """Computes the signatures of a shard's records that are no exact duplicates, and finds those that are leaks."""
 
-    def __init__(self, folder: Path, corpus: Corpus, contained: float, skip: tuple[str, ...]):
+    def __init__(self, folder: Path, corpus: Corpus, validation: Corpus, options: Options):
         super().__init__(folder, "signatures, leaks")
-        self.corpus, self.contained, self.skip = corpus, contained, skip
+        self.corpus, self.validation, self.options, self.skip = corpus, validation, options, options.skip
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
         """Writes sign/RANK.npy (SIGNED), signatures/RANK.npy (HASHES, n) and leak/RANK.npy (REMOVED)."""
         begin, end = map(int, self.corpus.starts[rank:rank + 2])
         removed = set(load_removed(self.folder, "exact", begin, end)["number"].tolist())
-        finder = LeakFinder(self.folder, self.contained) if "leak" not in self.skip else None
+        finder = None if "leak" in self.skip else LeakFinder(
+            self.folder, self.validation, self.options.contained, self.options.keep_other_numbers)
         meta, signed, signatures, leaks = self.corpus.meta(rank), [], [], []
         for number in range(begin, end):
             self.tick(rank, (number - begin) / (end - begin))
@@ -259,15 +280,20 @@ class Signed:
 
     def _shard(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
-            if len(self._maps) > 500:
+            if len(self._maps) >= MAPS_OPEN:
                 self._maps.clear()
             self._maps[shard] = np.load(numbered(self.folder / "signatures", shard, ".npy"), mmap_mode="r")
         return self._maps[shard]
 
-    def band(self, band: int) -> np.ndarray:
-        """The values (ROWS, n) of one band."""
-        hashes = band_hashes(band)
-        return np.concatenate([self._shard(shard)[hashes] for shard in range(len(self.starts) - 1)], axis=1)
+    def keys(self, band: int, range_: int, ranges: int) -> tuple[np.ndarray, np.ndarray]:
+        """(keys in one band, positions) of the records whose keys fall into one of the `ranges`."""
+        keys, positions = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        for shard, (a, b) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
+            found = band_keys(self._shard(shard)[band_hashes(band)], self.rows["group"][a:b])
+            mine = np.flatnonzero(found % np.uint64(ranges) == range_)
+            keys.append(found[mine])
+            positions.append(mine + a)
+        return np.concatenate(keys), np.concatenate(positions)
 
     def signatures(self, positions: np.ndarray) -> np.ndarray:
         """The signatures (n, HASHES) of the records at sorted positions."""
@@ -296,20 +322,23 @@ class FindPairs(WorkStep):
         """Task RANK is one band, and one range of its keys: writes pairs/RANK.npy, positions (n, 2)."""
         signed = Signed(self.folder, self.n_shards)
         band, range_, ranges = rank % BANDS, rank // BANDS, world_size // BANDS
-        keys = band_keys(signed.band(band), signed.rows["group"])
-        mine = np.flatnonzero(keys % np.uint64(ranges) == range_)
-        order = mine[np.lexsort((signed.rows["size"][mine], keys[mine]))]
-        keys, size = keys[order], signed.rows["size"][order].astype(np.float64)
-        found = [np.empty((0, 2), np.int64)]
+        keys, positions = signed.keys(band, range_, ranges)
+        order = np.lexsort((signed.rows["size"][positions], keys))
+        keys, order = keys[order], positions[order]
+        size = signed.rows["size"][order].astype(np.float64)
+        found, links = [np.empty((0, 2), np.int64)], np.zeros(len(order), np.int64)
         for distance in range(1, MOST_NEIGHBORS + 1):
             first = np.flatnonzero(keys[distance:] == keys[:-distance])
             if not len(first):
                 break
             first = first[size[first] >= self.near * size[first + distance]]  # else they cannot overlap enough
+            first = first[links[first + distance] < MOST_LINKS]
             for begin in range(0, len(first), PAIRS_AT_ONCE):
-                self.tick(rank, 0.5)
-                a, b = order[first[begin:begin + PAIRS_AT_ONCE]], order[first[begin:begin + PAIRS_AT_ONCE] + distance]
+                self.tick(rank, distance / MOST_NEIGHBORS)
+                some = first[begin:begin + PAIRS_AT_ONCE]
+                a, b = order[some], order[some + distance]
                 likely = signed.estimates(a, b) >= self.near - DOUBT
+                links[some[likely] + distance] += 1
                 found.append(np.stack([np.minimum(a, b)[likely], np.maximum(a, b)[likely]], axis=1))
         save_array(numbered(self.folder / "pairs", rank, ".npy"), np.unique(np.concatenate(found), axis=0))
 
@@ -326,7 +355,7 @@ class _Sets:
     """The shingles of records, the last ones kept."""
 
     def __init__(self, corpus: Corpus):
-        self.corpus, self.kept = corpus, OrderedDict()
+        self.corpus, self.kept, self.bytes = corpus, OrderedDict(), 0
 
     def of(self, number: int) -> np.ndarray:
         if number in self.kept:
@@ -334,8 +363,9 @@ class _Sets:
             return self.kept[number]
         found = shingles(normalize(content_of(self.corpus.record(number))))
         self.kept[number] = found
-        if len(self.kept) > SETS_KEPT:
-            self.kept.popitem(last=False)
+        self.bytes += found.nbytes
+        while self.bytes > SETS_BYTES and len(self.kept) > 2:
+            self.bytes -= self.kept.popitem(last=False)[1].nbytes
         return found
 
 

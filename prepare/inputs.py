@@ -1,6 +1,7 @@
 """Raw files: which there are, and the records in them, in our forms.
 
-A file is a path, or an address that fsspec knows (s3://…, hf://…, https://…). What it is, is told by its first bytes.
+A file is a path, or an address that fsspec knows (s3://…, hf://…, https://…). What it is, is detected from its first
+bytes.
 """
 
 import hashlib
@@ -24,17 +25,18 @@ from text.shapes import convert_record, parse_value, shape_of
 DATA_FILE = re.compile(r"\.(jsonl?|ndjson|parquet|txt|csv|tsv)(\.(gz|xz|zst))?$", re.IGNORECASE)
 SOURCE_KEYS = ("source", "data_source")  # of a record
 LONGEST_SOURCE, MOST_SOURCES = 60, 200  # a longer name, or one more in a file, is no source but an address, say
-MOST_EXAMPLES = 5
+MOST_EXAMPLES, MOST_REASONS = 5, 20
 MESSAGE_KEYS = ("role", "content", "reasoning_content")
 PARQUET = b"PAR1"
 
 
 class RawFile(NamedTuple):
-    """One file of the input. `path` as the user wrote it, or as its folder lists it."""
+    """One file of the input. `path` as the user wrote it, or as its folder lists it; `changed`: when it was last."""
 
     path: str
     size: int
     is_val: bool
+    changed: str = ""
 
     @property
     def source(self) -> str:
@@ -57,17 +59,19 @@ def find_raw_files(paths: list[str], flag: str) -> tuple[list[RawFile], list[str
     for path in paths:
         try:
             found, more = _find(path)
-            sized = [(name, _size(name)) for name in found]
+            described = [(name, *_size_and_time(name)) for name in found]
         except ImportError as error:
             raise UserError(f"{flag} {path}: {error}: install that package") from None
         except Exception as error:  # each file system has errors of its own
             raise UserError(f"{flag} {path}: {' '.join(str(error).split()) or type(error).__name__}") from None
         if not found:
-            left = f" ({', '.join(more[:3])} are not: name a file to read it)" if more else ""
+            left = f" ({', '.join(more[:3])}: name a file to read it)" if more else ""
             raise UserError(f"{flag} {path}: no such file, or no data files in the folder{left}")
-        for name, size in sized:
+        for name, size, changed in described:
             key = os.path.realpath(name) if "://" not in name else name
-            files.setdefault(key, RawFile(name, size, flag == "--val_path"))
+            if "://" not in name and not os.access(name, os.R_OK):
+                raise UserError(f"{flag} {name}: permission denied")
+            files.setdefault(key, RawFile(name, size, flag == "--val_path", changed))
         others += more
     return list(files.values()), others
 
@@ -87,11 +91,17 @@ def _find(path: str) -> tuple[list[str], list[str]]:
                   if system.isfile(name) and not re.search(r"/\.[^/]*$", name)), []
 
 
-def _size(path: str) -> int:
+def _size_and_time(path: str) -> tuple[int, str]:
     if "://" not in path:
-        return os.path.getsize(path)
+        status = os.stat(path)
+        return status.st_size, str(status.st_mtime_ns)
     system, root = fsspec.core.url_to_fs(path)
-    return system.size(root) or 0
+    info = system.info(root)
+    return info.get("size") or 0, str(next((info[key] for key in ("ETag", "LastModified", "mtime") if key in info), ""))
+
+
+class _Damaged(Exception):
+    """A file is not whole."""
 
 
 class _Hashed(io.RawIOBase):
@@ -140,21 +150,26 @@ class RawReader:
     sha256: str | None = None
     n_read: int = 0
 
-    def read(self, limit: int | None = None) -> Iterator[tuple[int, dict]]:
+    def read(self, limit: int | None = None) -> Iterator[tuple[str, dict]]:
         """(number of the line or record, record): {"text"} or {"conversations"}, with "source" and perhaps "weight".
-        With a `limit`, that many records at most, and no hash."""
+        With a `limit`, that many records at most, malformed ones counted, and no hash.
+
+        Raises UserError where the file cannot be read now: it may be another time.
+        """
+        line, within = None, 0
         for number, value in self._values(limit is None):
-            if isinstance(value, MalformedRecord):
-                self._refuse(number, str(value))
-                continue
+            line, within = number, within + 1 if number == line else 0
+            name = f"{number}.{within}" if within else str(number)  # several records on one line
             try:
                 record = self._convert(value)
             except MalformedRecord as error:
-                self._refuse(number, str(error))
-                continue
-            self.records += 1
-            yield number, record
-            if self.records == limit:
+                self._refuse(name, str(error))
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # a record can hold anything
+                self._refuse(name, f"unusual: {type(error).__name__}: {error}")
+            else:
+                self.records += 1
+                yield name, record
+            if self.records + self.malformed == limit:
                 return
 
     def summary(self) -> dict:
@@ -162,10 +177,15 @@ class RawReader:
         return {"path": self.file.path, "role": "val" if self.file.is_val else "train", "source": self.file.source,
                 "bytes": self.file.size, "sha256": self.sha256, "form": self.form,
                 "shape": ", ".join(name for name, _ in self.shapes.most_common(3)), "records": self.records,
-                "malformed": self.malformed, "reasons": dict(self.reasons.most_common(20)), "examples": self.examples,
+                "malformed": self.malformed, "reasons": self._most_reasons(), "examples": self.examples,
                 "unreadable": self.unreadable, "notes": dict(self.notes)}
 
-    def _refuse(self, number: int, reason: str) -> None:
+    def _most_reasons(self) -> dict[str, int]:
+        most = dict(self.reasons.most_common(MOST_REASONS))
+        others = self.reasons.total() - sum(most.values())
+        return most | ({"other reasons": others} if others else {})
+
+    def _refuse(self, number: str | int, reason: str) -> None:
         self.malformed += 1
         self.reasons[re.sub(r"(?<![\w-])\d+", "N", reason)] += 1
         if len(self.examples) < MOST_EXAMPLES:
@@ -201,9 +221,21 @@ class RawReader:
                 finally:
                     if with_hash:
                         self.sha256 = hashed.read_rest()
-        except (OSError, EOFError, zlib.error, UnicodeError) as error:
-            self.unreadable = f"not read beyond record {number}: {' '.join(str(error).split()) or type(error).__name__}"
-            self._refuse(number, self.unreadable)
+        except (EOFError, zlib.error, UnicodeError, _Damaged) as error:
+            self._end(number, error)
+        except OSError as error:
+            if error.errno is not None or isinstance(error, (ConnectionError, TimeoutError)):
+                raise UserError(f"{self.file.path}: cannot be read now: {error}; go on with --resume") from None
+            self._end(number, error)  # what the libraries of .gz, .xz and .zst raise on damage
+        except Exception as error:
+            if "://" not in self.file.path:
+                raise
+            raise UserError(f"{self.file.path}: cannot be read now: {type(error).__name__}: {error}; go on with "
+                            "--resume") from None
+
+    def _end(self, number: int, error: Exception) -> None:
+        self.unreadable = f"not read beyond record {number}: {' '.join(str(error).split()) or type(error).__name__}"
+        self._refuse(number, self.unreadable)
 
     def _parsed(self, stream, sniffed) -> Iterator[tuple[int, object]]:
         if sniffed.reader is read_json_lines and not sniffed.encoding.startswith(("utf-16", "utf-32")):
@@ -229,7 +261,7 @@ class RawReader:
                     self.n_read += self.file.size * batch.num_rows // n_rows
                     yield from batch.to_pylist()
         except pyarrow.ArrowException as error:
-            raise OSError(str(error)) from None
+            raise _Damaged(str(error)) from None
 
     def _convert(self, value) -> dict:
         original = as_record(value)
@@ -237,9 +269,11 @@ class RawReader:
             original = _renamed(original, dict(self.rename_field))
         shape = shape_of(original)
         record = convert_record(original, self.notes)
-        if "conversations" in record:
+        kinds = [key for key in ("conversations", "question", "text") if record.get(key) is not None]
+        kind = shape if shape in ("question", "text") else kinds[0]  # an empty "conversations" may stand beside a text
+        if kind == "conversations":
             made = {"conversations": self._messages(record["conversations"])}
-        elif "question" in record:
+        elif kind == "question":
             made = {"conversations": self._question(record)}
         else:
             check_text(record["text"], '"text"')

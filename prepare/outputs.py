@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from common.files import cannot_save, sync_folder
-from prepare.duplicates import Corpus, load_removed
-from prepare.numbers import number_sequence
+from prepare.duplicates import Corpus, have_other_numbers, load_removed
 from prepare.pipeline import R1, TEXT, content_of, read_jsonl
 from prepare.similarity import text_key
-from prepare.work import LineWriter, Tally, WorkStep, load_json, numbered, save_array, save_json
+from prepare.work import LineWriter, Tally, WorkStep, Writers, load_json, numbered, save_array, save_json
 from text.chat import ChatEncoder
 from text.records import unpack
 from text.sources import PUBLISHING
@@ -81,7 +80,7 @@ class WriteStage(WorkStep):
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
         """Writes out/NAME/RANK…, dropped/STEP/RANK…, sample/RANK.npy, counts/PHASE/RANK and written/PHASE/RANK."""
         meta = self.corpus.meta(rank)
-        self.writers: dict[tuple[str, str], LineWriter] = {}
+        self.writers = Writers(self.folder, rank)
         self.tally, self.written, self.rank, self.sample = Tally(), Written(), rank, []
         if np.isin(meta["kind"], self.kinds).any():
             kept = self._kept(meta)
@@ -90,8 +89,7 @@ class WriteStage(WorkStep):
                     self._write("pretrain", record)
             else:
                 self._write_chats(kept)
-        for writer in self.writers.values():
-            writer.close()
+        self.writers.close()
         if self.sample:
             save_array(numbered(self.folder / "sample", rank, ".npy"), np.array(self.sample, SAMPLED))
         save_json(numbered(self.folder / "counts" / self.phase, rank, ".json"), self.tally.steps)
@@ -101,8 +99,8 @@ class WriteStage(WorkStep):
         """(record, kind) of what is no duplicate and no leak; writes the others."""
         begin, end = map(int, self.corpus.starts[self.rank:self.rank + 2])
         removed = {}
-        for step, name in (("exact", "exact"), ("leak", "leak"), ("near", "near")):
-            for row in load_removed(self.folder, name, begin, end):
+        for step in ("exact", "leak", "near"):
+            for row in load_removed(self.folder, step, begin, end):
                 removed[int(row["number"])] = step, int(row["by"]), float(row["overlap"])
         for number in range(begin, end):
             self.tick(self.rank, (number - begin) / (end - begin))
@@ -120,7 +118,7 @@ class WriteStage(WorkStep):
                 continue
             other = (self.validation if step == "leak" else self.corpus).record(by)
             reason = {"exact": "the same text", "leak": "in a validation file", "near": "nearly the same text"}[step]
-            if step == "leak" and _have_other_numbers(content_of(record), content_of(other)):
+            if step == "leak" and have_other_numbers(content_of(record), content_of(other)):
                 reason = "in a validation file, with other numbers"
             self._drop(step, record, reason, {"duplicate_of": other["id"], "overlap": round(overlap, 4)})
 
@@ -154,7 +152,7 @@ class WriteStage(WorkStep):
                 self.sample.append((text_key("stratum", stratum)[0], draw, len(self.sample)))
 
     def _write(self, name: str, record: dict, tokens: int = 0) -> None:
-        self._writer("out", name).write(record)
+        self.writers.of("out", name).write(record)
         self.written.add(name, record, tokens)
 
     def _drop(self, step: str, record: dict, reason: str, more: dict) -> None:
@@ -163,17 +161,7 @@ class WriteStage(WorkStep):
         tally["reasons"][reason] += 1
         tally["by_source"][record["source"]] += 1
         line = {"id": record["id"], "source": record["source"], "reason": reason} | more | record
-        self._writer("dropped", step).write(line)
-
-    def _writer(self, folder: str, name: str) -> LineWriter:
-        path = numbered(self.folder / folder / name, self.rank, ".jsonl.zst")
-        return self.writers.setdefault((folder, name), LineWriter(path))
-
-
-def _have_other_numbers(a: str, b: str) -> bool:
-    """True where each of two texts has numbers that the other lacks: two word problems of one wording, say."""
-    a, b = (Counter(number_sequence(text)) for text in (a, b))
-    return bool(a - b and b - a)
+        self.writers.of("dropped", step).write(line)
 
 
 def choose_sample(folder: Path, share: float) -> None:
@@ -289,7 +277,8 @@ def publish(staged: Path, out_dir: Path) -> None:
     try:
         marker.touch()
         sync_folder(out_dir)
-        for file in sorted(path for path in staged.rglob("*") if path.is_file()):
+        files = (path for path in staged.rglob("*") if path.is_file())
+        for file in sorted(files, key=lambda path: (path.name == "manifest.json", path)):  # it says that all is there
             target = out_dir / file.relative_to(staged)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)

@@ -20,7 +20,7 @@ from prepare.numbers import number_sequence
 from prepare.similarity import normalize, text_key
 from prepare.step import Drop, Options, Step
 from prepare.steps import STEP_OF, STEPS
-from prepare.work import LineWriter, Tally, WorkStep, load_json, numbered, save_array, save_json
+from prepare.work import LineWriter, Tally, WorkStep, Writers, load_json, numbered, save_array, save_json
 from text.records import unpack
 
 TEXT, CHAT, R1 = range(3)  # kinds of records
@@ -202,7 +202,7 @@ class Apply(WorkStep):
         return messages
 
 
-class List(WorkStep):
+class ListMentions(WorkStep):
     """Notes which lists a chat belongs to, such as refusals, as it is before the steps on chats."""
 
     def __init__(self, folder: Path):
@@ -227,28 +227,26 @@ class WriteClean(WorkStep):
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
         """Writes clean/RANK.jsonl with RANK.npy (META), dropped/STEP/RANK…, listed/NAME/RANK… and counts/clean/RANK."""
-        kept, others, meta, offset = LineWriter(numbered(self.folder / "clean", rank, ".jsonl")), {}, [], 0
+        kept, others = LineWriter(numbered(self.folder / "clean", rank, ".jsonl")), Writers(self.folder, rank)
+        meta, offset = [], 0
         for document in data:
             dropped, listed = (document.metadata.pop(key, None) for key in ("dropped", "listed"))
             document.metadata.pop("is_val")
             record = to_record(document)
             for name, chat in listed or ():
-                self._other(others, "listed", name, rank).write(record | {"conversations": chat})
+                others.of("listed", name).write(record | {"conversations": chat})
             if dropped is not None:
                 step, reason = dropped
-                self._other(others, "dropped", step, rank).write(
+                others.of("dropped", step).write(
                     {"id": record["id"], "source": record["source"], "reason": reason} | record)
                 continue
             size = kept.write(record)
             meta.append((offset, size, *self._meta(record)))
             offset += size
-        for writer in (kept, *others.values()):
-            writer.close()
+        kept.close()
+        others.close()
         save_array(numbered(self.folder / "clean", rank, ".npy"), np.array(meta, META))
         save_json(numbered(self.folder / "counts" / "clean", rank, ".json"), self.tally.steps)
-
-    def _other(self, writers: dict, folder: str, name: str, rank: int) -> LineWriter:
-        return writers.setdefault((folder, name), LineWriter(numbered(self.folder / folder / name, rank, ".jsonl.zst")))
 
     @staticmethod
     def _meta(record: dict) -> tuple:
@@ -267,4 +265,5 @@ def clean_pipeline(folder: Path, shards: list[Shard], options: Options) -> list[
     steps = [step for step in STEPS if step.name not in options.skip and step.when(options)]
     applied = [Apply(folder, step.name, options, tally) for step in steps]
     first = next((i for i, step in enumerate(steps) if step.on == "chat"), len(steps))
-    return [ReadShard(folder, shards), *applied[:first], List(folder), *applied[first:], WriteClean(folder, tally)]
+    return [ReadShard(folder, shards), *applied[:first], ListMentions(folder), *applied[first:],
+            WriteClean(folder, tally)]

@@ -35,15 +35,15 @@ _BLOCK = 2048  # shingles hashed at once: more do not fit into the cache
 
 # What says nothing about whether two texts are the same: white space, punctuation, controls. Symbols stay, since 3+5 is
 # not 3=5, and so do the marks that calculate, where they stand beside a number.
-_REMOVED = dict.fromkeys(code for code in range(sys.maxunicode + 1) if chr(code) not in "-*/.:%" and (
+_REMOVED = dict.fromkeys(code for code in range(sys.maxunicode + 1) if chr(code) not in "-*/.:%()" and (
     unicodedata.category(chr(code)) in ("Cc", "Cf") or unicodedata.category(chr(code))[0] in "PZ"
     or chr(code) in "`^~"))
-_NOT_OF_A_NUMBER = re.compile(r"(?<!\d)[*/.:%]+|[*/.:]+(?!\d)|-+(?!\d)")
+_NOT_OF_A_NUMBER = re.compile(r"(?<!\d)[*/.:%]+|[*/.:]+(?!\d)|-+(?!\d)|\((?!\d)|(?<!\d)\)")
 
 
 def normalize(text: str) -> str:
-    """The text in NFKC and lower case, without white space and punctuation, but for the marks of a number (-3, 3/4,
-    12:30, 50%). Text that is nothing else stays as it is."""
+    """The text in NFKC and lower case, without white space and punctuation, but for what makes another number or sum
+    (-3, 3/4, 12:30, 50%, (2+3)*4). Text that is nothing else stays as it is."""
     normalized = unicodedata.normalize("NFKC", text).lower().translate(_REMOVED)
     return _NOT_OF_A_NUMBER.sub("", normalized) or text
 

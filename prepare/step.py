@@ -19,6 +19,7 @@ class Options:
     drop_refusals: bool = False
     near: float = 0.6
     contained: float = 0.5
+    keep_other_numbers: bool = False
     mini_share: float = 0.1
     shard_mb: int = 512
     rename_field: tuple[tuple[str, str], ...] = ()

@@ -17,7 +17,7 @@ def say_inputs(inputs: list[dict], max_bad_ratio: float) -> None:
         print(f"{item['path']}: {what or 'not read'}: {item['records']:,} records{malformed}")
     if len(inputs) > SHOWN:
         print(f"… and {len(inputs) - SHOWN:,} files more")
-    for item in inputs:
+    for item in inputs[:SHOWN]:
         for example in item["examples"][:2]:
             print(f"malformed: {example}")
         for note, n in item["notes"].items():
@@ -41,8 +41,9 @@ def describe_step(step: Step, tally: Tally) -> dict:
 
 
 def check_account(manifest: dict, is_whole: bool) -> None:
-    """Add "waiting" to the manifest where chats wait for a tokenizer: how many of each source. Raises RuntimeError, for
-    a defect of ours, where the records that were read are not those that were dropped, written or wait."""
+    """Add "waiting" to the manifest where chats wait for a tokenizer: how many of each source. Raises UserError where
+    the records that were read are not those that were dropped, written or wait, or those in the files: a file of the
+    work folder is missing."""
     left = Counter()
     for item in manifest["inputs"]:
         if item["role"] == "train":
@@ -53,8 +54,15 @@ def check_account(manifest: dict, is_whole: bool) -> None:
         if output["name"] != "sft_mini_512":
             left.subtract(output["by_source"])
     wrong = {source: n for source, n in left.items() if n < 0 or n and is_whole}
+    in_files = {output["name"]: (output["records"], sum(file["records"] for file in output["files"]))
+                for output in manifest["outputs"]}
+    dropped = {file["file"]: file["records"] for file in manifest["dropped"]}
+    in_files |= {step["name"]: (sum(step["dropped"].values()), dropped.get(f"dropped/{step['name']}.jsonl.zst", 0))
+                 for step in manifest["steps"]}
+    wrong |= {name: counts for name, counts in in_files.items() if counts[0] != counts[1]}
     if wrong:
-        raise RuntimeError(f"records that went nowhere, or twice: {wrong}")
+        raise UserError(f"the counts of records do not add up ({wrong}): files of the work folder .prepare are "
+                        "missing; remove it, and run the recipe anew")
     if not is_whole:
         manifest["waiting"] = {source: n for source, n in sorted(left.items()) if n}
 
@@ -67,7 +75,8 @@ def say_steps(manifest: dict) -> None:
         if met:
             print(f"{step['name']:16}{met:12,}{changed:12,}{dropped:12,}{dropped / met:9.2%}")
             for what, n in sorted((step["reasons"] | step["counts"]).items(), key=lambda item: -item[1])[:6]:
-                print(f"    {n:,} {what}")
+                if n:
+                    print(f"    {n:,} {what}")
     for output in manifest["outputs"]:
         tokens = f", {output['tokens']:,} tokens" if output["tokens"] else ""
         print(f"{output['name']}: {output['records']:,} records, {output['characters']:,} characters{tokens}")

@@ -21,7 +21,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from common.files import cannot_save, process_lives, temporary_name, write_whole
+from common.files import cannot_save, process_lives, sync_folder, temporary_name, write_whole
 from Config import UserError
 
 NOWHERE = open(os.devnull, "w")  # noqa: SIM115  for the life of the process: loguru keeps it
@@ -58,14 +58,14 @@ def load_json(path: Path):
 
 
 class LineWriter:
-    """JSON lines of one file, packed by zstd where its name ends in .zst, written under a temporary name until `close`.
-    Nothing is made of an unopened one. Raises UserError when a line cannot be written.
+    """JSON lines of one file, compressed by zstd where its name ends in .zst, written under a temporary name until
+    `close`. No file is created if nothing was written. Raises UserError when a line cannot be written.
 
     records, raw_bytes: what was written.
     """
 
     def __init__(self, path: Path):
-        self.path, self.records, self.raw_bytes, self.offsets = path, 0, 0, []
+        self.path, self.records, self.raw_bytes = path, 0, 0
         self._temporary, self._file, self._stream = temporary_name(path), None, None
 
     def write(self, record: dict) -> int:
@@ -96,6 +96,7 @@ class LineWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise cannot_save(self.path, error) from None
 
@@ -109,6 +110,25 @@ class LineWriter:
             with contextlib.suppress(OSError):
                 self._file.close()
                 self._temporary.unlink()
+
+
+class Writers:
+    """The writers of one task: what it writes to FOLDER/NAME/TASK.jsonl.zst, by folder and name."""
+
+    def __init__(self, work: Path, task: int):
+        self.work, self.task, self.opened = work, task, {}
+
+    def of(self, folder: str, name: str) -> LineWriter:
+        """The writer of a folder and name, the same each time."""
+        if (folder, name) not in self.opened:
+            path = numbered(self.work / folder / name, self.task, ".jsonl.zst")
+            self.opened[folder, name] = LineWriter(path)
+        return self.opened[folder, name]
+
+    def close(self) -> None:
+        """Give all files their names."""
+        for writer in self.opened.values():
+            writer.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,7 +163,7 @@ class Tally:
 
 
 class WorkStep(PipelineStep):
-    """A step of a phase: datatrove's, with the work folder, a name in its log and signs of life."""
+    """A step of a phase: datatrove's, with the work folder, a name in its log, and progress."""
 
     type = "recipe"
 
@@ -218,7 +238,7 @@ def _minutes(seconds: float) -> str:
 
 class _Watch:
     """Beside a phase: prints its progress every few seconds, and stops it when a worker was killed, for which datatrove
-    would wait without end."""
+    would wait without end. The process must end on SIGTERM by SystemExit."""
 
     EVERY = 5.0
 
@@ -233,7 +253,8 @@ class _Watch:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.ended.set()
-        self.thread.join()
+        with contextlib.suppress(SystemExit):  # the watcher's signal may come only now
+            self.thread.join()
         if self.killed:
             raise UserError(f"a worker was killed in the phase {self.name}: too little memory? Go on with --resume and "
                             "fewer --workers") from None
@@ -249,7 +270,7 @@ class _Watch:
             began = numbers["ForkServerPoolWorker"] - numbers["SyncManager"]
             if numbers["SyncManager"] and began > self.workers and not self.ended.is_set():
                 self.killed = True
-                os.kill(os.getpid(), signal.SIGINT)  # the main thread waits in datatrove
+                os.kill(os.getpid(), signal.SIGTERM)  # the main thread waits in datatrove; SIGINT may be ignored
                 return
             if time.monotonic() - shown >= self.EVERY:
                 shown = time.monotonic()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,9 @@ import dirty_corpus
 import pytest
 from conftest import ROOT
 
+import prepare_data
+from common import exits
+from Config import UserError
 from prepare.pipeline import read_jsonl
 from prepare.steps import LAST_STEPS, STEPS
 from text.sources import PUBLISHING, find_files
@@ -25,16 +29,17 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 OUTPUTS = ("pretrain", "sft_512", "sft_1024", "r1_1024")
 
 
-def start(*argv, limit: int | None = None, **options) -> subprocess.Popen:
-    """Start prepare_data.py; `limit`: bytes that a file may grow to, like a disk that is full."""
-    def lower() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+def start(*argv, before=None, **options) -> subprocess.Popen:
+    """Start prepare_data.py; `before` is called in the new process."""
     command = [sys.executable, ROOT / "prepare_data.py", *map(str, argv)]
     return subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lower if limit else None, **options)
+                            preexec_fn=before, **options)
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True)
+    return [int(number) for number in listed.stdout.split()]
 
 
 def run(*argv, code: int = 0, **options) -> tuple[str, str]:
@@ -47,10 +52,11 @@ def run(*argv, code: int = 0, **options) -> tuple[str, str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of an output but the work folder and the lock; of the manifest, what is not of the run."""
+    assert not (folder / PUBLISHING).exists()
     files = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and not name.startswith(".prepare") and name != "run.lock":
+        if path.is_file() and path.relative_to(folder).parts[0] not in (".prepare", "run.lock"):
             files[name] = path.read_bytes()
     manifest = json.loads(files["manifest.json"])
     assert manifest.pop("run")["command"].startswith("python prepare_data.py ")
@@ -70,8 +76,8 @@ def text_of(record: dict) -> str:
 class Result:
     """An output folder, with each record by the file and line it came from."""
 
-    def __init__(self, folder: Path, out: str):
-        self.folder, self.out = folder, out
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.report = (folder / "data_report.md").read_text(encoding="utf-8")
         self.kept, self.dropped, self.listed = {}, {}, {}
@@ -113,7 +119,8 @@ def argv(corpus) -> list:
 def done(argv, tmp_path_factory) -> Result:
     """The whole recipe with two workers."""
     folder = tmp_path_factory.mktemp("two workers") / "data"
-    return Result(folder, run(*argv, "--out_dir", folder, "--workers", 2)[0])
+    run(*argv, "--out_dir", folder, "--workers", 2)
+    return Result(folder)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +243,7 @@ def test_options(corpus, argv, tmp_path):
     out = tmp_path / "data"
     run(*argv, "--out_dir", out, "--workers", 2, "--simplify", "--assistant_name", "小水", "--drop_refusals", "--skip",
         "template_lines", "near")
-    result = Result(out, "")
+    result = Result(out)
     for fate in corpus.fates:
         place = (fate.file, fate.line)
         if fate.simplified is not None and place in result.kept:
@@ -264,7 +271,7 @@ def test_word_problems_that_differ_in_their_numbers_all_stay(tmp_path):
                     {"role": "assistant", "content": "先求一共摘了多少筐，再减去路边的。"}]
             file.write(json.dumps({"conversations": chat}, ensure_ascii=False) + "\n")
     run("--data_path", tmp_path / "raw.jsonl", "--out_dir", tmp_path / "data", "--tokenizer_path", TOKENIZER)
-    result = Result(tmp_path / "data", "")
+    result = Result(tmp_path / "data")
     assert len(result.kept) == len(numbers)
     assert [(place, step) for place, (step, _) in result.dropped.items()] == [(("raw.jsonl", len(numbers) + 1), "near")]
 
@@ -296,14 +303,17 @@ def test_killed_again_and_again_it_gives_the_same_bytes(small_argv, small, tmp_p
 
 def test_a_killed_worker_and_a_signal_are_told_and_resumed(small_argv, small, tmp_path):
     out = tmp_path / "data"
-    process = start(*small_argv, "--out_dir", out, "--workers", 2)
+    # SIGINT is ignored, as in a job that a script starts in the background
+    process = start(*small_argv, "--out_dir", out, "--workers", 2,
+                    before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     workers = []
-    while not workers and process.poll() is None:
+    while not workers and process.poll() is None:  # of the process that they are forked from
         time.sleep(0.05)
-        tasks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        for task in tasks:
-            workers += subprocess.run(["pgrep", "-P", task], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+        for child in children(process.pid):
+            workers += children(child)
+    time.sleep(0.1)  # they have their first tasks
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "a worker was killed in the phase" in err and "--resume" in err, err
     assert len(err.strip().splitlines()) == 1, err
@@ -324,7 +334,8 @@ def test_a_killed_worker_and_a_signal_are_told_and_resumed(small_argv, small, tm
 @pytest.mark.parametrize("limit", [2_000, 20_000])
 def test_a_full_disk_is_told_and_nothing_half_written_is_taken_for_whole(small_argv, small, tmp_path, limit):
     out = tmp_path / "data"
-    _, err = run(*small_argv, "--out_dir", out, "--workers", 2, limit=limit, code=2)
+    _, err = run(*small_argv, "--out_dir", out, "--workers", 2, code=2,
+                 before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert "File too large" in err and len(err.strip().splitlines()) == 1, err
     assert not (out / "manifest.json").exists() and not list(out.glob("*.jsonl.zst"))
     run(*small_argv, "--out_dir", out, "--workers", 2, "--resume")
@@ -341,7 +352,8 @@ def test_too_much_bad_input_is_refused(corpus, argv, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "add --resume to go on with it"), (["--resume", "--near", 0.7], "--near: this run was begun with 0.6"),
+    ([], "add --resume to go on with it"), (["--resume", "--skip", "too_long"], "no stage has rows for longer chats"),
+    (["--resume", "--max_bad_ratio", 0.3], "--max_bad_ratio: this run was begun with 0.2"), (["--resume", "--near", 0.7], "--near: this run was begun with 0.6"),
     (["--resume", "--skip", "html"], "--skip: this run was begun with"),
     (["--resume", "--skip", "htm"], "no such step"),
     (["--resume", "--task_mb", 2], "--task_mb: this run was begun with 1")])
@@ -356,6 +368,19 @@ def test_files_of_others_in_the_way_are_named(tmp_path):
     (tmp_path / "data" / "pretrain.jsonl").write_text("mine")
     _, err = run("--data_path", ROOT / "README.md", "--out_dir", tmp_path / "data", code=2)
     assert "pretrain.jsonl is there" in err and (tmp_path / "data" / "pretrain.jsonl").read_text() == "mine"
+
+
+def test_an_output_among_the_input_is_refused(tmp_path):
+    _, err = run("--data_path", tmp_path, "--out_dir", tmp_path / "data", code=2)
+    assert "whose files are read: choose another" in err
+
+
+def test_after_too_much_bad_input_other_flags_may_read_it(tmp_path):
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text('{"words": "' + "春天的河水涨了起来，渡船停在对岸等人。" * 3 + '"}\n', encoding="utf-8")
+    assert "no known shape" in run("--data_path", raw, "--out_dir", tmp_path / "data", code=2)[1]
+    run("--data_path", raw, "--out_dir", tmp_path / "data", "--rename_field", "words=text")
+    assert len(Result(tmp_path / "data").kept) == 1
 
 
 def test_changed_input_is_refused(tmp_path):
@@ -378,6 +403,32 @@ def test_without_a_tokenizer_the_text_is_written_and_the_chats_wait(small_argv, 
     shutil.copytree(TOKENIZER, tokenizer)
     run(*changed, "--out_dir", out, "--workers", 2, "--resume")
     assert contents(out) == small
+    (tokenizer / "tokenizer.json").write_text("{}")
+    assert "not a tokenizer" in run(*changed, "--out_dir", out, "--resume", code=2)[1]
+
+
+@pytest.mark.parametrize("n_renamed", [0, 3, -1])
+def test_stopped_while_files_get_their_names(small_argv, small, tmp_path, monkeypatch, n_renamed):
+    """The stages refuse what is there, and the run goes on."""
+    out, replace, done = tmp_path / "data", os.replace, []
+
+    def stop_after(source, target):
+        if ".prepare/staged" in str(source) and Path(target).parent.name != "staged":
+            files = sum(path.is_file() for path in (out / ".prepare" / "staged").rglob("*"))
+            if len(done) == n_renamed or n_renamed < 0 and files == 1:
+                raise KeyboardInterrupt
+            done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_after)
+    with pytest.raises(exits.TrainingStopped):
+        prepare_data.main([*map(str, small_argv), "--out_dir", str(out), "--workers", "1"])
+    monkeypatch.undo()
+    assert (out / PUBLISHING).exists() and not (out / "manifest.json").exists()
+    with pytest.raises(UserError, match="repeat its command with --resume"):
+        find_files(str(out))
+    run(*small_argv, "--out_dir", out, "--resume")
+    assert contents(out) == small
 
 
 def test_a_dry_run_writes_nothing(small_argv, tmp_path):
@@ -389,8 +440,6 @@ def test_a_dry_run_writes_nothing(small_argv, tmp_path):
 
 
 def test_a_folder_that_is_half_published_is_refused(done, tmp_path, monkeypatch):
-    from Config import UserError
-
     monkeypatch.chdir(tmp_path)
     shutil.copytree(done.folder, tmp_path / "data", ignore=shutil.ignore_patterns(".prepare"))
     assert [path.name for path in find_files("pretrain")] == ["pretrain-00000.jsonl.zst"]

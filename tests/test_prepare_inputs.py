@@ -2,9 +2,11 @@
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
+import random
 
 import fsspec
 import pytest
@@ -73,7 +75,7 @@ def test_packed_or_not(tmp_path, name, pack):
     path = tmp_path / name
     path.write_bytes(pack(lines_of([{"text": text} for text in TEXTS])))
     reader, found = read(path)
-    assert texts_of(found) == TEXTS and [number for number, _ in found] == [1, 2, 3]
+    assert texts_of(found) == TEXTS and [number for number, _ in found] == ["1", "2", "3"]
     assert reader.summary()["form"] == "JSON lines" and reader.malformed == 0 and len(reader.sha256) == 64
 
 
@@ -125,7 +127,7 @@ def test_chats_are_recognized_and_told(tmp_path, record, shape):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of([record]))
     reader, found = read(path)
-    assert found == [(1, {"conversations": CHAT, "source": "a"})] and shape in reader.summary()["shape"]
+    assert found == [("1", {"conversations": CHAT, "source": "a"})] and shape in reader.summary()["shape"]
 
 
 def test_deepctrl_history_and_source(tmp_path):
@@ -187,7 +189,7 @@ def test_bad_lines_are_counted_and_the_rest_is_read(tmp_path):
         good[0], b'{"text": "' + "好".encode()[:2] + b'"}\n', b"{not json}\n", good[1], b'{"text": "a", "text": "b"}\n',
         b'{"text": "\\ud83d"}\n', b'{"words": "x"}\n', b"\n", good[2]]))
     reader, found = read(path)
-    assert texts_of(found) == TEXTS and [number for number, _ in found] == [1, 4, 9]
+    assert texts_of(found) == TEXTS and [number for number, _ in found] == ["1", "4", "9"]
     assert reader.malformed == 5 and [example.split(": ")[0][len(str(path)):] for example in reader.examples] == [
         " line 2", " line 3", " line 5", " line 6", " line 7"]
     for reason in ("not utf-8 at byte N", "not JSON", "duplicate key", "lone surrogate", "no known shape"):
@@ -217,6 +219,54 @@ def test_what_is_no_data_is_named(tmp_path, content, reason):
 
 def test_a_limit_ends_the_reading(tmp_path):
     path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of([{"text": TEXTS[0]}, {"no": "text"}, {"text": TEXTS[1]}, {"text": TEXTS[2]}]))
+    reader, found = read(path, limit=3)
+    assert len(found) == 2 and reader.malformed == 1 and reader.sha256 is None
+
+
+@pytest.mark.parametrize("record", [
+    {"conversations": None}, {"conversations": []}, {"messages": None}, {"question": None, "answer": None}])
+def test_empty_fields_beside_a_text(tmp_path, record):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of([{"text": TEXTS[0]} | record]))
+    assert texts_of(read(path)[1]) == [TEXTS[0]]
+
+
+def test_records_that_hold_anything_never_end_the_reading(tmp_path):
+    """5,000 records of known keys with values of any type: each is read or malformed."""
+    rng = random.Random(7)
+    keys = ("text", "conversations", "messages", "question", "answer", "instruction", "output", "history", "weight",
+            "source", "chosen", "problem", "solution", "mapping", "prompt", "response", "reasoning_content")
+    values = (None, 0, 5, -1.5, True, "", "好", [], {}, [None], [5], ["好", "的"], [["好", "的"]], CHAT, [CHAT],
+              {"role": 3}, [{"role": "user"}], [{"role": "user", "content": None}], [{"from": 1, "value": []}],
+              {"a": {"b": []}})
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of([{key: rng.choice(values) for key in rng.sample(keys, rng.randint(1, 4))}
+                               for _ in range(5000)]))
+    reader, found = read(path)
+    assert len(found) + reader.malformed == 5000 and len(found) > 300
+    assert sum(reader.summary()["reasons"].values()) == reader.malformed
+    for _, record in found:
+        assert isinstance(record.get("text"), str) or record["conversations"]
+
+
+def test_several_records_on_a_line_have_names_of_their_own(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of([{"text": TEXTS[0]}, [{"text": text} for text in TEXTS]]))
+    assert [number for number, _ in read(path)[1]] == ["1", "2", "2.1", "2.2"]
+
+
+def test_what_cannot_be_read_now_ends_the_run(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of([{"text": text} for text in TEXTS]))
-    reader, found = read(path, limit=2)
-    assert len(found) == 2 and reader.sha256 is None
+
+    class Cut(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() > 60:
+                raise ConnectionResetError("Connection reset by peer")
+            return super().read(min(size, 50) if size > 0 else size)
+
+    opened = iter([io.BytesIO(path.read_bytes()), Cut(path.read_bytes())])
+    monkeypatch.setattr(RawFile, "open", lambda file: next(opened))
+    with pytest.raises(UserError, match="cannot be read now: Connection reset by peer; go on with --resume"):
+        read(path)

@@ -88,7 +88,7 @@ def find_files(path: str, flag: str = "--data_path") -> list[Path]:
     twice, plain and packed."""
     is_name = re.fullmatch(r"[\w-]+", path) is not None
     if is_name and (found := _find_by_name(path, flag)):
-        _refuse_half_published(found, flag)
+        _refuse_half_published([DATA_FOLDER], flag)
         return found
     if is_name and not os.path.exists(path) and (DATA_FOLDER / path).is_dir():
         path = str(DATA_FOLDER / path)
@@ -107,9 +107,9 @@ def find_files(path: str, flag: str = "--data_path") -> list[Path]:
                       f"Harris/pretrain --local_dir {DATA_FOLDER}, or name a file of your own: {flag} FILE")
         elif re.search(r"=[-+.\d]+$", path):
             reason += " (a share is a positive number, as in PATH=0.5)"
+    _refuse_half_published([file.parent for file in found] or [DATA_FOLDER if is_name else Path(path)], flag)
     if not found:
         raise UserError(f"{flag} {path}: {reason}")
-    _refuse_half_published(found, flag)
     _refuse_packed_copies(found, flag)
     return sorted(found)
 
@@ -137,9 +137,9 @@ def _refuse_packed_copies(files: list[Path], flag: str) -> None:
                             "one, or name the files to read")
 
 
-def _refuse_half_published(files: list[Path], flag: str) -> None:
-    """Raises UserError where prepare_data.py was stopped while it gave its files their names: some shards may lack."""
-    for folder in sorted({file.parent for file in files}):
+def _refuse_half_published(folders: list[Path], flag: str) -> None:
+    """Raises UserError where prepare_data.py was stopped while it gave its files their names: some may be missing."""
+    for folder in sorted(set(folders)):
         if (folder / PUBLISHING).exists():
             raise UserError(f"{flag} {folder}: prepare_data.py was stopped while it named its files there: repeat its "
                             "command with --resume")
