@@ -94,8 +94,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.rename_field = tuple(tuple(pair.split("=", 1)) for pair in args.rename_field)
     if any(len(pair) != 2 or not all(pair) for pair in args.rename_field):
         parser.error("--rename_field: each is OLD=NEW, as in body=text")
-    if any(len({pair[side] for pair in args.rename_field}) < len(args.rename_field) for side in (0, 1)):
-        parser.error("--rename_field: a name is there twice")
+    if len(dict(args.rename_field)) < len(args.rename_field):
+        parser.error("--rename_field: a field is renamed twice")
     if args.min_chars > args.max_chars:
         parser.error(f"--min_chars {args.min_chars} is greater than --max_chars {args.max_chars}")
     return args

@@ -339,5 +339,8 @@ def _renamed(value, names: dict[str, str]):
         return [_renamed(each, names) for each in value]
     if not isinstance(value, dict):
         return value
-    return {names.get(key, key) if names.get(key, key) not in value else key: _renamed(each, names)
-            for key, each in value.items()}
+    renamed = {}
+    for key, each in value.items():
+        new = names.get(key, key)
+        renamed[key if new in value or new in renamed else new] = _renamed(each, names)
+    return renamed

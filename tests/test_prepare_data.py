@@ -353,7 +353,8 @@ def test_too_much_bad_input_is_refused(corpus, argv, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ([], "add --resume to go on with it"), (["--resume", "--skip", "too_long"], "no stage has rows for longer chats"),
-    (["--resume", "--max_bad_ratio", 0.3], "--max_bad_ratio: this run was begun with 0.2"), (["--resume", "--near", 0.7], "--near: this run was begun with 0.6"),
+    (["--resume", "--max_bad_ratio", 0.3], "--max_bad_ratio: this run was begun with 0.2"),
+    (["--resume", "--near", 0.7], "--near: this run was begun with 0.6"),
     (["--resume", "--skip", "html"], "--skip: this run was begun with"),
     (["--resume", "--skip", "htm"], "no such step"),
     (["--resume", "--task_mb", 2], "--task_mb: this run was begun with 1")])
