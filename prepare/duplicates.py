@@ -36,13 +36,17 @@ from prepare.work import WorkStep, numbered, save_array
 # `by`: the record that stays, or the validation record
 REMOVED = np.dtype([("number", "<u8"), ("by", "<u8"), ("overlap", "<f4")])
 SIGNED = np.dtype([("number", "<u8"), ("size", "<u4"), ("chars", "<u4"), ("group", "<u8")])  # size: of the shingle set
+# a part of validation: the record, the place of a message in its chat or WHOLE, the size of the shingle set
+UNIT = np.dtype([("number", "<u4"), ("place", "<i4"), ("size", "<u4")])
 PAIR = np.dtype([("a", "<u8"), ("b", "<u8"), ("overlap", "<f4")])
 RECORDS_IN_RANGE = 8_000_000  # whose keys the exact and the band phase sort at once, in about 500 MB
 MOST_NEIGHBORS = 200  # of a record in one band: of more, those of about its size
 MOST_LINKS = 32  # of them that are likely duplicates: enough to link a group of thousands of copies
 DOUBT = 0.15  # an overlap estimated by 100 hashes is off by more than this in one of a thousand
 LEAST_SHINGLES = 5  # a shorter validation text is only compared as a whole: its few words stand in many texts
-LEAST_QUESTION = 20  # characters: a shorter question of a chat is small talk, which validation may share
+LEAST_QUESTION, LEAST_REPLY = 12, 40  # characters: shorter messages of a validation chat are only compared in it
+VERBATIM = 0.9  # of the shingles of a message: templates of questions share less
+WHOLE = -1
 PAIRS_IN_TASK = 20_000
 PAIRS_AT_ONCE = 50_000  # whose signatures are compared at once: 40 MB
 SETS_BYTES = 64_000_000  # of shingle sets that a task keeps
@@ -143,37 +147,41 @@ def load_removed(folder: Path, name: str, begin: int, end: int) -> np.ndarray:
 
 
 class IndexValidation(WorkStep):
-    """Indexes the validation records by their shingles. One task: validation files are small."""
+    """Indexes the validation records by their shingles, in units: each record as a whole, and of a chat its longer
+    messages alone. One task: validation files are small."""
 
     def __init__(self, folder: Path, corpus: Corpus):
         super().__init__(folder, "index of validation")
         self.corpus = corpus
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
-        """Writes leaks/shingles.npy (sorted, one entry a shingle), leaks/starts.npy and leaks/owners.npy (the records
-        of each), leaks/sizes.npy, and leaks/keys.npy with leaks/key_owners.npy, the whole texts and questions."""
-        hashes, owners, sizes, keys = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)], [], {}
+        """Writes leaks/shingles.npy (sorted, one entry a shingle), leaks/starts.npy and leaks/owners.npy (the units of
+        each), leaks/units.npy (UNIT), and leaks/keys.npy with leaks/key_owners.npy (records by their whole text)."""
+        hashes, owners, units, keys = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)], [], {}
         for number in range(len(self.corpus)):
             self.tick(rank, number / len(self.corpus))
             record = self.corpus.record(number)
-            normalized = normalize(content_of(record))
-            found = shingles(normalized)
-            sizes.append(len(found))
-            if len(found) >= LEAST_SHINGLES:
-                hashes.append(found)
-                owners.append(np.full(len(found), number, np.uint32))
-            keys.setdefault(text_key("content", normalized)[0], number)
-            if "conversations" in record:
-                question = record["conversations"][0]["content"]
-                is_bare = len(record["conversations"]) == 1  # a question of a test set
-                if is_bare or len(normalize(question)) >= LEAST_QUESTION:
-                    keys.setdefault(question_key(question), number)
+            chat = record.get("conversations", ())
+            keys.setdefault(text_key("content", normalize(content_of(record)))[0], number)
+            if len(chat) == 1:  # a question of a test set
+                keys.setdefault(question_key(chat[0]["content"]), number)
+            parts = [(WHOLE, normalize(content_of(record)))]
+            for place, message in enumerate(chat if len(chat) > 1 else ()):
+                normalized = normalize(message["content"])
+                if len(normalized) >= (LEAST_REPLY if message["role"] == "assistant" else LEAST_QUESTION):
+                    parts.append((place, normalized))
+            for place, normalized in parts:
+                found = shingles(normalized)
+                if len(found) >= LEAST_SHINGLES:
+                    hashes.append(found)
+                    owners.append(np.full(len(found), len(units), np.uint32))
+                    units.append((number, place, len(found)))
         hashes, owners = np.concatenate(hashes), np.concatenate(owners)
         order = np.argsort(hashes, kind="stable")
         unique, starts = np.unique(hashes[order], return_index=True)
         sorted_keys = sorted(keys)
         for name, array in (("shingles", unique), ("starts", np.append(starts, len(hashes))), ("owners", owners[order]),
-                            ("sizes", np.array(sizes, np.uint32)), ("keys", np.array(sorted_keys, np.uint64)),
+                            ("units", np.array(units, UNIT)), ("keys", np.array(sorted_keys, np.uint64)),
                             ("key_owners", np.array([keys[key] for key in sorted_keys], np.uint32))):
             save_array(self.folder / "leaks" / f"{name}.npy", array)
 
@@ -190,15 +198,17 @@ def have_other_numbers(a: str, b: str) -> bool:
 
 
 class LeakFinder:
-    """Finds the validation record that a training record contains, or is contained in."""
+    """Finds the validation record that a training record holds, or is held in: of a record as a whole by containment,
+    of a message of a chat where it stands in the training record word for word, but for a tenth, with all its numbers.
+    """
 
     def __init__(self, folder: Path, validation: Corpus, contained: float, keep_other_numbers: bool):
         self.validation, self.contained, self.keep_other_numbers = validation, contained, keep_other_numbers
-        self.shingles, self.starts, self.owners, self.sizes, self.keys, self.key_owners = (
+        self.shingles, self.starts, self.owners, self.units, self.keys, self.key_owners = (
             np.asarray(np.load(folder / "leaks" / f"{name}.npy", mmap_mode="r"))  # a plain array is faster to index
-            for name in ("shingles", "starts", "owners", "sizes", "keys", "key_owners"))
+            for name in ("shingles", "starts", "owners", "units", "keys", "key_owners"))
         self.key_set = set(self.keys.tolist())
-        self.smallest = max(1, int(self.sizes[self.sizes >= LEAST_SHINGLES].min(initial=1 << 31)))
+        self.smallest = int(self.units["size"].min(initial=1 << 31))
 
     def find(self, record: dict, normalized: str, hashed: np.ndarray) -> tuple[int, float] | None:
         """(number of the validation record, containment), or None."""
@@ -218,14 +228,22 @@ class LeakFinder:
         n_owners = self.starts[hits + 1] - self.starts[hits]
         first = np.repeat(self.starts[hits] - np.cumsum(n_owners) + n_owners, n_owners)
         candidates, common = np.unique(self.owners[first + np.arange(len(first))], return_counts=True)
-        containment = common / np.minimum(self.sizes[candidates], len(hashed))
-        for i in np.argsort(-containment, kind="stable"):
-            if containment[i] < self.contained:
-                break
-            if not (self.keep_other_numbers and "conversations" in record and have_other_numbers(
-                    content_of(record), content_of(self.validation.record(int(candidates[i]))))):
-                return int(candidates[i]), float(containment[i])
+        units = self.units[candidates]
+        is_whole = units["place"] == WHOLE
+        containment = common / np.where(is_whole, np.minimum(units["size"], len(hashed)), units["size"])
+        likely = np.flatnonzero(containment >= np.where(is_whole, self.contained, VERBATIM))
+        for i in likely[np.argsort(-containment[likely], kind="stable")]:
+            if self._is_leak(content_of(record), "conversations" in record, units[i]):
+                return int(units[i]["number"]), float(containment[i])
         return None
+
+    def _is_leak(self, text: str, is_chat: bool, unit: np.void) -> bool:
+        """Whether the numbers say so too."""
+        other = self.validation.record(int(unit["number"]))
+        if unit["place"] == WHOLE:
+            return not (self.keep_other_numbers and is_chat and have_other_numbers(text, content_of(other)))
+        message = other["conversations"][unit["place"]]["content"]
+        return not Counter(number_sequence(message)) - Counter(number_sequence(text))
 
 
 # ---------------------------------------------------------------------------------------------

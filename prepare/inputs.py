@@ -4,8 +4,10 @@ A file is a path, or an address that fsspec knows (s3://…, hf://…, https://�
 bytes.
 """
 
+import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import zlib
@@ -28,6 +30,7 @@ LONGEST_SOURCE, MOST_SOURCES = 60, 200  # a longer name, or one more in a file, 
 MOST_EXAMPLES, MOST_REASONS = 5, 20
 MESSAGE_KEYS = ("role", "content", "reasoning_content")
 PARQUET = b"PAR1"
+NO_TURN = ("no reply", "no question")  # why text/shapes.py refuses a chat with an empty question or reply
 
 
 class RawFile(NamedTuple):
@@ -82,7 +85,8 @@ def _find(path: str) -> tuple[list[str], list[str]]:
     shown = system.unstrip_protocol if "://" in path else lambda name: os.path.join(path, os.path.relpath(name, path))
     if system.isdir(root):
         names = sorted(name for name in system.find(root) if not re.search(r"(^|/)\.", os.path.relpath(name, root)))
-        return [shown(n) for n in names if DATA_FILE.search(n)], [shown(n) for n in names if not DATA_FILE.search(n)]
+        is_data = {name: bool(DATA_FILE.search(name)) and ("://" in path or os.path.isfile(name)) for name in names}
+        return [shown(n) for n in names if is_data[n]], [shown(n) for n in names if not is_data[n]]
     if system.isfile(root):
         return [path], []
     if "://" in path:
@@ -206,6 +210,8 @@ class RawReader:
                     yield number, row
                 return
             sniffed = sniff(start, Path(self.file.path))
+            if sniffed.reader is not None and b"\n" not in start and re.search(r"\.jsonl\b", self.file.path):
+                sniffed = sniffed._replace(reader=read_json_lines, layout="")  # of a line that long the end is not seen
             self.form = sniffed.layout or ("JSON lines" if sniffed.reader else "")
             if sniffed.reader is None:
                 self.unreadable = sniffed.problem or "its form is not known"
@@ -259,7 +265,7 @@ class RawReader:
                 n_rows = max(1, table.metadata.num_rows)
                 for batch in table.iter_batches(batch_size=256):
                     self.n_read += self.file.size * batch.num_rows // n_rows
-                    yield from batch.to_pylist()
+                    yield from map(_as_text, batch.to_pylist())
         except pyarrow.ArrowException as error:
             raise _Damaged(str(error)) from None
 
@@ -268,7 +274,14 @@ class RawReader:
         if self.rename_field:
             original = _renamed(original, dict(self.rename_field))
         shape = shape_of(original)
-        record = convert_record(original, self.notes)
+        try:
+            record = convert_record(original, self.notes)
+        except MalformedRecord as error:
+            if str(error) not in NO_TURN:
+                raise
+            # a chat in every other way: the steps drop it, as they drop others without a reply
+            content = json.dumps(original, ensure_ascii=False, default=str)
+            record = {"conversations": [{"role": "user", "content": content}]}
         kinds = [key for key in ("conversations", "question", "text") if record.get(key) is not None]
         kind = shape if shape in ("question", "text") else kinds[0]  # an empty "conversations" may stand beside a text
         if kind == "conversations":
@@ -317,6 +330,16 @@ class RawReader:
                 self.sources.add(name)
                 return name
         return self.file.source
+
+
+def _as_text(value):
+    """A value of a Parquet file with its bytes as text, where they are UTF-8."""
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _as_text(each) for key, each in value.items()}
+    return [_as_text(each) for each in value] if isinstance(value, list) else value
 
 
 def _json_lines(stream, encoding: str) -> Iterator[tuple[int, object]]:

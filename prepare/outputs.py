@@ -31,6 +31,7 @@ TOKEN_EDGES = (0, 33, 65, 129, 257, 513, 769, 1025)
 MINI_EDGES = (65, 129, 257)  # tokens: the sample keeps the shares of short and long chats
 CHATS_AT_ONCE = 256
 OUTPUTS = ("pretrain", "sft_512", "sft_mini_512", "sft_1024", "r1_1024")
+CHATS = "-chats"  # in the names of what the phase write_chats writes
 SAMPLED = np.dtype([("stratum", "<u8"), ("draw", "<u8"), ("index", "<u4")])
 
 
@@ -80,7 +81,7 @@ class WriteStage(WorkStep):
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
         """Writes out/NAME/RANK…, dropped/STEP/RANK…, sample/RANK.npy, counts/PHASE/RANK and written/PHASE/RANK."""
         meta = self.corpus.meta(rank)
-        self.writers = Writers(self.folder, rank)
+        self.writers = Writers(self.folder, rank, "" if TEXT in self.kinds else CHATS)
         self.tally, self.written, self.rank, self.sample = Tally(), Written(), rank, []
         if np.isin(meta["kind"], self.kinds).any():
             kept = self._kept(meta)
@@ -193,7 +194,7 @@ class WriteSample(WorkStep):
         written, file = Written(), numbered(self.folder / "sample" / "chosen", rank, ".npy")
         if file.exists() and (chosen := set(np.load(file).tolist())):
             encoder = ChatEncoder.of(load_tokenizer(self.tokenizer_path))
-            whole, sample = (numbered(self.folder / "out" / name, rank, ".jsonl.zst")
+            whole, sample = (numbered(self.folder / "out" / name, rank, f"{CHATS}.jsonl.zst")
                              for name in ("sft_512", "sft_mini_512"))
             with LineWriter(sample) as writer:
                 for index, record in enumerate(read_jsonl(whole)):

@@ -24,8 +24,8 @@ from prepare.work import LineWriter, Tally, WorkStep, Writers, load_json, number
 from text.records import unpack
 
 TEXT, CHAT, R1 = range(3)  # kinds of records
-# of each cleaned record: where its line begins in the shard, and its bytes; its characters; the key of its normalized
-# text; for chats a hash of the numbers in it, in their order
+# of each cleaned record: where its line begins in the shard, and its bytes; its characters but white space; the key of
+# its normalized text; for chats a hash of the numbers in it, in their order
 META = np.dtype([("offset", "<u8"), ("size", "<u4"), ("kind", "u1"), ("chars", "<u4"), ("key", "<u8", 2),
                  ("numbers", "<u8")])
 
@@ -50,6 +50,11 @@ def content_of(record: dict) -> str:
     if "text" in record:
         return record["text"]
     return "\n".join(message["content"] for message in record["conversations"])
+
+
+def n_visible(text: str) -> int:
+    """The length of a text in characters, without white space: by it the longest of a group of duplicates is chosen."""
+    return sum(map(len, text.split()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,11 +257,11 @@ class WriteClean(WorkStep):
     def _meta(record: dict) -> tuple:
         text = content_of(record)
         if "text" in record:
-            return TEXT, len(text), text_key("text", normalize(text)), 0
+            return TEXT, n_visible(text), text_key("text", normalize(text)), 0
         numbers = "\0".join(number_sequence(text))
         turns = "\0".join(f"{message['role']}\0{normalize(message['content'])}" for message in record["conversations"])
         kind = R1 if chat_steps.is_r1(record["conversations"]) else CHAT
-        return kind, len(text), text_key("chat", f"{turns}\0\0{numbers}"), text_key("numbers", numbers)[0]
+        return kind, n_visible(text), text_key("chat", f"{turns}\0\0{numbers}"), text_key("numbers", numbers)[0]
 
 
 def clean_pipeline(folder: Path, shards: list[Shard], options: Options) -> list[WorkStep]:

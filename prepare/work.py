@@ -113,15 +113,16 @@ class LineWriter:
 
 
 class Writers:
-    """The writers of one task: what it writes to FOLDER/NAME/TASK.jsonl.zst, by folder and name."""
+    """The writers of one task: what it writes to FOLDER/NAME/TASK.jsonl.zst, by folder and name. `part`: for the second
+    phase of two that write to the same names."""
 
-    def __init__(self, work: Path, task: int):
-        self.work, self.task, self.opened = work, task, {}
+    def __init__(self, work: Path, task: int, part: str = ""):
+        self.work, self.task, self.part, self.opened = work, task, part, {}
 
     def of(self, folder: str, name: str) -> LineWriter:
         """The writer of a folder and name, the same each time."""
         if (folder, name) not in self.opened:
-            path = numbered(self.work / folder / name, self.task, ".jsonl.zst")
+            path = numbered(self.work / folder / name, self.task, f"{self.part}.jsonl.zst")
             self.opened[folder, name] = LineWriter(path)
         return self.opened[folder, name]
 

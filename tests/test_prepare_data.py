@@ -276,6 +276,49 @@ def test_word_problems_that_differ_in_their_numbers_all_stay(tmp_path):
     assert [(place, step) for place, (step, _) in result.dropped.items()] == [(("raw.jsonl", len(numbers) + 1), "near")]
 
 
+def test_documents_and_chats_in_one_file(tmp_path):
+    """Each loses a copy; both copies are in the same file of dropped records."""
+    text = "渡口的老船工每天清早就起来擦船，等第一班去镇上卖菜的人，天黑以前再把他们一个个接回来。"
+    chat = [{"role": "user", "content": "渡口几点开船？"}, {"role": "assistant", "content": "清早六点开第一班。"}]
+    with open(tmp_path / "raw.jsonl", "w", encoding="utf-8") as file:
+        for record in ({"text": text}, {"conversations": chat}) * 2:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    run("--data_path", tmp_path / "raw.jsonl", "--out_dir", tmp_path / "data", "--tokenizer_path", TOKENIZER)
+    result = Result(tmp_path / "data")
+    assert {place: step for place, (step, _) in result.dropped.items()} == {
+        ("raw.jsonl", 3): "exact", ("raw.jsonl", 4): "exact"}
+
+
+def test_messages_of_validation_are_found_in_other_surroundings(tmp_path):
+    """A validation question before another reply, inside a longer question and inside a document. A question of the
+    same wording about something else stays, and so does one with other numbers."""
+    question = "鲁迅的原名是什么？他是哪里人？"
+    answer = "他本名周樟寿，后来改名周树人，是浙江绍兴人，家里祖上做过官，到他小时候已经败落了。"
+    problem = "水池里原有{}吨水，进水管每小时注入{}吨，排水管每小时放走{}吨，几小时以后水池里有{}吨水？"
+    val = [[question, answer],
+           [problem.format(12, 8, 3, 47), "先求每小时净增多少，再看还差多少，除一下就得到时间。"]]
+    train = {
+        "before another reply": [question, "我不清楚。"],
+        "inside a longer question": [f"请看看这道题：{problem.format(12, 8, 3, 47)}谢谢，写清楚每一步。", "好。"],
+        "inside a document": f"老师问大家：{question}同学们七嘴八舌，有人说是北京人，有人说是上海人，谁也说不准。",
+        "another subject": ["老舍的原名是什么？他是哪里人？", "舒庆春，北京人。"],
+        "other numbers": [f"请看看这道题：{problem.format(30, 9, 4, 75)}谢谢，写清楚每一步。", "好的，我来算一算。"]}
+
+    def write(name: str, records) -> Path:
+        with open(tmp_path / name, "w", encoding="utf-8") as file:
+            for record in records:
+                made = {"text": record} if isinstance(record, str) else {"conversations": [
+                    {"role": role, "content": text} for role, text in zip(("user", "assistant"), record, strict=True)]}
+                file.write(json.dumps(made, ensure_ascii=False) + "\n")
+        return tmp_path / name
+
+    run("--data_path", write("train.jsonl", train.values()), "--val_path", write("val.jsonl", val), "--out_dir",
+        tmp_path / "data", "--tokenizer_path", TOKENIZER)
+    result = Result(tmp_path / "data")
+    dropped = {[*train][number - 1]: step for (_, number), (step, _) in result.dropped.items()}
+    assert dropped == dict.fromkeys([*train][:3], "leak")
+
+
 # ---------------------------------------------------------------------------------------------
 # the same bytes
 
@@ -378,7 +421,8 @@ def test_an_output_among_the_input_is_refused(tmp_path):
 
 def test_after_too_much_bad_input_other_flags_may_read_it(tmp_path):
     raw = tmp_path / "raw.jsonl"
-    raw.write_text('{"words": "' + "春天的河水涨了起来，渡船停在对岸等人。" * 3 + '"}\n', encoding="utf-8")
+    text = "春天的河水涨了起来，渡船停在对岸等人，船夫坐在石阶上抽烟，看云慢慢飘过山顶。"
+    raw.write_text(json.dumps({"words": text}, ensure_ascii=False), encoding="utf-8")
     assert "no known shape" in run("--data_path", raw, "--out_dir", tmp_path / "data", code=2)[1]
     run("--data_path", raw, "--out_dir", tmp_path / "data", "--rename_field", "words=text")
     assert len(Result(tmp_path / "data").kept) == 1
@@ -414,7 +458,7 @@ def test_stopped_while_files_get_their_names(small_argv, small, tmp_path, monkey
     out, replace, done = tmp_path / "data", os.replace, []
 
     def stop_after(source, target):
-        if ".prepare/staged" in str(source) and Path(target).parent.name != "staged":
+        if ".prepare/staged" in str(source) and ".prepare" not in str(target):
             files = sum(path.is_file() for path in (out / ".prepare" / "staged").rglob("*"))
             if len(done) == n_renamed or n_renamed < 0 and files == 1:
                 raise KeyboardInterrupt

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import random
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -104,6 +105,8 @@ def test_parquet(tmp_path):
     parquet.write_table(table({"text": TEXTS * 300, "id": range(900)}), path)
     reader, found = read(path)
     assert texts_of(found) == TEXTS * 300 and reader.form == "Parquet" and len(reader.sha256) == 64
+    parquet.write_table(table({"text": [text.encode() for text in TEXTS]}), path)
+    assert texts_of(read(path)[1]) == TEXTS
     parquet.write_table(table({"id": range(7)}), path)
     reader, found = read(path)
     assert not found and reader.malformed == 7 and "no known shape: 'id'" in reader.examples[0]
@@ -215,6 +218,30 @@ def test_what_is_no_data_is_named(tmp_path, content, reason):
     path.write_bytes(content)
     reader, found = read(path)
     assert not found and reader.malformed == 1 and reason in reader.unreadable
+
+
+def test_links_to_nothing_and_pipes_are_left_alone(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of([{"text": TEXTS[0]}]))
+    (tmp_path / "b.jsonl").symlink_to("nowhere.jsonl")
+    os.mkfifo(tmp_path / "c.jsonl")
+    files, others = find_raw_files([str(tmp_path)], "--data_path")
+    assert [Path(file.path).name for file in files] == ["a.jsonl"]
+    assert sorted(Path(name).name for name in others) == ["b.jsonl", "c.jsonl"]
+
+
+def test_a_first_line_without_end_does_not_make_text_of_the_others(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"junk " * 400_000 + b"\n" + lines_of([{"text": text} for text in TEXTS]))
+    reader, found = read(path)
+    assert texts_of(found) == TEXTS and reader.malformed == 1
+
+
+def test_a_chat_without_a_reply_is_not_malformed(tmp_path):
+    """The steps drop it; over 1 % of malformed records would end the run."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of([{"instruction": "几点了？", "output": ""}, {"messages": CHAT[:1]}]))
+    reader, found = read(path)
+    assert reader.malformed == 0 and [len(record["conversations"]) for _, record in found] == [1, 1]
 
 
 def test_a_limit_ends_the_reading(tmp_path):
