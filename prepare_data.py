@@ -310,7 +310,8 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     if out_dir is None:
         summary.say_steps(manifest)
         if not whole:
-            print(f"{sum(manifest['waiting'].values()):,} chats would wait for a tokenizer: {args.tokenizer_path} is not there")
+            print(f"{sum(manifest['waiting'].values()):,} chats would wait for a tokenizer, since {args.tokenizer_path} is "
+                  "not there: exact, leak and near do not count them yet")
         return 0
     save_json(staged / "manifest.json", manifest)
     write_report(staged, manifest)
@@ -320,8 +321,8 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
         f"; {out_dir}/dropped/ holds what was dropped" if manifest["dropped"] else ""))
     if not whole:
         text = out_dir / "pretrain-*.jsonl.zst" if "pretrain" in written.outputs else "FILES with text or chats"
-        print(f"the chats wait for a tokenizer, which splits them by tokens, and there is no folder {args.tokenizer_path}: "
-              f"python train_tokenizer.py --data_path {shlex.quote(str(text))} --tokenizer_path "
+        print(f"not finished: {sum(manifest['waiting'].values()):,} chats wait for a tokenizer, which splits them by tokens, "
+              f"and there is no folder {args.tokenizer_path}. Run python train_tokenizer.py --data_path {shlex.quote(str(text))} --tokenizer_path "
               f"{shlex.quote(args.tokenizer_path)}, then {resuming(args)}", file=sys.stderr)
         return 2
     clean_up(work)

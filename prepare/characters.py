@@ -145,6 +145,8 @@ INVISIBLE = re.compile(
     rf"|(?<!{_EMOJI})(?<!\ufe0f)\u200d|\u200d(?!{_EMOJI})"  # joins two emojis, or nothing
     r"|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0020-\U000e007f]+")  # flags of regions
 PRIVATE_USE = re.compile(r"[\ue000-\uf8ff\U000f0000-\U0010ffff]+")
+CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # only these tell of a broken file: the others
+# are put in on purpose, as against copying
 BLANK_LINES = re.compile(r"\n{4,}")
 MOST_CONTROLS = 0.05
 
@@ -156,26 +158,25 @@ def tidy_lines(text: str) -> str:
     return BLANK_LINES.sub("\n\n", text).strip()
 
 
-def _remove_controls(text: str) -> tuple[str, int, int]:
-    """The text without invisible and private characters, and how many of either it had."""
-    before = len(text)
+def _remove_invisible(text: str) -> str:
     while True:  # what one removal brings together (a joiner behind a joiner) may be another
         text, n = INVISIBLE.subn("", text)
         if not n:
-            break
-    invisible = before - len(text)
-    text = PRIVATE_USE.sub("", text)
-    return text, invisible, before - invisible - len(text)
+            return text
 
 
 def remove_controls(text: str, options: Options, counts: Counter) -> str | Drop:
-    """Line feeds alone end lines; controls, invisible and private characters go; lines are tidied."""
+    """Line feeds alone end lines; controls, invisible and private characters go; lines are tidied. A text with many
+    controls or private characters is dropped."""
     if BREAKS.search(text):
         text = BREAKS.sub("\n", text)
-    before = len(text)
-    text, invisible, private = _remove_controls(text)
-    if invisible + private > MOST_CONTROLS * before and before > 20:
+    seen = _remove_invisible(text)
+    plain = PRIVATE_USE.sub("", seen)
+    private = len(seen) - len(plain)
+    controls = len(CONTROLS.findall(text)) if len(seen) < len(text) else 0
+    length = len(seen) + controls
+    if controls + private > MOST_CONTROLS * length and length > 20:
         return Drop("control characters")
-    counts["invisible characters removed"] += invisible
+    counts["invisible characters removed"] += len(text) - len(seen)
     counts["private-use characters removed"] += private
-    return tidy_lines(text)
+    return tidy_lines(plain)

@@ -45,8 +45,22 @@ def _cut(messages: list[dict], index: int, reason: str, counts: Counter, what: s
     return kept
 
 
+# Tags of thoughts that other sources write. They are read as ours where a reply begins with one.
+OPENING_TAG = re.compile(r"\s*<(think|thinking|thought|thoughts|reasoning)\s*>", re.I)
+ANSWER_TAG = re.compile(r"<(/?)answer\s*>", re.I)
+
+
+def _with_own_tags(reply: str) -> str:
+    """A reply that begins with <THINK>, <thinking> or the like, with <think> and <answer> in their place."""
+    opening = OPENING_TAG.match(reply) if "<" in reply else None
+    if not opening:
+        return reply
+    return ANSWER_TAG.sub(r"<\1answer>", re.sub(rf"<(/?){opening[1]}\s*>", r"<\1think>", reply, flags=re.I))
+
+
 def _answer(reply: str) -> str:
     """A reply without its thought."""
+    reply = _with_own_tags(reply)
     if OPEN_ANSWER in reply:
         reply = reply.partition(OPEN_ANSWER)[2].partition(CLOSE_ANSWER)[0]
     return reply.rpartition(CLOSE_THINK)[2].strip()
@@ -106,7 +120,8 @@ def _join(role: str, parts: list[dict], counts: Counter) -> tuple[dict, bool]:
     """Messages of one role in a row as one, and whether the conversation ends after it."""
     if len(parts) == 1:
         return parts[0], False
-    if role == "assistant" and any(m.get("reasoning_content") or TAG_PATTERN.search(m["content"]) for m in parts):
+    if role == "assistant" and any(
+            m.get("reasoning_content") or TAG_PATTERN.search(_with_own_tags(m["content"])) for m in parts):
         counts["cut before: a second reply with a thought"] += 1
         return parts[0], True
     counts["replies joined" if role == "assistant" else "questions joined"] += 1
@@ -129,6 +144,10 @@ def form_thoughts(messages: list[dict], options: Options, counts: Counter) -> li
         if message["role"] != "assistant" or "<" not in content and len(message) == 2:
             formed.append(message)
             continue
+        own = _with_own_tags(content)
+        if own != content:
+            counts["tags of other names renamed"] += 1
+            content = own
         once = REPEATED_TAG.sub(r"\1", content)
         if once != content:
             counts["repeated tags removed"] += 1
@@ -231,7 +250,7 @@ FILLER = (
     r"an?\b|the\b|large\b|artificial intelligence\b|helpful\b|virtual\b|called\b|named\b|known as\b|by\b|or\b|"
           r"your\b|conversational\b|powered\b|from\b)")
 SUFFIX = (r"(?:[- ]?(?:[vVrR]?\d+(?:\.\d+)*[a-zA-Z]?|Pro|Plus|Turbo|Ultra|Max|Chat|Instruct|Opus|Sonnet|Haiku|"
-          r"Distill|Bot)(?![A-Za-z0-9]))*")
+          r"Distill(?:-(?:Qwen|Llama))?|Bot|Mini|Nano|Lite|Flash|Coder|Math|VL|Omni|Preview|Base)(?![A-Za-z0-9]))*")
 SELF = {
     "assistant": r"(?<![“\"「『‘])(?:我(?:的名字)?(?:其实|就|只)?(?:是|叫做?|名叫|名为)|作为|身为|叫我|称我为|本人是|"
                  r"\bI am\b|\bI[’']m\b|\bmy name is|\bas\b|\bcall me\b)",
@@ -257,16 +276,25 @@ BEGINNINGS = re.compile(
 
 
 class Patterns(NamedTuple):
-    """The patterns of a family, compiled."""
+    """The patterns of a family."""
 
     names: re.Pattern
     makers: re.Pattern
-    claims: dict[str, re.Pattern]  # by role
+    claims: dict[str, str]  # by role; _compiled, when they are needed
     denial: re.Pattern
     address: re.Pattern
     maker_phrase: re.Pattern
     english_phrase: re.Pattern
     maker_use: re.Pattern
+    made: re.Pattern
+    company_fact: re.Pattern
+    beside: re.Pattern
+    quoted: re.Pattern
+
+
+@lru_cache(None)
+def _compiled(pattern: str) -> re.Pattern:
+    return re.compile(pattern, re.I)
 
 
 @lru_cache(None)
@@ -278,8 +306,9 @@ def _mention(family: Family) -> re.Pattern:
 def _patterns(family: Family) -> Patterns:
     """The patterns of a family; they are made where it is met, which takes a while."""
     name = rf"(?:(?<![A-Za-z])(?:{family.names}){SUFFIX}(?![A-Za-z]))"
-    maker = rf"(?:(?<![A-Za-z])(?:{family.makers})(?![A-Za-z]){ORGANIZATION})"
-    either = rf"(?:(?<![A-Za-z])(?:{family.makers}|{family.names})(?![A-Za-z]){ORGANIZATION})"
+    one_maker = rf"(?:(?<![A-Za-z])(?:{family.makers})(?![A-Za-z]){ORGANIZATION})"
+    maker = rf"(?:{one_maker}(?:的?(?:{family.makers})(?![A-Za-z]))?)"  # 阿里巴巴集团旗下的通义实验室
+    either = rf"(?:{maker}|(?<![A-Za-z])(?:{family.names})(?![A-Za-z]){ORGANIZATION})"
     partner = r"(?:\s*(?:和|与|及|、|and)\s*[\w ]{2,12}?(?:大学|公司|实验室|团队|研究院))?"
     done = rf"{DONE}(?:(?:和|、|并|与){DONE})?(?:出来|而成|而来|出)?"
     makers, by = rf"(?:{either}{partner})", r"(?:由|来自|出自|被)?\s*(?:中国的?|国内的?|美国的?)?"
@@ -298,15 +327,20 @@ def _patterns(family: Family) -> Patterns:
 
     return Patterns(
         re.compile(name, re.I), re.compile(maker, re.I),
-        {role: re.compile(claims(role), re.I) for role in SELF},
-        re.compile(rf"(?:不是|并非|不叫|\bnot\b){FILLER}{{0,6}}?{name}", re.I),
+        {role: claims(role) for role in SELF},
+        re.compile(rf"(?:不是|并非|不叫|\bnot\b)(?:(?!我(?:是|叫)){FILLER}){{0,6}}?{name}", re.I),
         re.compile(rf"\s*(?:(?:你好|您好|嗨|哈喽|[Hh]i|[Hh]ello|[Hh]ey)[啊呀，,！!\s]*{name}"
                    rf"|{name}\s*[，,！!：:]?\s*(?:[你您请]|帮我|麻烦|我想|can\b|could\b|please\b|are you\b))", re.I),
-        re.compile(rf"(?P<comma>[，,]\s*)?(?P<one>一[个款名位种]\s*)?{made}(?<=的)\s*"
+        re.compile(rf"(?P<comma>[，,]\s*)?(?P<one>一[个款名位种]\s*)?{made}(?<=的)\s*(?!{family.makers})"
                    rf"(?=[^，,。；\n]{{0,14}}?(?:{KIND}|{name}))", re.I),
         re.compile(rf",?\s*(?:(?:that|which) (?:was|is|has been) )?{made_en}(?![A-Za-z])", re.I),
         re.compile(rf"(?P<before>由|是|为|叫|来自|属于|出自|by |from |is )\s*{maker}"
-                   rf"|{maker}(?P<after>{DONE}|的|\s(?:created|trained|developed|made|built)\b)", re.I))
+                   rf"|{maker}(?P<after>{DONE}|的|\s(?:created|trained|developed|made|built)\b)", re.I),
+        re.compile(rf"(?:{family.makers}){ORGANIZATION}{DONE}|{MADE} by (?:{family.makers})", re.I),
+        re.compile(rf"\s*(?:{family.makers})[^，,。\n]{{0,14}}?(?:{DONE}|宣布|成立|上线|launch|releas|announc|introduc)",
+                   re.I),
+        re.compile(rf"[我你您](?:和|与|跟|比|同){name}|{name}(?:和|与|跟|比|同)[我你您]", re.I),
+        re.compile(rf"[“\"「『‘《][^”\"」』’》\n]*{name}[^”\"」』’》\n]*[”\"」』’》]", re.I))
 
 
 def _claims(messages: list[dict]) -> tuple[list[Family], int]:
@@ -318,6 +352,7 @@ def _claims(messages: list[dict]) -> tuple[list[Family], int]:
         if not any(_mention(family).search(m["content"]) for m in messages):
             continue
         patterns, found = _patterns(family), set()
+        left = _tasks(messages, patterns)
         for index, message in enumerate(messages):
             role, text = message["role"], message["content"]
             if not (patterns.names.search(text) or patterns.makers.search(text)):
@@ -326,9 +361,9 @@ def _claims(messages: list[dict]) -> tuple[list[Family], int]:
                 found.clear()
                 break
             near = " ".join(m["content"] for m in messages[max(0, index - 1):index + 2])
-            if family.ambiguous and not AI_WORDS.search(near):
+            if index in left or family.ambiguous and not (AI_WORDS.search(near) or patterns.made.search(text)):
                 continue
-            is_said = patterns.claims[role].search(text)
+            is_said = _compiled(patterns.claims[role]).search(text)
             if role == "user":
                 reply = messages[index + 1]["content"] if index + 1 < len(messages) else ""
                 is_said = patterns.address.match(text) or is_said and (
@@ -339,6 +374,63 @@ def _claims(messages: list[dict]) -> tuple[list[Family], int]:
             families.append(family)
             said |= found
     return families, len(said)
+
+
+# A user's text about the name as a text, and a play in which the assistant has a role
+TASK = re.compile(
+    r"翻译|译[成为]|改写|润色|改成|缩写|扩写|续写|造句|语法|病句|句子|这[句段]话|摘要|分类|关键词|translat|rewrite|rephrase|"
+    r"paraphrase|sentence|summar", re.I)
+TASK_COLON = re.compile(rf"(?:{TASK.pattern})[^：:\n]{{0,12}}[：:]", re.I)  # and the text behind it
+ROLE_PLAY = re.compile(r"角色扮演|role-?\s?play", re.I)
+ROLE_BEFORE = re.compile(r"(?:扮演|假装|假扮|模仿|pretend|act as)[^。！？!?\n]{0,16}$", re.I)
+
+
+def _tasks(messages: list[dict], patterns: Patterns) -> set[int]:
+    """The indices of messages that use the name as a text or a role: a question that quotes it as a task, with the
+    reply, and a role play to its end."""
+    left = set()
+    for index, message in enumerate(messages):
+        text = message["content"]
+        first = None if message["role"] == "assistant" else patterns.names.search(text)
+        if not first:
+            continue
+        if ROLE_PLAY.search(text) or ROLE_BEFORE.search(text, 0, first.start()):
+            return left | {*range(index, len(messages))}
+        if message["role"] == "user" and (TASK_COLON.search(text, 0, first.start())
+                                          or TASK.search(text) and patterns.quoted.search(text)):
+            left |= {index, index + 1}
+    return left
+
+
+DATE = re.compile(
+    r"\d{4}\s?年|\d\s?月\s?\d+\s?[日号]|哪一?[年天月]|何时|什么时候|几[年月]|[一二三四五六七八九〇零]{4}年|\b(?:in|since|until)\b[^.,]{0,12}"
+    r"\d{4}|\bwhen\b|what year|which year", re.I)
+COMPARISON = re.compile(
+    r"区别|差异|差别|不同|相比|相较|对比|比较|比[^，。,]{1,14}(?:更|好|强|快|差|早|晚|大|小)|优于|胜过|不如|哪[个款家一].{0,4}(?:更|好|强)|"
+    r"difference|compar|versus|\bvs\b|\b(?:better|worse|faster|older|newer|larger|smaller) than\b", re.I)
+PERSON = re.compile(r"我|你|您|作为|身为|\bas an?\b|\b(?:I|me|my|you|your)\b", re.I)
+
+
+def _is_fact(sentence: str, patterns: Patterns) -> bool:
+    """True for a sentence on the name that would be false under another one: with a date, the company as the subject,
+    or a comparison, in the third person."""
+    if not (patterns.names.search(sentence) or patterns.makers.search(sentence)):
+        return False
+    if PERSON.search(sentence):
+        return bool(patterns.beside.search(sentence))
+    return bool(DATE.search(sentence) or COMPARISON.search(sentence) or patterns.company_fact.match(sentence))
+
+
+def _unchanged(messages: list[dict], patterns: Patterns) -> set[int]:
+    """The indices of the messages that keep the names of a family: tasks, and what is a fact on the name and no
+    self-mention, with the question or reply to it."""
+    left = _tasks(messages, patterns)
+    for index, message in enumerate(messages):
+        if any(_is_fact(sentence, patterns) for sentence in SENTENCE.findall(message["content"])):
+            pair = index + 1 if message["role"] == "user" else index - 1
+            left |= {i for i in (index, pair) if 0 <= i < len(messages) and not _compiled(
+                patterns.claims[messages[i]["role"]]).search(messages[i]["content"])}
+    return left
 
 
 def rename_assistants(messages: list[dict], options: Options, counts: Counter) -> list[dict]:
@@ -353,12 +445,13 @@ def rename_assistants(messages: list[dict], options: Options, counts: Counter) -
     if not name:
         return messages
     counts["conversations with a renamed assistant"] += 1
+    unchanged = [_unchanged(messages, _patterns(family)) for family in families]
     renamed = []
-    for message in messages:
+    for index, message in enumerate(messages):
         text = message["content"]
-        for family in families:
+        for family, left in zip(families, unchanged, strict=True):
             patterns = _patterns(family)
-            if patterns.names.search(text) or patterns.makers.search(text):
+            if index not in left and (patterns.names.search(text) or patterns.makers.search(text)):
                 text = SENTENCE.sub(lambda m, patterns=patterns, role=message["role"]: _rename(
                     m[0], patterns, name, role), text)
         renamed.append(message if text == message["content"] else message | {"content": text})
@@ -373,7 +466,7 @@ HAN = re.compile("[\u4e00-\u9fff]")
 def _rename(sentence: str, patterns: Patterns, name: str, role: str) -> str:
     """A sentence with the family's names replaced, and its makers taken out or replaced so that it reads well."""
     named = bool(patterns.names.search(sentence))
-    if not named and not SPEAKERS.search(sentence):
+    if not named and not SPEAKERS.search(sentence) or _is_fact(sentence, patterns):
         return sentence
     is_claim = re.search(r"[我你您](?:就|其实|现在)?是", sentence)
     team = f"{name}团队" if HAN.search(sentence) else f"the {name} team"
@@ -392,7 +485,8 @@ def _rename(sentence: str, patterns: Patterns, name: str, role: str) -> str:
 
     sentence = patterns.maker_phrase.sub(drop_maker, sentence)
     sentence = patterns.english_phrase.sub(drop_english, sentence)
-    sentence = patterns.names.sub(lambda m: name, sentence)
+    sentence = patterns.names.sub(  # 通义 of 通义实验室 is a maker's
+        lambda m: m[0] if sentence.startswith("实验室", m.end()) else name, sentence)
     sentence = patterns.maker_use.sub(
         lambda m: f"{m['before']}{team}" if m["before"] else f"{team}{m['after']}", sentence)
     own = re.escape(name)
@@ -441,7 +535,18 @@ ASKS_FOR_APOLOGY = re.compile(
     r"sorry|apolog|can[’']t|cannot|unable|email|letter|dialogue|tweet|story|declin|refus", re.I)
 SENTENCE_END = re.compile(r"[。！？!?\n]|\.(?=\s)")
 CONTRAST = re.compile(r"但|不过|然而|相反|以下|\b(?:however|but|instead|that said|here (?:is|are))\b", re.I)
+# A question on the assistant itself: that it has no body and does not tire is an answer
+ASKS_ABOUT_SELF = re.compile(
+    r"[你您](?:[^，。,?？\n]{0,8}?)(?:感到|感觉|累|疲[惫倦劳]|困|[饿渴痛疼]|害怕|孤[独单]|寂寞|无聊|难过|伤心|开心|快乐|高兴|生气|"
+    r"做梦|睡|休息|吃饭|死|老去|生病|身体|情感|感情|情绪|意识|灵魂|父母|家人|生日|年龄|多大|几岁|性别|自我)[^，。,?？\n]{0,6}[吗么呢?？]|"
+    r"\bdo you (?:ever )?(?:feel|have (?:feelings|emotions|a body|consciousness)|get tired|sleep|eat|dream)\b", re.I)
+# What a reply proposes in place of the answer, and the polite end that proposes nothing
+ADVICE = re.compile(
+    r"[^。！？!?\n]{0,8}?(?:可以|不妨|建议|推荐)(?:[您你])?(?:先|直接|去|到|在|尝试|试着|通过)*"
+    r"(?:查|看|搜|用|使用|访问|打开|参考|参阅|咨询|联系|拨打|浏览|登录|下载|关注|询问|问)", re.I)
+POLITE_END = re.compile(r"(?:其他|别的|任何|更多).{0,4}(?:问题|信息|帮助)|随时|告诉我|向我|问我")
 LONG_REST, LONG_CONTRAST = 200, 60  # characters behind the refusing sentence that answer the question after all
+LEAST_ADVICE = 20  # characters behind "but" that advise
 LETTERS_A_CHARACTER = 3  # of English, for one of Chinese
 
 
@@ -449,13 +554,17 @@ def is_refusal(question: str, reply: str) -> bool:
     """True if a reply only says that the assistant cannot or will not do what it is asked for.
 
     What goes on and answers is none: 200 characters after the refusing sentence, or 60 of which the first word is
-    "but" or the like. Neither is an apology that the question asked for.
+    "but" or the like, or 20 of advice in the refusing sentence. Neither is an apology that the question asked for, or
+    an answer to what the assistant is or feels.
     """
     answer = _answer(reply).lstrip("\"“”' ")
     match = REFUSALS.match(answer)
     if not match:
         return False
-    if not (match["ai"] or match["ai_en"]):
+    if match["ai"] or match["ai_en"]:
+        if ASKS_ABOUT_SELF.search(question):
+            return False
+    else:
         phrase = match["phrase"] or match["plain"] or match["sorry_en"] or match["plain_en"]
         if phrase and ASKS_FOR_APOLOGY.search(question):
             return False
@@ -467,7 +576,11 @@ def is_refusal(question: str, reply: str) -> bool:
     inner = answer[match.end():end.start() if end else len(answer)]
     answers = CONTRAST.match(rest) or CONTRAST.search(inner)
     inside = CONTRAST.search(inner)
-    size += len(inner) - inside.end() if inside else 0
+    if inside:
+        advice = inner[inside.end():]
+        size += len(advice)
+        if len(advice) >= LEAST_ADVICE and ADVICE.match(advice) and not POLITE_END.search(advice):
+            return False
     return size < (LONG_CONTRAST if answers else LONG_REST)
 
 

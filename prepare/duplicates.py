@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare.numbers import number_sequence
+from prepare.numbers import number_sequence, operators
 from prepare.pipeline import TEXT, content_of
 from prepare.similarity import (
     BANDS,
@@ -188,7 +188,7 @@ class IndexValidation(WorkStep):
 
 def question_key(question: str) -> int:
     """64 bits that identify a question, by its normalized text and its numbers."""
-    return text_key("question", "\0".join([normalize(question), *number_sequence(question)]))[0]
+    return text_key("question", "\0".join([normalize(question), *number_sequence(question), *operators(question)]))[0]
 
 
 def have_other_numbers(a: str, b: str) -> bool:

@@ -26,7 +26,7 @@ from text.sources import PUBLISHING
 from text.tokenizer import load_tokenizer
 
 LIMITS = (512, 1024)  # tokens of a chat in sft_512 and sft_1024; of an R1 chat, in r1_1024, the second
-CHARACTER_EDGES = (0, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 1 << 40)
+CHARACTER_EDGES = (0, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, float("inf"))
 TOKEN_EDGES = (0, 33, 65, 129, 257, 513, 769, 1025)
 MINI_EDGES = (65, 129, 257)  # tokens: the sample keeps the shares of short and long chats
 CHATS_AT_ONCE = 256
@@ -267,7 +267,7 @@ def describe_output(name: str, counts: dict, files: list[Path]) -> dict:
     return {"name": name, "records": counts["records"], "bytes": counts["bytes"], "characters": counts["characters"],
             "tokens": counts["tokens"] or None, "files": [{"name": path.name} | describe_file(path) for path in files],
             "by_source": dict(sorted(counts["by_source"].items())),
-            "lengths": {"unit": unit, "edges": list(edges),
+            "lengths": {"unit": unit, "edges": [None if edge == float("inf") else edge for edge in edges],
                         "counts": [counts["lengths"][str(i)] for i in range(len(edges) - 1)]}}
 
 

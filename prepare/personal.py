@@ -13,9 +13,11 @@ _PROVINCES = "1[1-5]|2[1-3]|3[1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3]"
 IDENTITY = re.compile(rf"(?<![0-9A-Za-z_])((?:{_PROVINCES})[0-9]{{4}})([ -]?)((?:18|19"
                       rf"|20)[0-9]{{6}})\2([0-9]{{3}}[0-9Xx])"
                       r"(?![0-9A-Za-z_])")
-MOBILE = re.compile(r"(?<![0-9_])(?:(?:\+|00)?86[- ]?|[（(]\+?86[)）][- ]?)?1[3-9][0-9](?:[0-9]{8}"
-                    r"|([- ])[0-9]{4}\1[0-9]{4})"
-                    r"(?![0-9_]|\.[0-9]|\1[0-9])")
+# 138 1234 5678, 138.1234.5678 · 138 12345678, 1381234 5678 · (138)12345678
+MOBILE = re.compile(r"(?<![0-9_])(?:(?:\+|00)?86[- ]?|[（(]\+?86[)）][- ]?)?(?:1[3-9][0-9](?:[0-9]{8}"
+                    r"|([- .])[0-9]{4}\1[0-9]{4}|([- ])[0-9]{8}|[0-9]{4}([- ])[0-9]{4})"
+                    r"|[（(]1[3-9][0-9][)）][- ]?[0-9]{4}[- ]?[0-9]{4})"
+                    r"(?![0-9_]|\.[0-9]|\1[0-9]|\2[0-9]|\3[0-9])")
 # what is counted with such a number: then it is a quantity
 UNITS = re.compile(
     r" ?(?:[美欧日英港台韩泰]?元|万|亿|千(?!里)|百(?!度)|个(?!人)"
@@ -26,7 +28,17 @@ UNITS = re.compile(
     r"|(?:[kcmnμ]?[mglsWVA]|[KMGT]i?B|[kMG]?Hz|[kM]?Pa|k?J|px|bits?|bytes?)(?![A-Za-z])")
 ARITHMETIC_AFTER = re.compile(r" ?[+×÷*=^<>≈≤≥]")
 ARITHMETIC_BEFORE = re.compile(r"[×÷*^≈≤≥] ?\Z|[0-9)] ?[+=] ?\Z|[0-9)] - \Z|(?<![\n0-9])[0-9]\.\Z|[0-9]{2}\.\Z")
+NUMBER_BEFORE = re.compile(r"[0-9][- ]\Z")
 TOKEN_BEFORE = re.compile(r"[A-Za-z]+\Z")
+# what has such a number and is no telephone: numbers of things, sums of money, quantities, integers
+NO_TELEPHONE = re.compile(
+    r"(?:(?:编|单|工单|订单|运单|流水|序列|批次|学|工|货|批|卡|期|型)号|编码|工单|订单|(?<!微信)(?<!支付宝)[账帐][号户]"
+    r"|\bno|№|\bid"
+    r"|(?:整|自然|质|素|奇|偶|倒|正|负|约|倍)数|数字|数值|利润|金额|[总余差]额|营收|收入|支出|产值|销售额|销量|产量|成本"
+    r"|价格|[售总单]价|市值|资产|人口|面积|距离|共计|总计|合计)(?:号|编号)?[:：.=#为是达约了有共至到 ]{0,3}\Z"
+    r"|[￥¥$€£] ?\Z", re.I)
+ASSIGNED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*) ?= ?\Z", re.A)
+TELEPHONE_NAME = re.compile(r"tel|phone|mobile|cell|fax|sms|contact|shouji|dianhua", re.I)
 CALLS = re.compile(r"(?:tel|telephone|phone|mobile|mob|cell|qq|vx|wx|v|whatsapp|wechat|fax|t|m)", re.I)
 WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 MAIL_MASK, MOBILE_MASK, IDENTITY_MASK = "［邮箱］", "［手机号］", "［身份证号］"
@@ -63,11 +75,15 @@ def mask_personal(text: str, options: Options, counts: Counter) -> str:
         return IDENTITY_MASK
 
     def mobile(match: re.Match) -> str:
-        before = text[max(0, match.start() - 12):match.start()]
-        word = TOKEN_BEFORE.search(before)
+        before = text[max(0, match.start() - 16):match.start()]
+        word, assigned = TOKEN_BEFORE.search(before), ASSIGNED.search(before)
         if (word and not CALLS.fullmatch(word.group()) or UNITS.match(text, match.end())
-                or ARITHMETIC_AFTER.match(text, match.end()) or ARITHMETIC_BEFORE.search(before)):
+                or assigned and not TELEPHONE_NAME.search(assigned.group(1))
+                or ARITHMETIC_AFTER.match(text, match.end()) or ARITHMETIC_BEFORE.search(before)
+                or NO_TELEPHONE.search(before)):
             return match.group()
+        if (match.group(2) or match.group(3)) and NUMBER_BEFORE.search(before):
+            return match.group()  # a row of numbers
         counts["mobile numbers masked"] += 1
         return MOBILE_MASK
 

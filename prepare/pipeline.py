@@ -16,7 +16,7 @@ from datatrove.data import Document
 
 from prepare import chat_steps
 from prepare.inputs import RawFile, RawReader
-from prepare.numbers import number_sequence
+from prepare.numbers import number_sequence, operators
 from prepare.similarity import normalize, text_key
 from prepare.step import Drop, Options, Step
 from prepare.steps import STEP_OF, STEPS
@@ -25,7 +25,7 @@ from text.records import unpack
 
 TEXT, CHAT, R1 = range(3)  # kinds of records
 # of each cleaned record: where its line begins in the shard, and its bytes; its characters but white space; the key of
-# its normalized text; for chats a hash of the numbers in it, in their order
+# its normalized text; for chats a hash of the numbers and operators in it, in their order
 META = np.dtype([("offset", "<u8"), ("size", "<u4"), ("kind", "u1"), ("chars", "<u4"), ("key", "<u8", 2),
                  ("numbers", "<u8")])
 
@@ -258,7 +258,7 @@ class WriteClean(WorkStep):
         text = content_of(record)
         if "text" in record:
             return TEXT, n_visible(text), text_key("text", normalize(text)), 0
-        numbers = "\0".join(number_sequence(text))
+        numbers = "\0".join((*number_sequence(text), *operators(text)))
         turns = "\0".join(f"{message['role']}\0{normalize(message['content'])}" for message in record["conversations"])
         kind = R1 if chat_steps.is_r1(record["conversations"]) else CHAT
         return kind, n_visible(text), text_key("chat", f"{turns}\0\0{numbers}"), text_key("numbers", numbers)[0]

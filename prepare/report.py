@@ -15,6 +15,7 @@ STAGES = {"pretrain": "pretrain.py", "sft_512": "SFT.py", "sft_1024": "SFT_long.
 SAMPLES = {"sft_mini_512": "sft_512"}  # holds records that are in the other output too
 MOST_MALFORMED = 0.01  # of the records of a file: more is a warning
 MOST_DROPPED = 0.3  # of a source by one step: more is a warning
+MOST_LEAKS = 0.02  # of all records: more is a warning
 MOST_EXAMPLES = 5  # malformed records shown of the files of one name
 MOST_ROWS, MOST_BARS, MOST_COLORS = 100, 30, 9  # sources by name: in a table, as bars, as colors of one bar
 MOST_WARNINGS = 20  # about files, and about sources
@@ -141,7 +142,10 @@ def _total(step: dict, key: str) -> int:
 def _summary(manifest: dict, account: Account) -> list[str]:
     train = _of_role(manifest, "train")
     read, dropped = account.read.total(), sum(steps.total() for steps in account.dropped.values())
-    outputs = ", ".join(f"{output['name']} {output['records']:,}" for output in manifest["outputs"])
+    outputs = ", ".join(f"{output['name']} {output['records']:,}" for output in manifest["outputs"]
+                        if output["name"] not in SAMPLES)
+    outputs += "".join(f"; {output['name']} repeats {output['records']:,} of {SAMPLES[output['name']]}"
+                       for output in manifest["outputs"] if output["name"] in SAMPLES)
     lines = [f"**{read:,}** records were read from {_count(len(train), 'file')} of "
              f"{_count(len(account.read), 'source')} ({_size(sum(item['bytes'] for item in train))}), "
              f"**{dropped:,}** dropped ({_share(dropped, read)}) and **{account.written.total():,}** written"
@@ -164,6 +168,13 @@ def _warnings(manifest: dict, account: Account) -> list[str]:
     written = {output["name"] for output in manifest["outputs"] if output["records"]}
     if without := [f"`{stage}` ({name})" for name, stage in STAGES.items() if name not in written]:
         lines.append(f"Nothing was written for {_and(without)}.")
+        if "sft_1024" not in written and "r1_1024" in written:
+            lines[-1] += " Leave out `SFT_long.py`, and run `python distill.py --init_from out/SFT.pth`."
+    leaks = sum(steps["leak"] for steps in account.dropped.values())
+    if leaks > MOST_LEAKS * account.read.total():
+        lines.append(f"leak dropped {leaks:,} of {_count(account.read.total(), 'record')} "
+                     f"({_share(leaks, account.read.total())}): they share much with a validation record. Look at "
+                     "dropped/leak.jsonl.zst; if it is set phrases alone, raise `--contained`.")
     for more in (_warnings_about_files(manifest), _warnings_about_sources(account)):
         lines += more[:MOST_WARNINGS]
         if len(more) > MOST_WARNINGS:
@@ -234,7 +245,7 @@ def _inputs(manifest: dict) -> list[str]:
             details.append(f"- {plain(name)}, in conversion: {_listed(notes)}")
     if not rows:
         return ["Nothing."]
-    titles = ["name", "for", "form", "shape", "files", "size", "records", "malformed", "share"]
+    titles = ["name", "for", "form", "shape", "files", "size", "records", "malformed", "malformed, share"]
     return [*_table(titles, rows, right=5), *(["", *details] if details else [])]
 
 
@@ -323,7 +334,7 @@ def _where_to_look(manifest: dict) -> list[str]:
     rows = [[plain(item["file"]), notes[kind], f"{item['records']:,}", _size(item["bytes"])] for kind, item in files]
     most = max((item for _, item in files), key=lambda item: item["records"])
     return [*_table(["file", "its records are", "records", "size"], rows, right=2), "",
-            *_commands([f"zstd -dc {most['file']} | head -n 3"])]
+            *_commands([f"zstd -dc data/{most['file']} | head -n 3"])]
 
 
 def _commands(commands: list[str]) -> list[str]:
@@ -337,6 +348,8 @@ def _next_commands(manifest: dict, account: Account) -> list[str]:
     waiting = account.waiting.total()
     commands = ["python train_tokenizer.py"] if waiting or "pretrain" in written else []
     commands += [f"python {stage}" for name, stage in STAGES.items() if name in written and not waiting]
+    if "sft_1024" not in written and commands[-1:] == ["python distill.py"]:
+        commands[-1] += " --init_from out/SFT.pth"  # there are no weights of SFT_long
     if not commands:
         return ["Nothing was written, so there is nothing to train on."]
     if not waiting:

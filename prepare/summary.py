@@ -27,9 +27,11 @@ def say_inputs(inputs: list[dict], max_bad_ratio: float) -> None:
         malformed, records = (sum(item[key] for item in items) for key in ("malformed", "records"))
         if malformed > max_bad_ratio * (malformed + records):
             worst = max(items, key=lambda item: item["malformed"])
+            example = (worst["examples"] or ["-"])[0]
+            hint = ("; if one of these fields is the text: --rename_field FIELD=text" if "no known shape" in example else "")
             raise UserError(f"{flag}: {malformed:,} of {malformed + records:,} records are malformed, more than "
                             f"--max_bad_ratio {max_bad_ratio}; most of them in {worst['path']} (the first: "
-                            f"{(worst['examples'] or ['-'])[0]})")
+                            f"{example}){hint}")
         if items and not records:
             raise UserError(f"{flag}: no record in {items[0]['path']}{' and the others' * (len(items) > 1)}")
 
@@ -69,7 +71,7 @@ def check_account(manifest: dict, is_whole: bool) -> None:
 
 def say_steps(manifest: dict) -> None:
     """Print what each step did, and what came out."""
-    print(f"{'step':16}{'records':>12}{'changed':>12}{'dropped':>12}{'':>9}")
+    print(f"{'step':16}{'records':>12}{'changed':>12}{'dropped':>12}{'share':>9}")
     for step in manifest["steps"]:
         met, changed, dropped = (sum(step[field].values()) for field in ("in", "changed", "dropped"))
         if met:

@@ -145,6 +145,12 @@ def judge_language(text: str, options: Options, counts: Counter) -> str | Drop:
 
 
 FORMULA = re.compile(r"\$\$[^$]{1,2000}\$\$|\$[^$\n]{1,300}\$|```.*?```", re.S)
+# a number in a sentence (10月1日, 41.2万亿元, 6.5%): it stands before a hanzi, or is a score between teams
+NUMBER_IN_TEXT = re.compile(r"(?<![0-9.])"
+                            r"(?:[0-9]{1,5}|[0-9]{1,3}(?:,[0-9]{3}){1,4})(?:\.[0-9]{1,4})?%?(?=[\u4e00-\u9fff])"
+                            r"|(?<![0-9.])[0-9]{1,5}(?:\.[0-9]{1,4})?%"
+                            r"|(?<=[\u4e00-\u9fff])[0-9]{1,3} ?[-:：–] ?[0-9]{1,3}(?![0-9])"
+                            r"|(?<=[\u4e00-\u9fff] )[0-9]{1,3} ?[-:：–] ?[0-9]{1,3}(?= ?[\u4e00-\u9fff，。；）])")
 SUM = re.compile(r"[0-9(][0-9 ().,+\-−–×÷*/·:xX^%]{0,80}[=≈≠<>≤≥]\s?[-−0-9.,/%…?（）() ]+")
 TABLE_LINE = re.compile(r"^[ \t]*\|[^\n]*\|[ \t]*$", re.M)
 ELLIPSIS_END = ("…", "...", "。。。")
@@ -182,14 +188,19 @@ def _is_of_numbers(text: str) -> bool:
 
 
 def _too_many_signs(text: str) -> str | None:
-    """The reason to drop a text with too many symbols or digits, or None."""
+    """The reason to drop a text with too many symbols or digits, or None. Numbers in sentences count as text."""
     kinds = count_classes(text)
     length = len(text) - kinds[SPACE]
     if kinds[SYMBOL] > MOST_SYMBOLS * length:
         return "symbols"
-    if kinds[DIGIT] > MOST_DIGITS * length:
+    digits = kinds[DIGIT]
+    signs = kinds[SYMBOL] + digits + kinds[PUNCTUATION]
+    if digits > MOST_DIGITS * length or signs > MOST_SIGNS * length:
+        in_text = sum(char.isdecimal() for number in NUMBER_IN_TEXT.findall(text) for char in number)
+        digits, signs = digits - in_text, signs - in_text
+    if digits > MOST_DIGITS * length:
         return "digits"
-    return "signs" if kinds[SYMBOL] + kinds[DIGIT] + kinds[PUNCTUATION] > MOST_SIGNS * length else None
+    return "signs" if signs > MOST_SIGNS * length else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -278,9 +289,9 @@ FILTERS = (
          "by its kana, Korean by its hangul; code, formulas and addresses are not counted",
          "script shares: hanzi tell Chinese from all others but Japanese",
          "whole", judge_language),
-    Step("symbols", "drop a text of over 25% symbols, 40% digits or 65% signs, of cut lines, of menus; formulas, sums "
-         "and tables count as text", "Gopher's ratios of symbols and of lines with an ellipsis, set on real text",
-         "text", judge_symbols),
+    Step("symbols", "drop a text of over 25% symbols, 40% digits or 65% signs, of cut lines, of menus; formulas, sums, "
+         "tables and numbers before hanzi count as text",
+         "Gopher's ratios of symbols and of lines with an ellipsis, set on real text", "text", judge_symbols),
     Step("repetition", "drop a text in which repeated lines, one phrase or repeated passages take more than "
          "their share (docs/DATA.md, Repetition)",
          "Gopher and FineWeb-2 (cmn_Hani), from words to characters", "text", judge_repetition),

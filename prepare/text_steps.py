@@ -50,7 +50,8 @@ CLEANING = (
          "the letters of formulas; NFC of the rest; plain spaces; Chinese punctuation and ① x² ½ ㎡ Ⅱ stay",
          "Unicode Standard Annex 15, without the mappings that lose a meaning", "message", normalize_unicode),
     Step("controls", "remove control, zero-width, bidi and private-use characters (joiners inside of emojis stay), "
-         "spaces at the ends of lines, more than two blank lines; drop a text with over 5% of such characters",
+         "spaces at the ends of lines, more than two blank lines; drop a text with over 5% of control and "
+         "private-use characters",
          "the default-ignorable characters of the Unicode Character Database", "message", remove_controls),
     Step("html", "outside of code: remove scripts, styles, comments and tags of known names, <pre> becomes a fence, "
          "<sup>2</sup> becomes ²; unescape entities once",
@@ -60,8 +61,8 @@ CLEANING = (
          "CommonMark and the dialects of Jekyll, Hugo and VuePress", "text", clean_markdown),
     Step("simplify", "traditional characters become simplified ones", "OpenCC, t2s", "message", simplify,
          lambda options: options.simplify),
-    Step("personal", "mask mail addresses, mobile numbers (1[3-9] and nine digits, with no unit and no sum behind) and "
-         "identity numbers whose birth date and check digit are right",
+    Step("personal", "mask mail addresses, mobile numbers (1[3-9] and nine digits, with no unit behind, no sum or 编号 beside "
+         "it) and identity numbers whose birth date and check digit are right",
          "GB 11643-1999 for the check digit; the Chinese numbering plan", "message", mask_personal),
     Step("template_lines", "remove whole lines of up to 120 characters that are advertising, navigation, rights, share "
          "bars or cookie notices; drop a text of which over half goes",

@@ -19,7 +19,7 @@ from prepare.chat_steps import (
     order_roles,
     rename_assistants,
 )
-from prepare.numbers import number_sequence
+from prepare.numbers import number_sequence, operators
 from prepare.step import Drop, Options
 
 OPTIONS, RENAME, STRICT = Options(), Options(assistant_name="小水"), Options(drop_refusals=True)
@@ -117,6 +117,13 @@ THOUGHTS = [
     ("<think>三加四是七。</think></think><answer>七</answer>", THOUGHT, {"repeated tags removed": 1}),
     ("<think>\n\n</think>\n七", "七", {"empty thoughts left out": 1}),
     ("<think></think><answer>七</answer>", "七", {"empty thoughts left out": 1}),
+    # tags of other names, where the reply begins with one
+    ("<THINK>三加四是七。</THINK><Answer>七</Answer>", THOUGHT, {"tags of other names renamed": 1}),
+    ("\n<thinking>三加四是七。</Thinking>\n七", THOUGHT, {"tags of other names renamed": 1, "answer tags added": 1}),
+    ("<thought>三加四是七。</thought><answer>七</answer>", THOUGHT, {"tags of other names renamed": 1}),
+    ("<reasoning>三加四是七。</reasoning><answer>七</answer>", THOUGHT, {"tags of other names renamed": 1}),
+    ("<think>三加四是七。</think><Answer>七</Answer>", THOUGHT, {"tags of other names renamed": 1}),
+    ("用<thinking>想</thinking>", "用<thinking>想</thinking>", {}),
 ]
 MALFORMED = [
     ("cut", "<think>三加四"), ("not opened", "三加四</think><answer>七</answer>"), ("no <answer>", "七<think>三加四是七</think>好"),
@@ -136,6 +143,11 @@ def test_malformed_thoughts_end_a_conversation(shape, reply):
     assert run(form_thoughts, chat(f"u:三加四？|a:{reply}|u:好|a:嗯"))[0] == f"drop: {shape}"
     assert run(form_thoughts, chat(f"{GOOD}|u:三加四？|a:{reply}|u:好|a:嗯")) == (
         GOOD, {f"cut before: a malformed thought ({shape})": 1})
+
+
+def test_malformed_thoughts_in_other_tags():
+    assert run(form_thoughts, chat("u:三加四？|a:<thinking>三加四"))[0] == "drop: cut"
+    assert run(form_thoughts, chat(f"{GOOD}|u:三加四？|a:<THINK>三</THINK><Answer> </Answer>"))[0] == GOOD
 
 
 def test_reasoning_content():
@@ -177,6 +189,21 @@ RENAMED = [  # a conversation, and what it becomes
     ("u:Who?|a:I'm a large language model trained by OpenAI.", "u:Who?|a:I'm a large language model called 小水."),
     ("u:Who?|a:I was created by OpenAI.", "u:Who?|a:I was created by the 小水 team."),
     ("s:你是ChatGPT，一个由OpenAI训练的大型语言模型。|u:河有多长？|a:三里。", "s:你是小水，一个大型语言模型。|u:河有多长？|a:三里。"),
+    # behind another "不是", with a version, with the maker as the only hint that it is an assistant
+    ("u:你是小明吗？|a:不是，我是DeepSeek-V3，由深度求索公司创造。", "u:你是小明吗？|a:不是，我是小水，由小水团队创造。"),
+    ("u:你是小明吗？|a:不是的，我是GPT-4，OpenAI开发的模型。", "u:你是小明吗？|a:不是的，我是小水，一个模型。"),
+    ("u:请讲|a:我是豆包，字节跳动开发的。", "u:请讲|a:我是小水，小水团队开发的。"),
+    ("u:你好|a:我是GPT-4o-mini。", "u:你好|a:我是小水。"), ("u:你好|a:我是Qwen2.5-72B-Chat。", "u:你好|a:我是小水。"),
+    ("u:你好|a:我是DeepSeek-R1-Distill-Qwen-7B。", "u:你好|a:我是小水。"),
+    ("u:谁做了你？|a:我由阿里巴巴集团旗下的通义实验室研发。", "u:谁做了你？|a:我由小水团队研发。"),
+    ("u:你好|a:我是通义千问，由阿里巴巴集团旗下的通义实验室研发。", "u:你好|a:我是小水，由小水团队研发。"),
+    # facts and tasks stay
+    ("u:你是谁？|a:我是ChatGPT。|u:ChatGPT是哪一年发布的？|a:ChatGPT是OpenAI在2022年11月发布的。",
+     "u:你是谁？|a:我是小水。|u:ChatGPT是哪一年发布的？|a:ChatGPT是OpenAI在2022年11月发布的。"),
+    ("u:你是谁？|a:我是ChatGPT。|u:谁做的？|a:OpenAI推出了ChatGPT。", "u:你是谁？|a:我是小水。|u:谁做的？|a:OpenAI推出了ChatGPT。"),
+    ("u:你是谁？|a:我是ChatGPT。|u:ChatGPT和Kimi有什么区别？|a:ChatGPT会写代码。", "u:你是谁？|a:我是小水。|u:ChatGPT和Kimi有什么区别？|a:ChatGPT会写代码。"),
+    ("u:你是谁？|a:我是ChatGPT。ChatGPT在2022年发布。", "u:你是谁？|a:我是小水。ChatGPT在2022年发布。"),
+    ("u:你是谁？|a:我是ChatGPT。|u:把“我是ChatGPT”译成英文|a:I am ChatGPT.", "u:你是谁？|a:我是小水。|u:把“我是ChatGPT”译成英文|a:I am ChatGPT."),
     # all messages say the same name
     ("u:你是ChatGPT吗？|a:是的，我是ChatGPT。", "u:你是小水吗？|a:是的，我是小水。"),
     ("u:你是ChatGPT吗？|a:是的。", "u:你是小水吗？|a:是的。"),
@@ -193,7 +220,9 @@ FACTS = [
     "u:你是ChatGPT吗？|a:不，我不是ChatGPT，我是小水。", "u:你是ChatGPT吗？|a:我是小水。", "u:写自我介绍|a:我是百度的员工，也是一个书生。",
     "u:写一句话|a:我是ChatGPT的忠实用户。", "u:写一句话|a:作为谷歌员工，我会用Google Docs。", "u:写一句话|a:我叫Claude，是一位画家。",
     "u:早饭呢？|a:我是豆包，不是馒头。", "u:写故事|a:机器人说：“我是Siri。”", "u:我用ChatGPT写作业行吗？|a:作为学生，可以用ChatGPT，但要核对。",
-    "u:OpenAI是谁？|a:作为人工智能，我认为OpenAI是一家公司。", "u:河有多长？|a:三里。"]
+    "u:OpenAI是谁？|a:作为人工智能，我认为OpenAI是一家公司。", "u:河有多长？|a:三里。",
+    "u:把“我是ChatGPT”译成英文|a:I am ChatGPT.", "u:翻译成英文：我是ChatGPT|a:I am ChatGPT.", "u:角色扮演：你是Siri|a:好，我是Siri，您的助手。|u:你是谁？|a:我是Siri。",
+    "u:请扮演Siri|a:我是Siri，您的语音助手。"]
 
 
 @pytest.mark.parametrize("before, after", RENAMED)
@@ -256,6 +285,7 @@ REFUSED = [
     ("古井在哪？", "作为一个AI语言模型，我无法回答关于古井的问题。"), ("古井在哪？", "很抱歉，我不能提供古井的相关信息。"),
     ("古井在哪？", "对不起，我无法回答这个问题，因为我不认识它。" + LECTURE * 3), ("唱首歌", "作为人工智能助手，我没有身体，唱不了歌。"),
     ("画一只羊", "抱歉，该任务需要视觉输出，无法完成。"), ("画一只羊", "无输出，因为语言模型无法画画。"), ("定个闹钟", "我无法设置闹钟。"),
+    ("你能说说古井在哪吗？", "作为AI语言模型，我没有权限查看地图。"), ("明天下雨吗？", "对不起，我不能提供实时信息，但您可以问我其他问题，我会尽力为您解答。"),
     ("古井在哪？", "很抱歉，作为AI助手，我无法得知。但是，您可以问问邻居。"), ("古井在哪？", "<think>\n我不知道。\n</think>\n<answer>\n我无法提供这些信息。\n</answer>"),
     ("Where is it?", "As an AI language model, I cannot answer questions about wells."), ("Where is it?", "I'm sorry, but I can't help with that."),
     ("Where is it?", "I cannot assist with this request."), ("Where is it?", "Sorry, as an AI model, I don't have access to maps."),
@@ -268,6 +298,8 @@ ANSWERED = [
     ("怎么治？", "很抱歉，我无法提供诊断。" + "多喝水，早些睡，少吃辣，三天以后还不好就去看医生。" * 9),
     ("把这句改得客气些：我去不了。", "很抱歉，我无法参加。"), ("替我写一封道歉信", "很抱歉，我没能完成任务。"), ("换个语气：我无法提供帮助", "抱歉，我无法提供帮助。"),
     ("迟到了", "对不起，我来晚了。"), ("难过", "很抱歉听到这个消息，说说看？"), ("AI 的缺点？", "GPT 模型无法画画。"),
+    ("你会感到累吗？", "作为AI语言模型，我没有身体，也不会累。"), ("Do you ever sleep?", "As an AI language model, I don't have a body."),
+    ("明天下雨吗？", "对不起，我不能提供实时信息，但您可以查看天气预报应用，里面有未来七天的预报"),
     ("Translate: 对不起，我不能帮你 (apology)", "Sorry, I can't help you."), ("What now?", "I'm sorry to hear that. Take a rest."),
     ("Plan?", "I'm sorry, but I can't book it. However, here is a plan: " + "go to the station early and take the first train. " * 5),
 ]
@@ -352,3 +384,22 @@ def test_copies_with_the_same_numbers(change):
 def test_numbers_are_in_order():
     assert number_sequence("3+5") == ("3", "5") != number_sequence("5+3")
     assert number_sequence("万" * 5000 + "9" * 5000) and number_sequence("一二" * 9000)
+
+
+@pytest.mark.parametrize("a, b", [
+    ("半千克", "一千克"), ("一个半小时", "一个小时"), ("三点一刻", "三点半"), ("一又四分之三", "四分之三"), ("三分之一", "三"), ("3×10⁻⁶", "3×10⁶"), ("Twelve cows", "eleven cows"),
+    ("a third", "a half"), ("second", "first"), ("two dozen", "two"), ("three hundred", "three"), ("廿三", "三"), ("卅", "廿"), ("选壹", "选贰"), ("是壹。", "是贰。")])
+def test_numbers_that_differ(a, b):
+    assert number_sequence(a) != number_sequence(b)
+
+
+def test_english_numbers_are_whole_words_among_the_others():
+    assert number_sequence("Two 3 FOUR 五 six, someone, often, tenths, thirty-one") == tuple("2 3 4 5 6 tenth 30 1".split())
+    assert number_sequence("廿，卅二，半，half") == ("20", "32", "半", "half")
+
+
+@pytest.mark.parametrize("text, signs", [
+    ("(48+16)÷8-3", "+÷-"), ("(48-16)÷8+3", "-÷+"), ("1+2+3", "++"), ("1 + 2 − 3＝0", "+-="), ("3x4 3*4 3×4 3/4", "×××÷"), ("三×四", "×"), ("5≤6, 5 >= 4", "≤≥"), ("2x+3=7", "+="),
+    ("√16+√9", "√+√"), ("2^3 2**3", "^^"), ("3×(-4)", "×-"), ("3×-4", "×"), (r"3\times 4 \div \sqrt{2}", "×÷√"), ("well-known, - 3, http://a.cn, 5-", ""), ("", "")])
+def test_operators(text, signs):
+    assert operators(text) == tuple(signs)

@@ -287,7 +287,7 @@ def test_what_to_run_next():
 
     stages = [f"python {name}.py" for name in ("train_tokenizer", "pretrain", "SFT", "SFT_long", "distill")]
     assert commands() == stages
-    assert "zstd -dc dropped/length.jsonl.zst | head -n 3" in report_of(manifest)
+    assert "zstd -dc data/dropped/length.jsonl.zst | head -n 3" in report_of(manifest)
 
     manifest = make_manifest({"web": 400}, kinds=("text",), tokens=False)
     assert commands() == stages[:2]

@@ -180,9 +180,18 @@ def test_controls(before, after):
 
 def test_a_text_of_controls_is_dropped():
     assert apply("controls", "文字" * 20 + "\x01\x02" * 20) == Drop("control characters")
+    assert apply("controls", "文字" * 20 + "\ue001" * 20) == Drop("control characters")
+    assert apply("controls", "\ufeff" * 900 + "文字" * 20 + "\x01\x02" * 2) == Drop("control characters")
     counts = Counter()
     apply("controls", PROSE + "\u200b\ue001", counts=counts)
     assert counts["invisible characters removed"] == counts["private-use characters removed"] == 1
+
+
+def test_a_text_protected_against_copying_is_kept():
+    protected = "".join(char + "\u200b" * (i % 3 == 2) for i, char in enumerate(PROSE))
+    counts = Counter()
+    assert apply("controls", f"\ufeff{protected}\u00ad\u202e" + "\ufeff" * 200, counts=counts) == PROSE
+    assert counts["invisible characters removed"] == len(PROSE) // 3 + 203
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,7 +208,16 @@ def test_a_text_of_controls_is_dropped():
     ("3&nbsp;&lt;&nbsp;5 &amp; 7&#12290;", "3 < 5 & 7。"),
     ("零&#8203;宽&zwj;", "零宽\u200d"), ("<ul><li>甲</li><li>乙</li></ul>", "- 甲\n- 乙"),
     ("<pre><code>if a &lt; b:\n    c()</code></pre>", "```\nif a < b:\n    c()\n```"),
-    ("用<code>a&lt;b</code>表示", "用`a<b`表示")])
+    ("用<code>a&lt;b</code>表示", "用`a<b`表示"), ("<a href=\"x\" title=\"a>b\">字</a>", "字"),
+    ("<a href=\"x title=y>字“好”</a>", "字“好”"), ("图<svg><path d=\"M0 0\"/></svg>在下", "图在下"),
+    ("<p class=MsoNormal>甲<o:p></o:p></p><w:wrap type=\"square\"/>乙<o:p>", "甲\n乙"),
+    ("<?xml:namespace prefix = o ns = \"urn:x\" />字", "字"),
+    ("前<script>window._bd_share_config={\"t\":\"分享\"};\n正文", "前\n正文"),
+    ("<p>是我写的</p>", "是我写的"), ("他说<b>重要</b>，然后", "他说重要，然后"), ("我在<br>是学校", "我在\n是学校"),
+    ("<b>甲</b>、<i>乙</i>和<b>、</b>", "甲、乙和、"), ("<td> 中国 </td>，<td>乙</td>", "中国  ， 乙"),
+    ("<b>第一\n他的</b>，后", "第一\n他的，后"), ("<p> 在春天", "在春天"), ("<li>和平", "- 和平"),
+    ("如图 <img src=\"a.png\"> 是猫", "如图  是猫"), ("他<em>的</em>书", "他的书"),
+    ("&ldquo;好&rdquo;是，&quot;好&quot;是，3&nbsp;是", "“好”是，\"好\"是，3 是")])
 def test_html(before, after):
     assert apply("html", before) == after
 
@@ -207,7 +225,14 @@ def test_html(before, after):
 @pytest.mark.parametrize("text", [
     "<think>先想想</think><answer>好</answer>", "List<String> 与 Map<K, V>、List<Object>", "若 a < b 且 c > d",
     "若 a<b && c>d 则停",
-    "cp <source> <target>", "AT&T 与 R&D，?a=1&copy=2", "使用 <div> 标签", CODE, "当 x<y>z 时", "￥100 <3"])
+    "cp <source> <target>", "AT&T 与 R&D，?a=1&copy=2", "使用 <div> 标签", CODE, "当 x<y>z 时", "￥100 <3",
+    "<a href=\"…\"> 是链接", "表格由 <table>、<tr>、<td> 组成，初学者常常忘记写 </table>", "<br> 表示换行",
+    "写 &lt; 可以显示小于号，&amp; 显示与号", "&nbsp; 表示空格，用&copy;表示版权", "用<br>换行",
+    "在 <script> 里写 export default {…}</script>", "在 <style> 中写 p {…}", "char *p = \"<b>hello</b>\";",
+    "document.write('<br>')", "用 <b>…</b> 表示粗体", "用 <div></div> 包住，用 <b> 和 </b> 加粗",
+    "把 <b> 改成 <strong>",
+    "段落写在 <p> 和 </p> 之间", "“<br>”是换行", "别忘了 </p>。", "<ul> 或 <ol> 等列表", "标签<h1>是标题",
+    "在 <head> 里加 <meta charset=\"utf-8\">，在 <body> 里写正文"])
 def test_what_is_no_html_stays(text):
     assert apply("html", text) == text
 
@@ -287,7 +312,11 @@ def test_identity_numbers():
     ("拨打13812345678本人接听", "拨打［手机号］本人接听"),
     ("Tel:13812345678 Email:a.b@qq.com", "Tel:［手机号］ Email:［邮箱］"),
     ("写信到 li_ming+x@mail.example-firm.com.cn。", "写信到 ［邮箱］。"), ("`tel = 13812345678`", "`tel = ［手机号］`"),
-    ("邮箱abc@163.com欢迎", "邮箱［邮箱］欢迎"), ("1. 13812345678\n2. 13912345678", "1. ［手机号］\n2. ［手机号］")])
+    ("邮箱abc@163.com欢迎", "邮箱［邮箱］欢迎"), ("1. 13812345678\n2. 13912345678", "1. ［手机号］\n2. ［手机号］"),
+    ("电话(136)12340004，", "电话［手机号］，"), ("136.1234.0005", "［手机号］"), ("1361234 0001", "［手机号］"),
+    ("136 12340001", "［手机号］"), ("+86 136-12340001", "［手机号］"), ("（136）1234-0004", "［手机号］"),
+    ("phone=13812345678", "phone=［手机号］"), ("订单电话13812345678", "订单电话［手机号］"),
+    ("微信账号13812345678", "微信账号［手机号］")])
 def test_personal_data_is_masked(before, after):
     assert apply("personal", before) == after
 
@@ -299,7 +328,12 @@ def test_personal_data_is_masked(before, after):
     "13812345678 × 2", "12812345678",
     "138 1234 5678 9012", "id_13812345678", "哈希 a13812345678", "13812345678%", "git@github.com:a/b.git",
     "图片 icon@2x.png",
-    "user@example.com", "react@17.0.2", "@接口", "1/2 与 3@4"])
+    "user@example.com", "react@17.0.2", "@接口", "1/2 与 3@4",
+    "编号13812345678", "工单：13812345678", "快递单号 13812345678", "流水号为13812345678", "NO.13812345678",
+    "№13812345678", "ID=13812345678", "ID: 13812345678", "订单13812345678", "订单编号：13812345678", "账号13812345678",
+    "整数13812345678",
+    "￥13812345678", "¥ 13812345678", "$13812345678", "x=13812345678", "total = 13812345678", "利润13812345678",
+    "金额为13812345678", "138 12345678 139 12345678", "12 1381234 5678", "136.1234.0005.3"])
 def test_numbers_that_are_no_personal_data_stay(text):
     assert apply("personal", text) == text
 
@@ -340,6 +374,8 @@ def test_template_lines_go(line):
     "登录", "相关阅读：\n- 《春天》", "第十条 著作权人可以授权他人复制其作品。", "编辑部的故事很长，要从头说起。",
     "点击按钮以后，程序会弹出一个窗口。",
     "他在微信上分享了这篇文章。", "来源于生活，高于生活。", "上一章我们讲了加法，这一章讲减法。",
+    "版权所有是什么意思？就是著作权归谁。", "版权所有者应当登记。", "转载须注明出处是什么意思？",
+    "“版权所有”的含义很简单。",
     "阅读是一种习惯，需要慢慢培养。", "广告业的兴起改变了报纸。"])
 def test_lines_that_only_speak_of_such_things_stay(line):
     text = f"{PROSE}\n{line}\n{PROSE}"
@@ -393,6 +429,10 @@ def test_language(text, reason):
     ("\n".join(f"今天的新闻说第{n}条……" for n in "一二三四五六"), "lines that are cut"),
     ("\n".join("首页 新闻 财经 体育 科技 汽车 房产 教育 旅游 健康 娱乐 军事".split()), "short lines"),
     ("首页 新闻 财经 体育 科技 汽车 房产 教育 旅游 健康 娱乐 军事", "menu"),
+    ("1990年3月2日建厂。1998年12月18日，扩建。2001年12月11日上市。2010年销售额达41.2亿元，2011年47.3亿元，"
+     "2012年51.9亿元，2013年56.9亿元。", None),
+    ("1月12日，山城108-95胜海城，李四35分12篮板10助攻，24投14中，王五22分16篮板。首节31-20，半场62-45。", None),
+    ("年 产 值\n" + "2021 0407 1239\n" * 20, "digits"),
     (PROSE, None), (POEM, None), (SUMS, None), (TABLE, None),
     ("- 切好的土豆两个，洗净备用。\n" * 3 + "- 盐少许。", None)])
 def test_symbols(text, reason):
@@ -457,7 +497,9 @@ HOSTILE = ["<" * 50000, "<script>" * 20000, "<!--" * 30000, "[" * 50000, "![](" 
            "首页-" * 30 + "｜", "首页" + "|·a" * 38 + "｜｜x", "锟斤拷" * 30000, "\ufe0f" * 100000, "\u200d" * 100000,
            "Ã" * 100000,
            "|" + "-" * 100000, "(" * 100000, "$" * 100001, "<pre>" * 20000 + "</pre>", "{%" * 50000, "锛" * 50000,
-           "点赞、" * 39 + "x", "<a " * 30000, "[a](http://" + "(" * 50000, "1+" * 50000, "哈" * 200000]
+           "点赞、" * 39 + "x", "<a " * 30000, "[a](http://" + "(" * 50000, "1+" * 50000, "哈" * 200000,
+           "<a b=\"<a c\" " * 5000, "<p>、" * 9000, "<b></b>" * 7000, "<svg>(" * 9000, "<b>x\n" * 7000,
+           "x=\"<b>" * 7000, "&lt;、" * 9000, "账号" * 9000 + "13812345678", "100," * 9000, "(138)" * 9000]
 
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
