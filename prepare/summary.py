@@ -28,7 +28,7 @@ def say_inputs(inputs: list[dict], max_bad_ratio: float) -> None:
         if malformed > max_bad_ratio * (malformed + records):
             worst = max(items, key=lambda item: item["malformed"])
             example = (worst["examples"] or ["-"])[0]
-            hint = ("; if one of these fields is the text: --rename_field FIELD=text" if "no known shape" in example else "")
+            hint = "; if a field of these is the text: --rename_field FIELD=text" if "no known shape" in example else ""
             raise UserError(f"{flag}: {malformed:,} of {malformed + records:,} records are malformed, more than "
                             f"--max_bad_ratio {max_bad_ratio}; most of them in {worst['path']} (the first: "
                             f"{example}){hint}")

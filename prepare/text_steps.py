@@ -61,8 +61,8 @@ CLEANING = (
          "CommonMark and the dialects of Jekyll, Hugo and VuePress", "text", clean_markdown),
     Step("simplify", "traditional characters become simplified ones", "OpenCC, t2s", "message", simplify,
          lambda options: options.simplify),
-    Step("personal", "mask mail addresses, mobile numbers (1[3-9] and nine digits, with no unit behind, no sum or 编号 beside "
-         "it) and identity numbers whose birth date and check digit are right",
+    Step("personal", "mask mail addresses, mobile numbers (1[3-9] and nine digits, with no unit behind and no 编号 "
+         "beside it) and identity numbers whose birth date and check digit are right",
          "GB 11643-1999 for the check digit; the Chinese numbering plan", "message", mask_personal),
     Step("template_lines", "remove whole lines of up to 120 characters that are advertising, navigation, rights, share "
          "bars or cookie notices; drop a text of which over half goes",
