@@ -47,7 +47,7 @@ from text.sources import PUBLISHING  # noqa: E402
 from text.tokenizer import DEFAULT_FOLDER, TextEncoder, load_tokenizer  # noqa: E402
 
 DRY_RUN = 1000  # records of each file
-# how long the phases take beside one another, for the estimate of what is left (docs/DATA.md)
+# how long the phases take beside one another, for the estimate of what is left
 WEIGHTS = {"read": 10, "clean": 55, "exact": 1, "leaks": 1, "sign": 30, "bands": 4, "verify": 2, "decide": 1,
            "write_text": 5, "write_chats": 15, "mini": 3}
 

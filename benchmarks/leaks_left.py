@@ -18,9 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measure import print_table
 from common import exits
 from Config import OneLineParser
-from prepare.duplicates import LEAST_SHINGLES
 from prepare.inputs import RawReader, find_raw_files
-from prepare.pipeline import content_of
 from prepare.similarity import normalize
 
 EDGES = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.01)
@@ -37,6 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_path", nargs="+", required=True, help="training files")
     parser.add_argument("--val_path", nargs="+", required=True, help="validation files")
     args = parser.parse_args(argv)
+    from prepare.duplicates import LEAST_SHINGLES  # here: --help works without datatrove
+    from prepare.pipeline import content_of
+
     owners, sizes, n_records = defaultdict(list), [], 0
     for file in find_raw_files(args.val_path, "--val_path")[0]:
         for _, record in RawReader(file).read():

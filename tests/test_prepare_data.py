@@ -19,9 +19,11 @@ from conftest import ROOT
 import prepare_data
 from common import exits
 from Config import UserError
-from prepare.pipeline import read_jsonl
 from prepare.steps import LAST_STEPS, STEPS
 from text.sources import PUBLISHING, find_files
+
+pytest.importorskip("datatrove")
+from prepare.pipeline import read_jsonl  # noqa: E402  needs it
 
 pytestmark = pytest.mark.extra
 TOKENIZER = ROOT / "tests" / "golden" / "tokenizer"
