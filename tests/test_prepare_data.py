@@ -146,6 +146,11 @@ def small(small_argv, tmp_path_factory) -> dict[str, bytes]:
 # what becomes of what was planted
 
 
+def test_the_planted_corpus_is_what_it_says(corpus):
+    """By brute force: overlaps, containments, copies, markers."""
+    assert dirty_corpus.check(corpus) == []
+
+
 def test_every_record_goes_where_it_must(corpus, done):
     flags, wrong = ("blocklist",), []
     for fate in corpus.fates:
