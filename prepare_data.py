@@ -279,7 +279,7 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
         phases.run("write_chats", n_shards, [outputs.WriteStage(
             *write, (pipeline.CHAT, pipeline.R1), args.tokenizer_path, options.seed)])
         outputs.choose_sample(work, options.mini_share)
-        phases.run("mini", n_shards, [outputs.WriteSample(work, args.tokenizer_path)])
+        phases.run("mini", n_shards, [outputs.WriteSample(work)])
 
     # -- publish
     tally, written = outputs.sum_counts(work)

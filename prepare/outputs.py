@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import cannot_save, sync_folder
+from common.files import cannot_save, sync_folder, write_whole
 from prepare.duplicates import Corpus, have_other_numbers, load_removed
 from prepare.pipeline import R1, TEXT, content_of, read_jsonl
 from prepare.similarity import text_key
@@ -32,7 +32,7 @@ MINI_EDGES = (65, 129, 257)  # tokens: the sample keeps the shares of short and 
 CHATS_AT_ONCE = 256
 OUTPUTS = ("pretrain", "sft_512", "sft_mini_512", "sft_1024", "r1_1024")
 CHATS = "-chats"  # in the names of what the phase write_chats writes
-SAMPLED = np.dtype([("stratum", "<u8"), ("draw", "<u8"), ("index", "<u4")])
+SAMPLED = np.dtype([("stratum", "<u8"), ("draw", "<u8"), ("index", "<u4"), ("tokens", "<u4")])
 
 
 class Written:
@@ -150,7 +150,7 @@ class WriteStage(WorkStep):
             if name == "sft_512":
                 stratum = f"{record['source']}\0{np.searchsorted(MINI_EDGES, tokens)}"
                 draw = text_key(f"draw {self.seed}", content_of(record))[0]
-                self.sample.append((text_key("stratum", stratum)[0], draw, len(self.sample)))
+                self.sample.append((text_key("stratum", stratum)[0], draw, len(self.sample), tokens))
 
     def _write(self, name: str, record: dict, tokens: int = 0) -> None:
         self.writers.of("out", name).write(record)
@@ -167,7 +167,7 @@ class WriteStage(WorkStep):
 
 def choose_sample(folder: Path, share: float) -> None:
     """Choose the sample of sft_512: of each stratum (source and length) this share, at least one record, those with the
-    smallest draws. Writes sample/chosen/TASK.npy, the indices in each task's piece."""
+    smallest draws. Writes sample/chosen/TASK.npy, those of each task's piece (SAMPLED)."""
     tasks = sorted(int(file.stem) for file in (folder / "sample").glob("*.npy"))
     parts = [np.load(numbered(folder / "sample", task, ".npy")) for task in tasks]
     task_of = np.repeat(tasks, [len(part) for part in parts])
@@ -179,28 +179,28 @@ def choose_sample(folder: Path, share: float) -> None:
     chosen = np.concatenate([np.empty(0, np.int64), *parts])
     for task in tasks:
         mine = chosen[task_of[chosen] == task]
-        save_array(numbered(folder / "sample" / "chosen", task, ".npy"), np.sort(rows["index"][mine]))
+        save_array(numbered(folder / "sample" / "chosen", task, ".npy"), np.sort(rows[mine], order="index"))
 
 
 class WriteSample(WorkStep):
     """Copies the chosen records of sft_512 to sft_mini_512."""
 
-    def __init__(self, folder: Path, tokenizer_path: str):
+    def __init__(self, folder: Path):
         super().__init__(folder, "write the sample")
-        self.tokenizer_path = tokenizer_path
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
         """Writes out/sft_mini_512/RANK… and written/mini/RANK."""
         written, file = Written(), numbered(self.folder / "sample" / "chosen", rank, ".npy")
-        if file.exists() and (chosen := set(np.load(file).tolist())):
-            encoder = ChatEncoder.of(load_tokenizer(self.tokenizer_path))
+        rows = np.load(file) if file.exists() else ()
+        if len(rows):
+            tokens = dict(zip(rows["index"].tolist(), rows["tokens"].tolist(), strict=True))
             whole, sample = (numbered(self.folder / "out" / name, rank, f"{CHATS}.jsonl.zst")
                              for name in ("sft_512", "sft_mini_512"))
             with LineWriter(sample) as writer:
                 for index, record in enumerate(read_jsonl(whole)):
-                    if index in chosen:
+                    if index in tokens:
                         writer.write(record)
-                        written.add("sft_mini_512", record, len(encoder.encode([record["conversations"]])[0].ids))
+                        written.add("sft_mini_512", record, tokens[index])
         save_json(numbered(self.folder / "written" / "mini", rank, ".json"), written.outputs)
 
 
@@ -237,16 +237,12 @@ def join_pieces(folder: Path, target: Path, name: str, limit: int = 1 << 60) -> 
 
 
 def _join(pieces: list[Path], path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as joined:
-            for piece in pieces:
-                with open(piece, "rb") as part:
-                    shutil.copyfileobj(part, joined, 1 << 20)
-            joined.flush()
-            os.fsync(joined.fileno())
-    except OSError as error:
-        raise cannot_save(path, error) from None
+    def write(stream) -> None:
+        for piece in pieces:
+            with open(piece, "rb") as part:
+                shutil.copyfileobj(part, stream, 1 << 20)
+
+    write_whole(path, write)
 
 
 def describe_file(path: Path) -> dict:

@@ -4,7 +4,6 @@ read   a task a raw file      records in our forms, in shards of about --task_mb
 clean  a task a shard         every rule that looks at one record alone (text_steps.py, chat_steps.py)
 """
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from prepare.similarity import normalize, text_key
 from prepare.step import Drop, Options, Step
 from prepare.steps import STEP_OF, STEPS
 from prepare.work import LineWriter, Tally, WorkStep, Writers, load_json, numbered, save_array, save_json
-from text.records import unpack
+from text.records import read_lines
 
 TEXT, CHAT, R1 = range(3)  # kinds of records
 # of each cleaned record: where its line begins in the shard, and its bytes; its characters but white space; the key of
@@ -126,9 +125,8 @@ def read_results(folder: Path, n_files: int) -> tuple[list[dict], list[Shard]]:
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    """The records of a file that LineWriter wrote."""
-    with open(path, "rb") as packed:
-        yield from map(json.loads, io.BufferedReader(unpack(packed, path.suffix), 1 << 20))
+    """The records of a file that LineWriter wrote. Raises UserError where it is damaged."""
+    return (json.loads(line) for _, line in read_lines(path))
 
 
 # ---------------------------------------------------------------------------------------------
