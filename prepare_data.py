@@ -42,13 +42,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from common import exits  # noqa: E402
 from common.lock import OutDirLock  # noqa: E402
 from Config import OneLineParser, UserError, number  # noqa: E402
-from prepare.step import Options  # noqa: E402
+from prepare.step import BALANCE, SORT_BY, WEIGHT_BY, Options  # noqa: E402
 from text.sources import PUBLISHING  # noqa: E402
 from text.tokenizer import DEFAULT_FOLDER, TextEncoder, load_tokenizer  # noqa: E402
 
 DRY_RUN = 1000  # records of each file
 # how long the phases take beside one another, for the estimate of what is left
 WEIGHTS = {"read": 10, "clean": 55, "exact": 1, "leaks": 1, "sign": 30, "bands": 4, "verify": 2, "decide": 1,
+           "good": 5, "score": 150, "keep": 1, "clusters": 10, "categorize": 20, "arrange": 1,
            "write_text": 5, "write_chats": 15, "mini": 3}
 
 
@@ -66,6 +67,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dry_run", action="store_true", help=f"read {DRY_RUN:,} records a file, print what each step would drop, write nothing")
     add("--resume", action="store_true", help="go on with a run that was stopped")
     add("--workers", type=number(int, 1), default=n_cores(), help="processes; the output is the same (default: %(default)s)")
+    add("--executor", choices=("local", "slurm", "ray"), default="local",
+        help="who runs the tasks: this machine, Slurm or Ray; --workers are tasks at a time (default: %(default)s)")
+    add("--slurm", nargs="+", metavar="KEY=VALUE", default=[], help="options of sbatch, as in partition=cpu time=4:00:00")
     add("--rename_field", nargs="+", metavar="OLD=NEW", default=[], help="names of fields, as in body=text q=question a=answer")
     add("--simplify", action="store_true", help="traditional → simplified characters (pip install opencc)")
     add("--min_chars", type=number(int, 0), default=default.min_chars,
@@ -86,6 +90,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--skip", nargs="+", metavar="STEP", default=[], help="steps to leave out, by the names in the report")
     add("--max_bad_ratio", type=number(float, 0, 1), default=0.01,
         help="stop when more than this share of the records is malformed (default: %(default)s)")
+    add("--score_with", metavar="WEIGHTS", help="score documents by bits per byte of these weights of ours, as out/pretrain.pth")
+    add("--good", nargs="+", metavar="FILE", default=[], help="score documents by their likeness to the texts of these files")
+    add("--keep", type=number(float, 0, 1), default=default.keep,
+        help="share of the documents to keep, those with the best scores (default: %(default)s)")
+    add("--categories", type=number(int, 0, 1000), default=default.categories,
+        help="clusters that the records are put into; 0: none (default: %(default)s)")
+    add("--balance", choices=BALANCE, help="a file for each category, and shares that lift the small ones")
+    add("--sort_by", choices=SORT_BY, help="write simple before complex: short before long, or by --score_with")
+    add("--weight_by", choices=WEIGHT_BY, help='give easy documents a smaller "weight", by --score_with')
     add("--shard_mb", type=number(int, 1), default=default.shard_mb, help="size of an output file (default: %(default)s)")
     add("--task_mb", type=number(int, 1), default=16, help="size of a task, a part of the records, before compression (default: %(default)s)")
     add("--seed", type=number(int, 0), default=default.seed, help="seed of the sample (default: %(default)s)")
@@ -96,6 +109,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--rename_field: each is OLD=NEW, as in body=text")
     if len(dict(args.rename_field)) < len(args.rename_field):
         parser.error("--rename_field: a field is renamed twice")
+    if args.keep < 1 and not (args.score_with or args.good):
+        parser.error(f"--keep {args.keep} needs scores: --score_with WEIGHTS, --good FILE or both")
+    for flag in ("sort_by", "weight_by"):
+        if getattr(args, flag) == "score" and not args.score_with:
+            parser.error(f"--{flag} score needs --score_with WEIGHTS")
+    if args.balance and not args.categories:
+        parser.error("--balance category needs --categories of at least 1")
+    if args.slurm and args.executor != "slurm":
+        parser.error("--slurm needs --executor slurm")
     if args.min_chars > args.max_chars:
         parser.error(f"--min_chars {args.min_chars} is greater than --max_chars {args.max_chars}")
     return args
@@ -122,7 +144,7 @@ def make_options(args: argparse.Namespace, names: set[str]) -> Options:
         if not words:
             raise UserError(f"--blocklist {args.blocklist}: no words in it, one a line")
     taken = {field.name: getattr(args, field.name) for field in dataclasses.fields(Options) if field.name != "blocklist"}
-    return Options(**taken | {"blocklist": words, "skip": tuple(sorted(args.skip))})
+    return Options(**taken | {"blocklist": words, "skip": tuple(sorted(args.skip)), "good": tuple(args.good)})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,6 +204,8 @@ def is_finished(args: argparse.Namespace, out_dir: Path, work: Path, settings: d
         if begun["options"].get(name) != now["options"].get(name):
             value = "other words" if name == "blocklist" else begun["options"].get(name)
             raise UserError(f"--{name}: this run was begun with {value}; repeat its command, or choose another --out_dir")
+    if begun.get("scoring") != now["scoring"]:
+        raise UserError("--score_with, --good: the files are not those that this run was begun with; choose another --out_dir")
     if begun["files"] != now["files"]:
         changed = next(new or old for old, new in zip_longest(begun["files"], now["files"]) if old != new)
         raise UserError(f"{changed[0]}: the files of --data_path and --val_path, their sizes or times, are not those that this "
@@ -203,7 +227,8 @@ def find_tokenizer(path: str, work: Path) -> str | None:
 
 def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     """The phases, in order, in the folder `work`; then the files in out_dir (None: a dry run)."""
-    from prepare import duplicates, outputs, pipeline, summary, worker  # noqa: F401  worker: for its children
+    from prepare import arrange, duplicates, outputs, pipeline, quality, summary, worker  # noqa: F401  worker: for its children
+    from prepare.executors import check
     from prepare.inputs import find_raw_files
     from prepare.report import write_report
     from prepare.steps import LAST_STEPS, STEPS
@@ -211,6 +236,8 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
 
     begin = time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
+    executor = "local" if args.dry_run else args.executor  # its folder is on this machine
+    slurm = check(executor, args.slurm)
     options = make_options(args, {step.name for step in (*STEPS, *LAST_STEPS)})
 
     # -- what comes in
@@ -225,7 +252,9 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     if not val_files:
         print("no --val_path: nothing keeps your validation and test texts out of the training files")
     choices = dataclasses.asdict(options) | {"task_mb": args.task_mb, "max_bad_ratio": args.max_bad_ratio}
-    settings = {"options": choices, "files": [list(file) for file in files]}
+    good_files = find_raw_files(args.good, "--good")[0] if args.good else []
+    settings = {"options": choices, "files": [list(file) for file in files],
+                "scoring": {"weights": quality.fingerprint(args.score_with), "good": [list(file) for file in good_files]}}
     finished = out_dir is not None and is_finished(args, out_dir, work, settings, outputs.OUTPUTS)
     tokenizer = find_tokenizer(args.tokenizer_path, work)
     if finished:
@@ -238,7 +267,11 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     started = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else started
     save_json(noted, started)
     save_json(work / "settings.json", settings)
-    phases = Phases(work, args.workers, WEIGHTS, lambda line: print(line, flush=True))
+    is_scored, is_arranged = bool(args.score_with or good_files), bool(options.sort_by or options.balance)
+    asked = {"good": good_files, "score": is_scored, "keep": is_scored, "clusters": options.categories,
+             "categorize": options.categories, "arrange": is_arranged}
+    weights = {phase: weight for phase, weight in WEIGHTS.items() if asked.get(phase, True)}
+    phases = Phases(work, args.workers, weights, lambda line: print(line, flush=True), executor, slurm)
 
     # -- read
     reading = pipeline.ReadRaw(work, files, options.rename_field, DRY_RUN if out_dir is None else None)
@@ -270,36 +303,50 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     phases.run("verify", parts, [duplicates.Verify(work, corpus, options.near)])
     phases.run("decide", 1, [duplicates.Decide(work, corpus, options.near, parts)])
 
+    # -- quality, categories, order
+    if good_files:
+        phases.run("good", 1, [quality.LearnGood(work, corpus, good_files, options.rename_field, options.seed)])
+    if is_scored:
+        phases.run("score", n_shards, [quality.Score(work, corpus, args.score_with, bool(good_files))])
+        phases.run("keep", 1, [quality.KeepBest(work, n_shards, options.keep)])
+    if options.categories:
+        from prepare import categories
+
+        phases.run("clusters", 1, [categories.FitCategories(work, corpus, options.categories, options.seed)])
+        phases.run("categorize", n_shards, [categories.Categorize(work, corpus)])
+    if is_arranged:
+        phases.run("arrange", 1, [arrange.Arrange(work, corpus, options.sort_by, options.balance, options.seed)])
+
     # -- write
     has_chats = bool(kinds - {pipeline.TEXT})
-    write = [work, corpus, validation]
-    phases.run("write_text", n_shards, [outputs.WriteStage(*write, (pipeline.TEXT,), None, options.seed)])
+    phases.run("write_text", n_shards, [outputs.WriteStage(work, "write_text", corpus, validation, options, None)])
     if has_chats and tokenizer:
         save_json(work / "tokenizer.json", tokenizer)
         phases.run("write_chats", n_shards, [outputs.WriteStage(
-            *write, (pipeline.CHAT, pipeline.R1), args.tokenizer_path, options.seed)])
+            work, "write_chats", corpus, validation, options, args.tokenizer_path)])
         outputs.choose_sample(work, options.mini_share)
         phases.run("mini", n_shards, [outputs.WriteSample(work)])
 
     # -- publish
     tally, written = outputs.sum_counts(work)
     whole = tokenizer is not None or not has_chats
-    steps = [step for step in STEPS if step.name not in options.skip and step.when(options)]
-    steps += [step for step in LAST_STEPS if step.name not in options.skip]
+    steps = [step for step in (*STEPS, *LAST_STEPS) if step.name not in options.skip and step.when(options)]
     manifest = {
         "format": 1, "complete": whole, "tokenizer": tokenizer if has_chats else None,
         "run": {"command": args.command, "started": started, "seconds": round(time.monotonic() - begin, 1),
-                "workers": args.workers, "versions": {"python": platform.python_version()} | {
+                "workers": args.workers, "executor": executor, "versions": {"python": platform.python_version()} | {
                     name: version(name) for name in ("datatrove", "numpy", "zstandard", "tokenizers", "pyarrow")} | {
                     "unicode": unicodedata.unidata_version}},
         "settings": choices, "inputs": inputs, "left_alone": others, "outputs": [],
         "steps": [summary.describe_step(step, tally) for step in steps], "near": duplicates.describe_near(work, n_pairs),
+        "quality": quality.describe_quality(work) if is_scored else None,
+        "categories": categories.describe_categories(work) if options.categories else [],
     }
     staged = work / "staged"
     shutil.rmtree(staged, ignore_errors=True)
     for name in outputs.OUTPUTS:
         if name in written.outputs:
-            pieces = outputs.join_pieces(work / "out", staged, name, options.shard_mb * 1_000_000)
+            pieces = outputs.join_output(work, staged, name, written.outputs[name], options)
             manifest["outputs"].append(outputs.describe_output(name, written.outputs[name], pieces))
     for folder in ("dropped", "listed"):
         manifest[folder] = [

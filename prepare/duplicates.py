@@ -35,6 +35,7 @@ from prepare.work import WorkStep, numbered, save_array
 
 # `by`: the record that stays, or the validation record
 REMOVED = np.dtype([("number", "<u8"), ("by", "<u8"), ("overlap", "<f4")])
+REMOVING = ("exact", "leak", "near", "quality")  # the steps that say which records go, in their order
 SIGNED = np.dtype([("number", "<u8"), ("size", "<u4"), ("chars", "<u4"), ("group", "<u8")])  # size: of the shingle set
 # a part of validation: the record, the place of a message in its chat or WHOLE, the size of the shingle set
 UNIT = np.dtype([("number", "<u4"), ("place", "<i4"), ("size", "<u4")])
@@ -140,6 +141,14 @@ def load_removed(folder: Path, name: str, begin: int, end: int) -> np.ndarray:
         a, b = np.searchsorted(removed["number"], [begin, end])
         parts.append(np.array(removed[a:b]))
     return np.sort(np.concatenate(parts), order="number")
+
+
+def staying(folder: Path, begin: int, end: int) -> np.ndarray:
+    """(end - begin,) bool: which of the records with numbers begin ≤ n < end no phase so far removes."""
+    stays = np.ones(end - begin, bool)
+    for step in REMOVING:
+        stays[load_removed(folder, step, begin, end)["number"].astype(np.int64) - begin] = False
+    return stays
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import cannot_save, sync_folder, write_whole
-from prepare.duplicates import Corpus, have_other_numbers, load_removed
+from common.files import cannot_save, sync_folder, write_lines, write_whole
+from prepare.arrange import KINDS, NO_CATEGORY, balanced_shares, rows_of, weight_of
+from prepare.duplicates import REMOVING, Corpus, have_other_numbers, load_removed
 from prepare.pipeline import R1, TEXT, content_of, read_jsonl
+from prepare.quality import SCORED, load_scores
 from prepare.similarity import text_key
+from prepare.step import Options
 from prepare.work import LineWriter, Tally, WorkStep, Writers, load_json, numbered, save_array, save_json
 from text.chat import ChatEncoder
 from text.records import unpack
@@ -30,14 +33,15 @@ CHARACTER_EDGES = (0, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, float
 TOKEN_EDGES = (0, 33, 65, 129, 257, 513, 769, 1025)
 MINI_EDGES = (65, 129, 257)  # tokens: the sample keeps the shares of short and long chats
 CHATS_AT_ONCE = 256
+SAMPLES = {"sft_mini_512": "sft_512"}  # holds records that are in the other output too
 OUTPUTS = ("pretrain", "sft_512", "sft_mini_512", "sft_1024", "r1_1024")
 CHATS = "-chats"  # in the names of what the phase write_chats writes
 SAMPLED = np.dtype([("stratum", "<u8"), ("draw", "<u8"), ("index", "<u4"), ("tokens", "<u4")])
 
 
 class Written:
-    """What one task, or all, wrote of each output: records, bytes and characters of text, tokens, records by source and
-    by length."""
+    """What one task, or all, wrote of each output: records, bytes and characters of text, tokens, records by source, by
+    length and by category, and the bytes of each category."""
 
     def __init__(self):
         self.outputs: dict[str, dict] = {}
@@ -45,15 +49,19 @@ class Written:
     def of(self, name: str) -> dict:
         """The counts of an output."""
         return self.outputs.setdefault(name, {"records": 0, "bytes": 0, "characters": 0, "tokens": 0,
-                                              "by_source": Counter(), "lengths": Counter()})
+                                              "by_source": Counter(), "lengths": Counter(),
+                                              "by_category": Counter(), "category_bytes": Counter()})
 
     def add(self, name: str, record: dict, tokens: int = 0) -> None:
         """Count a record."""
         text, counts = content_of(record), self.of(name)
         edges, length = (TOKEN_EDGES, tokens) if tokens else (CHARACTER_EDGES, len(text))
-        for key, n in (("records", 1), ("bytes", len(text.encode("utf-8"))), ("characters", len(text)),
-                       ("tokens", tokens)):
+        size = len(text.encode("utf-8"))
+        for key, n in (("records", 1), ("bytes", size), ("characters", len(text)), ("tokens", tokens)):
             counts[key] += n
+        if "category" in record:
+            counts["by_category"][str(record["category"])] += 1
+            counts["category_bytes"][str(record["category"])] += size
         counts["by_source"][record["source"]] += 1
         counts["lengths"][str(int(np.searchsorted(edges, length, "right")) - 1)] += 1
 
@@ -69,59 +77,79 @@ class Written:
 
 
 class WriteStage(WorkStep):
-    """Writes what stays of a shard's texts, or of its chats."""
+    """Writes what stays of the texts (the phase write_text) or of the chats (write_chats): those of a shard, or as many
+    of those that were arranged; and what of the shard goes."""
 
-    def __init__(self, folder: Path, corpus: Corpus, validation: Corpus, kinds: tuple[int, ...],
-                 tokenizer_path: str | None, seed: int):
-        super().__init__(folder, "write text" if TEXT in kinds else "write chats")
-        self.corpus, self.validation, self.kinds = corpus, validation, kinds
-        self.tokenizer_path, self.seed = tokenizer_path, seed
-        self.phase = "write_text" if TEXT in kinds else "write_chats"
+    def __init__(self, folder: Path, phase: str, corpus: Corpus, validation: Corpus, options: Options,
+                 tokenizer_path: str | None):
+        super().__init__(folder, phase)
+        self.phase, self.corpus, self.validation, self.options = phase, corpus, validation, options
+        self.tokenizer_path = tokenizer_path
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
         """Writes out/NAME/RANK…, dropped/STEP/RANK…, sample/RANK.npy, counts/PHASE/RANK and written/PHASE/RANK."""
-        meta = self.corpus.meta(rank)
-        self.writers = Writers(self.folder, rank, "" if TEXT in self.kinds else CHATS)
+        self.writers = Writers(self.folder, rank, "" if self.phase == "write_text" else CHATS)
         self.tally, self.written, self.rank, self.sample = Tally(), Written(), rank, []
-        if np.isin(meta["kind"], self.kinds).any():
-            kept = self._kept(meta)
-            if TEXT in self.kinds:
-                for record, _ in kept:
-                    self._write("pretrain", record)
-            else:
-                self._write_chats(kept)
+        self._write_removed()
+        kept = self._kept(world_size)
+        if self.phase == "write_text":
+            for record, _ in kept:
+                self._write("pretrain", record)
+        else:
+            self._write_chats(kept)
         self.writers.close()
         if self.sample:
             save_array(numbered(self.folder / "sample", rank, ".npy"), np.array(self.sample, SAMPLED))
         save_json(numbered(self.folder / "counts" / self.phase, rank, ".json"), self.tally.steps)
         save_json(numbered(self.folder / "written" / self.phase, rank, ".json"), self.written.outputs)
 
-    def _kept(self, meta: np.ndarray) -> Iterator[tuple[dict, int]]:
-        """(record, kind) of what is no duplicate and no leak; writes the others."""
+    def _write_removed(self) -> None:
+        """Count what of the shard the steps of REMOVING met, and write what they dropped."""
         begin, end = map(int, self.corpus.starts[self.rank:self.rank + 2])
         removed = {}
-        for step in ("exact", "leak", "near"):
+        for step in REMOVING:
             for row in load_removed(self.folder, step, begin, end):
-                removed[int(row["number"])] = step, int(row["by"]), float(row["overlap"])
-        for number in range(begin, end):
-            self.tick(self.rank, (number - begin) / (end - begin))
-            kind = int(meta[number - begin]["kind"])
-            if kind not in self.kinds:
+                removed[int(row["number"])] = step, int(row["by"]), round(float(row["overlap"]), 4)
+        scored = load_scores(self.folder, self.rank)
+        for number, kind in enumerate(self.corpus.meta(self.rank)["kind"].tolist(), start=begin):
+            if kind not in KINDS[self.phase]:
                 continue
-            record, what = self.corpus.record(number), "text" if kind == TEXT else "chat"
             step, by, overlap = removed.get(number, (None, 0, 0.0))
-            for name in ("exact", "leak", "near"):
-                self.tally.of(name)["in"][what] += 1
+            for name in REMOVING[:-1] + (REMOVING[-1:] if kind == TEXT and self.options.keep < 1 else ()):
+                self.tally.of(name)["in"]["text" if kind == TEXT else "chat"] += 1
                 if name == step:
                     break
             if step is None:
-                yield record, kind
+                continue
+            record = self.corpus.record(number)
+            if step == "quality":
+                scores = scored[np.searchsorted(scored["number"], number)]
+                self._drop(step, record, "lower scores than those kept", {"place": overlap} | _scores(scores))
                 continue
             other = (self.validation if step == "leak" else self.corpus).record(by)
             reason = {"exact": "the same text", "leak": "in a validation file", "near": "nearly the same text"}[step]
             if step == "leak" and have_other_numbers(content_of(record), content_of(other)):
                 reason = "in a validation file, with other numbers"
-            self._drop(step, record, reason, {"duplicate_of": other["id"], "overlap": round(overlap, 4)})
+            self._drop(step, record, reason, {"duplicate_of": other["id"], "overlap": overlap})
+
+    def _kept(self, n_tasks: int) -> Iterator[tuple[dict, int]]:
+        """(record, kind) of what this task writes, in the order of the output."""
+        arranged = self.folder / "arranged" / f"{self.phase}.npy"
+        if arranged.exists():
+            rows = np.load(arranged, mmap_mode="r")
+            rows = np.array(rows[len(rows) * self.rank // n_tasks:len(rows) * (self.rank + 1) // n_tasks])
+        else:
+            rows = rows_of(self.folder, self.corpus, self.rank, self.phase, self.options.seed)
+        all_bpb = np.load(self.folder / "score" / "bpb.npy", mmap_mode="r") if self.options.weight_by else None
+        for done, row in enumerate(rows):
+            self.tick(self.rank, done / len(rows))
+            record = self.corpus.record(int(row["number"]))
+            more = {key: record.pop(key) for key in ("id", "source")} | _scores(row)
+            if row["category"] != NO_CATEGORY:
+                more["category"] = int(row["category"])
+            if all_bpb is not None and row["kind"] == TEXT:
+                more["weight"] = round(record.pop("weight", 1) * weight_of(row["bpb"], all_bpb), 4)
+            yield more | record, int(row["kind"])
 
     def _write_chats(self, kept: Iterator[tuple[dict, int]]) -> None:
         encoder = ChatEncoder.of(load_tokenizer(self.tokenizer_path))
@@ -149,11 +177,12 @@ class WriteStage(WorkStep):
             self._write(name, record, tokens)
             if name == "sft_512":
                 stratum = f"{record['source']}\0{np.searchsorted(MINI_EDGES, tokens)}"
-                draw = text_key(f"draw {self.seed}", content_of(record))[0]
+                draw = text_key(f"draw {self.options.seed}", content_of(record))[0]
                 self.sample.append((text_key("stratum", stratum)[0], draw, len(self.sample), tokens))
 
     def _write(self, name: str, record: dict, tokens: int = 0) -> None:
-        self.writers.of("out", name).write(record)
+        part = part_of(record["category"]) if self.options.balance else ""
+        self.writers.of("out", name, part).write(record)
         self.written.add(name, record, tokens)
 
     def _drop(self, step: str, record: dict, reason: str, more: dict) -> None:
@@ -163,6 +192,15 @@ class WriteStage(WorkStep):
         tally["by_source"][record["source"]] += 1
         line = {"id": record["id"], "source": record["source"], "reason": reason} | more | record
         self.writers.of("dropped", step).write(line)
+
+
+def _scores(row: np.void) -> dict[str, float]:
+    return {name: float(row[name]) for name in SCORED.names[1:] if not np.isnan(row[name])}
+
+
+def part_of(category: int) -> str:
+    """What stands before the number in the names of files that hold one category."""
+    return f"c{category:03d}-"
 
 
 def choose_sample(folder: Path, share: float) -> None:
@@ -194,10 +232,10 @@ class WriteSample(WorkStep):
         rows = np.load(file) if file.exists() else ()
         if len(rows):
             tokens = dict(zip(rows["index"].tolist(), rows["tokens"].tolist(), strict=True))
-            whole, sample = (numbered(self.folder / "out" / name, rank, f"{CHATS}.jsonl.zst")
-                             for name in ("sft_512", "sft_mini_512"))
-            with LineWriter(sample) as writer:
-                for index, record in enumerate(read_jsonl(whole)):
+            name = numbered(Path(), rank, f"{CHATS}.jsonl.zst").name
+            pieces = sorted((self.folder / "out" / "sft_512").glob(f"*{name}"))  # with --balance one a category
+            with LineWriter(self.folder / "out" / "sft_mini_512" / name) as writer:
+                for index, record in enumerate(record for piece in pieces for record in read_jsonl(piece)):
                     if index in tokens:
                         writer.write(record)
                         written.add("sft_mini_512", record, tokens[index])
@@ -218,22 +256,36 @@ def sum_counts(folder: Path) -> tuple[Tally, Written]:
     return tally, written
 
 
-def join_pieces(folder: Path, target: Path, name: str, limit: int = 1 << 60) -> list[Path]:
-    """Join the pieces of all tasks in folder/name, in their order, to files in `target`: NAME-00000.jsonl.zst and so
-    on, each of at most `limit` bytes where its pieces are smaller; without a limit NAME.jsonl.zst. (zstd frames one
-    after another are one file.) Returns the files. Raises UserError when the disk is full."""
+def join_pieces(folder: Path, target: Path, name: str, limit: int = 1 << 60, part: str = "") -> list[Path]:
+    """Join the pieces of all tasks in folder/name whose names begin with `part`, in their order, to files in `target`:
+    NAME-PART00000.jsonl.zst and so on, each of at most `limit` bytes where its pieces are smaller; without a limit
+    NAME.jsonl.zst. (zstd frames one after another are one file.) Returns the files. Raises UserError when the disk is
+    full."""
     groups, size = [], limit
-    for piece in sorted((folder / name).glob("*.jsonl.zst")):
+    for piece in sorted((folder / name).glob(f"{part}*.jsonl.zst")):
         size += piece.stat().st_size
         if size > limit or not groups:
             groups.append([])
             size = piece.stat().st_size
         groups[-1].append(piece)
-    paths = [target / (f"{name}-{number:05d}.jsonl.zst" if limit < 1 << 60 else f"{name}.jsonl.zst")
+    paths = [target / (f"{name}-{part}{number:05d}.jsonl.zst" if limit < 1 << 60 else f"{name}.jsonl.zst")
              for number in range(len(groups))]
     for group, path in zip(groups, paths, strict=True):
         _join(group, path)
     return paths
+
+
+def join_output(folder: Path, target: Path, name: str, counts: dict, options: Options) -> list[Path]:
+    """The files of an output, joined in `target`; with --balance those of each category, and shares/NAME.txt, a line
+    NAME-PART=SHARE for each."""
+    limit = options.shard_mb * 1_000_000
+    if not options.balance or name in SAMPLES:
+        return join_pieces(folder / "out", target, name, limit)
+    sizes = {int(category): size for category, size in counts["category_bytes"].items()}
+    shares = balanced_shares(sizes)
+    write_lines(target / "shares" / f"{name}.txt", [
+        f"{name}-{part_of(category)[:-1]}={share:.6f}" for category, share in shares.items()])
+    return [path for category in shares for path in join_pieces(folder / "out", target, name, limit, part_of(category))]
 
 
 def _join(pieces: list[Path], path: Path) -> None:
@@ -263,6 +315,7 @@ def describe_output(name: str, counts: dict, files: list[Path]) -> dict:
     return {"name": name, "records": counts["records"], "bytes": counts["bytes"], "characters": counts["characters"],
             "tokens": counts["tokens"] or None, "files": [{"name": path.name} | describe_file(path) for path in files],
             "by_source": dict(sorted(counts["by_source"].items())),
+            "by_category": {str(key): counts["by_category"][str(key)] for key in sorted(map(int, counts["by_category"]))},
             "lengths": {"unit": unit, "edges": [None if edge == float("inf") else edge for edge in edges],
                         "counts": [counts["lengths"][str(i)] for i in range(len(edges) - 1)]}}
 

@@ -276,7 +276,25 @@ def _steps(manifest: dict) -> list[str]:
     if near := manifest.get("near"):
         lines += ["", f"Near duplicates: {_count(near['pairs_compared'], 'pair')} compared, "
                       f"{_count(near['groups'], 'group')} found, the largest of {_count(near['largest'], 'record')}."]
+    lines += _quality(manifest)
     return [*lines, "", f"![What each step dropped, by source]({CHARTS}/steps.png)"]
+
+
+def _quality(manifest: dict) -> list[str]:
+    """The scores of the documents, where there are any."""
+    quality = manifest.get("quality")
+    if not quality:
+        return []
+    lines = ["", f"Scores: {_count(quality['scored'], 'document')}, of which {quality['kept']:,} were kept."]
+    if learned := quality.get("learned"):
+        lines.append(f"What is good was learned from {learned['good']:,} texts of `--good` and {learned['rest']:,} others; of the "
+                     f"tenth that was held out it puts a good one first in {_share(round(1000 * learned['auc']), 1000)} of all "
+                     "pairs.")
+    names = {"bpb": "bits per byte, less is better", "good": "log-odds of good, more is better"}
+    rows = [[names[score], which, *(f"{value:.4g}" for value in quality[score][which])]
+            for score in names if score in quality for which in ("all", "kept")]
+    titles = ["score", "documents", "least", "a quarter below", "half below", "three quarters below", "most"]
+    return [*lines, *(["", *_table(titles, rows, right=5)] if rows else [])]
 
 
 def _outputs(manifest: dict, account: Account) -> list[str]:
@@ -347,9 +365,16 @@ def _next_commands(manifest: dict, account: Account) -> list[str]:
     written = {output["name"] for output in manifest["outputs"] if output["records"]}
     waiting = account.waiting.total()
     commands = ["python train_tokenizer.py"] if waiting or "pretrain" in written else []
-    commands += [f"python {stage}" for name, stage in STAGES.items() if name in written and not waiting]
-    if "sft_1024" not in written and commands[-1:] == ["python distill.py"]:
-        commands[-1] += " --init_from out/SFT.pth"  # there are no weights of SFT_long
+    for name, stage in STAGES.items() if not waiting else ():
+        if name not in written:
+            continue
+        commands.append(f"python {stage}")
+        if stage == "distill.py" and "sft_1024" not in written:
+            commands[-1] += " --init_from out/SFT.pth"  # there are no weights of SFT_long
+        if manifest["settings"].get("balance"):
+            commands[-1] += f" --data_path $(cat data/shares/{name}.txt)"
+        if manifest["settings"].get("sort_by") == "length" or manifest["settings"].get("sort_by") and name == "pretrain":
+            commands[-1] += " --order file"
     if not commands:
         return ["Nothing was written, so there is nothing to train on."]
     if not waiting:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+SORT_BY, WEIGHT_BY, BALANCE = ("length", "score"), ("score",), ("category",)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -24,6 +26,13 @@ class Options:
     shard_mb: int = 512
     rename_field: tuple[tuple[str, str], ...] = ()
     skip: tuple[str, ...] = ()
+    score_with: str | None = None
+    good: tuple[str, ...] = ()
+    keep: float = 1.0
+    categories: int = 50
+    sort_by: str | None = None
+    weight_by: str | None = None
+    balance: str | None = None
     seed: int = 42
 
 

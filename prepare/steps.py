@@ -18,5 +18,8 @@ LAST_STEPS = (
     Step("near", "drop a record whose shingles overlap by at least --near (Jaccard) with those of a longer one that "
          "stays; candidates by MinHash, every overlap computed; chats with other numbers are never duplicates",
          "MinHash as in Broder 1997; 20 bands of 5, in two arrangements", "whole", None),
+    Step("quality", "keep the share --keep of the documents: those with the best mean of their places by --score_with "
+         "(bits per byte of the first 128 tokens) and by --good (likeness to good texts)",
+         "perplexity as in CCNet 2020, a linear model as in GPT-3", "text", None, lambda options: options.keep < 1),
     Step("too_long", "set chats of more than 1,024 tokens aside", "the longest row of the stages", "chat", None),
 )

@@ -17,14 +17,13 @@ from pathlib import Path
 import multiprocess
 import numpy as np
 import zstandard
-from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
 from common.files import cannot_save, process_lives, sync_folder, temporary_name, write_whole
 from Config import UserError
+from prepare import executors
 
-NOWHERE = open(os.devnull, "w")  # noqa: SIM115  for the life of the process: loguru keeps it
 ZSTD_LEVEL = 6
 TICK_SECONDS = 1.0
 
@@ -113,18 +112,18 @@ class LineWriter:
 
 
 class Writers:
-    """The writers of one task: what it writes to FOLDER/NAME/TASK.jsonl.zst, by folder and name. `part`: for the second
-    phase of two that write to the same names."""
+    """The writers of one task: what it writes to FOLDER/NAME/TASK.jsonl.zst, by folder and name. `end`: of the names,
+    for the second phase of two that write to the same folders."""
 
-    def __init__(self, work: Path, task: int, part: str = ""):
-        self.work, self.task, self.part, self.opened = work, task, part, {}
+    def __init__(self, work: Path, task: int, end: str = ""):
+        self.work, self.task, self.end, self.opened = work, task, end, {}
 
-    def of(self, folder: str, name: str) -> LineWriter:
-        """The writer of a folder and name, the same each time."""
-        if (folder, name) not in self.opened:
-            path = numbered(self.work / folder / name, self.task, f"{self.part}.jsonl.zst")
-            self.opened[folder, name] = LineWriter(path)
-        return self.opened[folder, name]
+    def of(self, folder: str, name: str, part: str = "") -> LineWriter:
+        """The writer of FOLDER/NAME/{part}TASK.jsonl.zst, the same each time."""
+        if (folder, name, part) not in self.opened:
+            path = numbered(self.work / folder / name, self.task, f"{self.end}.jsonl.zst")
+            self.opened[folder, name, part] = LineWriter(path.with_name(part + path.name))
+        return self.opened[folder, name, part]
 
     def close(self) -> None:
         """Give all files their names."""
@@ -164,14 +163,18 @@ class Tally:
 
 
 class WorkStep(PipelineStep):
-    """A step of a phase: datatrove's, with the work folder, a name in its log, and progress."""
+    """A step of a phase: datatrove's, with the work folder, a name in its log, and progress.
+
+    main_process: the number of the main process, None where the step runs on another machine than it.
+    """
 
     type = "recipe"
 
     def __init__(self, folder: Path, name: str):
         super().__init__()
         self.folder, self.name = folder, name
-        self.main_process, self._ticked = os.getpid(), 0.0
+        self.main_process: int | None = os.getpid()
+        self._ticked = 0.0
 
     def tick(self, task: int, share: float) -> None:
         """Note which share of a task is done; ends the process if that which started the run has ended."""
@@ -179,30 +182,24 @@ class WorkStep(PipelineStep):
         if now - self._ticked < TICK_SECONDS:
             return
         self._ticked = now
-        if not process_lives(self.main_process):
+        if self.main_process is not None and not process_lives(self.main_process):
             os._exit(1)  # all that is whole has its name already
         with contextlib.suppress(OSError):
             numbered(self.folder / "progress", task, ".txt").write_text(f"{share:.4f}")
 
 
-class _Executor(LocalPipelineExecutor):
-    """datatrove's local executor, whose workers write to their log files alone and leave Ctrl-C to the main process."""
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-        if multiprocess.parent_process() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with contextlib.redirect_stderr(NOWHERE):
-            return super()._run_for_rank(rank, local_rank, node_rank)
-
-
 class Phases:
     """Runs the phases of one work folder, each once, with progress lines.
 
-    `weights` of a phase: how long it takes beside the others, to estimate what is left.
+    `weights` of a phase: how long it takes beside the others, to estimate what is left. `executor`: "local", "ray" or
+    "slurm"; `slurm`: options of sbatch. Raises UserError where jobs of a killed run cannot be canceled.
     """
 
-    def __init__(self, folder: Path, workers: int, weights: dict[str, float], say: Callable[[str], None] = print):
+    def __init__(self, folder: Path, workers: int, weights: dict[str, float], say: Callable[[str], None] = print,
+                 executor: str = "local", slurm: dict[str, str] | None = None):
+        executors.cancel_left_jobs(folder)
         self.folder, self.workers, self.weights, self.say = folder, workers, weights, say
+        self.executor, self.slurm = executor, slurm or {}
         self.begin, self.skipped, self.done = time.monotonic(), 0.0, 0.0
         # what the process imports that workers are forked from; else each worker of each phase would
         multiprocess.set_forkserver_preload(["prepare.worker"])
@@ -216,11 +213,12 @@ class Phases:
             progress.mkdir(parents=True, exist_ok=True)
             for file in progress.glob("*.txt"):
                 file.unlink()
+            if self.executor != "local":
+                for step in pipeline:
+                    step.main_process = None
             logger.remove()
-            workers = min(self.workers, tasks)
-            executor = _Executor(pipeline, tasks=tasks, workers=workers, logging_dir=str(log))
-            with _Watch(self, name, tasks, workers, log):
-                executor.run()
+            with _Watch(self, name, tasks, log):
+                executors.run_tasks(self.executor, pipeline, tasks, self.workers, log, self.slurm)
         self.skipped += self.weights[name] * before / max(1, tasks)
         self.done += self.weights[name]
 
@@ -238,13 +236,14 @@ def _minutes(seconds: float) -> str:
 
 
 class _Watch:
-    """Beside a phase: prints its progress every few seconds, and stops it when a worker was killed, for which datatrove
-    would wait without end. The process must end on SIGTERM by SystemExit."""
+    """Beside a phase: prints its progress every few seconds, and stops it when a local worker was killed, for which
+    datatrove would wait without end. The process must end on SIGTERM by SystemExit."""
 
     EVERY = 5.0
 
-    def __init__(self, phases: Phases, name: str, tasks: int, workers: int, log: Path):
-        self.phases, self.name, self.tasks, self.workers, self.log = phases, name, tasks, workers, log
+    def __init__(self, phases: Phases, name: str, tasks: int, log: Path):
+        self.phases, self.name, self.tasks, self.log = phases, name, tasks, log
+        self.workers = min(phases.workers, tasks)
         self.ended, self.killed = threading.Event(), False
         self.thread = threading.Thread(target=self._watch, daemon=True)
 

@@ -366,6 +366,39 @@ def test_two_cores_train_on_mixtures(tmp_path):
     assert [args.max_steps for _, args in calls] == [4, 3, 2, 1] and all(args.resume for _, args in calls)
 
 
+def test_prepared_and_unprepared_text_are_trained_on_alike(tmp_path):
+    """runs/data.sh trains all stages on what prepare_data.py writes, then pretrains on the raw text in the same way."""
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    calls = calls_of("runs/data.sh", tmp_path, DATA="d", STEPS="4 3 2 1")
+    data = f"{tmp_path}/out/data"
+    chats, text = f"{data}/sft_512-*.jsonl.zst", f"{data}/pretrain-*.jsonl.zst"
+    assert [(stage, args.data_path) for stage, args in calls] == [
+        ("pretrain", [text]), ("SFT", [f"{chats}=0.9", f"{text}=0.1"]),
+        ("SFT_long", [f"{data}/sft_1024-*.jsonl.zst=0.9", f"{text}=0.1"]),
+        ("distill", [f"{tmp_path}/out/run/data/chats.jsonl=0.7", f"{chats}=0.2", f"{text}=0.1"]),
+        ("pretrain", ["d/pretrain-*.jsonl.xz"])]
+    (_, prepared), (_, raw) = calls[0], calls[-1]
+    assert {name for name, value in vars(prepared).items() if vars(raw)[name] != value} == {
+        "data_path", "out_dir", "cache_dir", "command"}
+
+
+def test_the_arms_of_data_choices(tmp_path):
+    """All arms of a kind have the same steps; --order file is for sorted text alone; each seed has its runs."""
+    (tmp_path / "out" / "runs" / "scoring_0").mkdir(parents=True)
+    (tmp_path / "out" / "runs" / "scoring_0" / "pretrain.pth").touch()
+    calls = calls_of("experiments/data_choices.sh", tmp_path, "--device", "cpu", DATA="x", ORDER_DATA="y", GOOD="g",
+                     VAL="v w", TOKENS="409600", SEEDS="1 2")
+    runs = {os.path.basename(args.out_dir): args for _, args in calls}
+    arms = ("all", "model", "good", "both", "shuffled", "length", "score", "weight")
+    assert set(runs) == {"scoring_0"} | {f"{arm}_{seed}" for arm in arms for seed in (1, 2)}
+    for name, args in runs.items():
+        arm, seed = name.split("_")
+        assert (args.seed, args.device, args.val_path) == (int(seed), "cpu", ["v"])
+        assert args.order == ("file" if arm in ("length", "score") else "shuffled")
+        assert args.max_steps == {"scoring": 50}.get(arm, 100 if arm in arms[:4] else 0)
+        assert arm == "scoring" or args.data_path == [f"{tmp_path}/out/data_{arm}/pretrain-*.jsonl.zst"]
+
+
 @pytest.mark.parametrize("stage", LEFT_OUT)
 def test_the_flags_of_recipes(stage, tmp_path):
     """The stage accepts the command of every recipe. The default recipe has the settings of pretrain.py except for

@@ -1,0 +1,91 @@
+"""The phase that puts what stays in order, for --sort_by and --balance; and the weights of --weight_by.
+
+arrange    one task    the numbers of the records that stay, as they are written
+
+Without it each task writes the records of its shard, in the order of the input.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from prepare.duplicates import Corpus, staying
+from prepare.pipeline import CHAT, R1, TEXT
+from prepare.quality import SCORED, load_scores, places
+from prepare.work import WorkStep, numbered, save_array
+
+KINDS = {"write_text": (TEXT,), "write_chats": (CHAT, R1)}  # by the phase that writes them
+BANDS = 20  # of as many records each: simple → complex from band to band, in random order inside
+LEAST_WEIGHT = 0.5  # of the easiest document; the hardest has 1.5
+BALANCE_POWER = 0.5  # shares grow with the square root of a category's bytes
+NO_CATEGORY = 65535
+# a record that stays, and what is known of it
+ROW = np.dtype([("number", "<u8"), ("kind", "u1"), ("chars", "<u4"), ("draw", "<u8"), ("bpb", "<f8"), ("good", "<f8"),
+                ("category", "<u2")])
+
+
+def rows_of(folder: Path, corpus: Corpus, shard: int, phase: str, seed: int) -> np.ndarray:
+    """ROW of the records of a shard that stay and that the phase writes, by number."""
+    begin, end = map(int, corpus.starts[shard:shard + 2])
+    meta = corpus.meta(shard)
+    mine = np.flatnonzero(staying(folder, begin, end) & np.isin(meta["kind"], KINDS[phase]))
+    rows = np.zeros(len(mine), ROW)
+    rows["number"] = begin + mine
+    for name in ("kind", "chars"):
+        rows[name] = meta[name][mine]
+    rows["draw"] = _mix(meta["key"][mine, 0] ^ np.uint64(seed))
+    scored = load_scores(folder, shard)
+    rows["bpb"] = rows["good"] = np.nan
+    found = np.isin(rows["number"], scored["number"])
+    at = np.searchsorted(scored["number"], rows["number"][found])
+    for name in SCORED.names[1:]:
+        rows[name][found] = scored[name][at]
+    categories = numbered(folder / "categories", shard, ".npy")
+    rows["category"] = np.load(categories)[mine] if categories.exists() else NO_CATEGORY
+    return rows
+
+
+def _mix(numbers: np.ndarray) -> np.ndarray:
+    """Random-looking numbers, each from one (splitmix64's last steps, Steele et al. 2014)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+class Arrange(WorkStep):
+    """Sorts what stays: by category with --balance, by length or score in bands with --sort_by. One task, which keeps
+    45 bytes a record in memory."""
+
+    def __init__(self, folder: Path, corpus: Corpus, sort_by: str | None, balance: str | None, seed: int):
+        super().__init__(folder, "arrange")
+        self.corpus, self.sort_by, self.balance, self.seed = corpus, sort_by, balance, seed
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> None:
+        """Writes arranged/PHASE.npy (ROW), all records that the phase writes."""
+        n_shards = len(self.corpus.tasks)
+        for phase in KINDS:
+            parts = [np.empty(0, ROW)]
+            for shard in range(n_shards):
+                self.tick(0, shard / n_shards)
+                parts.append(rows_of(self.folder, self.corpus, shard, phase, self.seed))
+            rows = np.concatenate(parts)
+            keys = [rows["number"]]
+            values = {"length": rows["chars"], "score": rows["bpb"]}.get(self.sort_by)
+            if values is not None and not np.isnan(values).any():  # chats have no score
+                keys += [rows["draw"], np.minimum(BANDS - 1, places(values) * BANDS).astype(int)]
+            if self.balance:
+                keys.append(rows["category"])
+            save_array(self.folder / "arranged" / f"{phase}.npy", rows[np.lexsort(keys)])
+
+
+def weight_of(bpb: float, all_bpb: np.ndarray) -> float:
+    """The weight of a document whose bits per byte are `bpb`: LEAST_WEIGHT and its place among the sorted scores of all,
+    from 0 (easiest) to 1. The mean weight is 1."""
+    first, last = np.searchsorted(all_bpb, bpb, "left"), np.searchsorted(all_bpb, bpb, "right")
+    return round(LEAST_WEIGHT + float(first + last - 1) / 2 / max(1, len(all_bpb) - 1), 4)
+
+
+def balanced_shares(sizes: dict[int, int]) -> dict[int, float]:
+    """The share of each category with this many bytes."""
+    powers = {category: size**BALANCE_POWER for category, size in sorted(sizes.items()) if size}
+    return {category: power / sum(powers.values()) for category, power in powers.items()}
