@@ -227,7 +227,7 @@ def find_tokenizer(path: str, work: Path) -> str | None:
 
 def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     """The phases, in order, in the folder `work`; then the files in out_dir (None: a dry run)."""
-    from prepare import arrange, duplicates, outputs, pipeline, quality, summary, worker  # noqa: F401  worker: for its children
+    from prepare import arrange, categories, duplicates, outputs, pipeline, quality, summary, worker  # noqa: F401  worker: for its children
     from prepare.executors import check
     from prepare.inputs import find_raw_files
     from prepare.report import write_report
@@ -310,8 +310,6 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
         phases.run("score", n_shards, [quality.Score(work, corpus, args.score_with, bool(good_files))])
         phases.run("keep", 1, [quality.KeepBest(work, n_shards, options.keep)])
     if options.categories:
-        from prepare import categories
-
         phases.run("clusters", 1, [categories.FitCategories(work, corpus, options.categories, options.seed)])
         phases.run("categorize", n_shards, [categories.Categorize(work, corpus)])
     if is_arranged:

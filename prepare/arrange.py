@@ -79,8 +79,8 @@ class Arrange(WorkStep):
 
 
 def weight_of(bpb: float, all_bpb: np.ndarray) -> float:
-    """The weight of a document whose bits per byte are `bpb`: LEAST_WEIGHT and its place among the sorted scores of all,
-    from 0 (easiest) to 1. The mean weight is 1."""
+    """The weight of a document whose bits per byte are `bpb`: LEAST_WEIGHT and its place among the sorted scores of
+    all, from 0 (easiest) to 1. The mean weight is 1."""
     first, last = np.searchsorted(all_bpb, bpb, "left"), np.searchsorted(all_bpb, bpb, "right")
     return round(LEAST_WEIGHT + float(first + last - 1) / 2 / max(1, len(all_bpb) - 1), 4)
 

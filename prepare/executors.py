@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, deque
+from copy import deepcopy
 from pathlib import Path
 
 import multiprocess
@@ -138,7 +139,8 @@ class RayExecutor(RayPipelineExecutor):
         self.save_executor_as_json()
         # Ray replaces the exit code of a handler that is called while it waits: the handler is called in the loop
         signals, handler = [], signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, lambda *signaled: signals.append(signaled))
+        if callable(handler):
+            signal.signal(signal.SIGTERM, lambda *signaled: signals.append(signaled))
         try:
             executor, run_rank = ray.put(self), ray.remote(num_cpus=1, max_retries=0)(_run_rank)
             while waiting or running:
@@ -275,7 +277,8 @@ class SlurmExecutor(SlurmPipelineExecutor):
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
         os.chdir(self.cwd)
         try:
-            return super()._run_for_rank(rank, local_rank, node_rank)
+            # each task with a pipeline of its own, whose steps have counted nothing: a job may run several
+            return SlurmPipelineExecutor._run_for_rank(deepcopy(self), rank, local_rank, node_rank)
         except Exception as error:
             note = _pickled(error)
             write_whole(self.folder / "failed" / f"{rank:06d}.pickle", lambda stream: stream.write(note))
@@ -325,10 +328,10 @@ def _queue(name: str) -> list[tuple[str, str]] | None:
 
 
 def _waits_for(states: list[tuple[str, str]] | None) -> str:
-    """The reasons why all jobs wait, "" if one runs."""
+    """The reasons why all jobs wait, "" if one runs or will at once."""
     if not states or any(state != "PENDING" for state, _ in states):
         return ""
-    return ", ".join(sorted({reason for _, reason in states}))
+    return ", ".join(sorted({reason for _, reason in states} - {"None", "JobArrayTaskLimit"}))
 
 
 def _quoted(value) -> str:

@@ -315,7 +315,7 @@ def describe_output(name: str, counts: dict, files: list[Path]) -> dict:
     return {"name": name, "records": counts["records"], "bytes": counts["bytes"], "characters": counts["characters"],
             "tokens": counts["tokens"] or None, "files": [{"name": path.name} | describe_file(path) for path in files],
             "by_source": dict(sorted(counts["by_source"].items())),
-            "by_category": {str(key): counts["by_category"][str(key)] for key in sorted(map(int, counts["by_category"]))},
+            "by_category": dict(sorted(counts["by_category"].items(), key=lambda item: int(item[0]))),
             "lengths": {"unit": unit, "edges": [None if edge == float("inf") else edge for edge in edges],
                         "counts": [counts["lengths"][str(i)] for i in range(len(edges) - 1)]}}
 

@@ -56,14 +56,15 @@ class BitsPerByte:
         self.encoder = TextEncoder.of(tokenizer)
         check_tokenizer_fits(self.encoder, self.model, Path(checkpoint))
         if '"ByteLevel"' not in json.dumps(json.loads(self.encoder.plain.to_str())["decoder"]):
-            raise UserError(f"--score_with {checkpoint}: its tokenizer is not one of bytes, so the bytes of a token are not known")
+            raise UserError(f"--score_with {checkpoint}: its tokenizer is not one of bytes, which are to be counted")
         self.size = [len(self.encoder.plain.id_to_token(token) or "") for token in range(self.encoder.vocab_size)]
         self.tokens = min(SCORE_TOKENS, self.model.config.max_seq_len)
 
     def of(self, texts: list[str]) -> list[float]:
         """Bits per byte of the beginning of each text; infinite where it has no token."""
         ids = [found[:self.tokens] for found in self.encoder.encode([text[:SCORE_CHARS] for text in texts])]
-        return [bits for begin in range(0, len(ids), SCORE_BATCH) for bits in self._batch(ids[begin:begin + SCORE_BATCH])]
+        batches = (ids[begin:begin + SCORE_BATCH] for begin in range(0, len(ids), SCORE_BATCH))
+        return [bits for batch in batches for bits in self._batch(batch)]
 
     def _batch(self, ids: list[list[int]]) -> list[float]:
         import torch
@@ -101,8 +102,8 @@ def _opening(text: str) -> str:
 class LearnGood(WorkStep):
     """Learns to tell the texts of --good from the others. One task.
 
-    Of each side at most GOOD_MOST texts, drawn by the hash of the text and the seed; every tenth of them is held out, to
-    measure how often the model puts a good text before another (area under the ROC curve).
+    Of each side at most GOOD_MOST texts, drawn by the hash of the text and the seed; every tenth of them is held out,
+    to measure how often the model puts a good text before another (area under the ROC curve).
     """
 
     def __init__(self, folder: Path, corpus: Corpus, files: list[RawFile], rename_field, seed: int):
@@ -110,8 +111,8 @@ class LearnGood(WorkStep):
         self.corpus, self.files, self.rename_field, self.seed = corpus, files, rename_field, seed
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
-        """Writes good/weights.npy (GOOD_FEATURES + 1,), the last one the intercept, and good/good.json. Raises UserError
-        where there are too few texts."""
+        """Writes good/weights.npy (GOOD_FEATURES + 1,), the last one the intercept, and good/good.json. Raises
+        UserError where there are too few texts."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import roc_auc_score
 
@@ -119,7 +120,8 @@ class LearnGood(WorkStep):
         rest = self._draw(self._texts(), {key for key, _ in good})
         for name, texts in (("--good", good), ("--data_path, besides those of --good,", rest)):
             if len(texts) < GOOD_LEAST:
-                raise UserError(f"--good: {len(texts)} texts in {name} are too few to learn from: at least {GOOD_LEAST}")
+                raise UserError(f"--good: {len(texts)} texts in {name} are too few to learn from, at least "
+                                f"{GOOD_LEAST} are needed")
         is_good = np.array([True] * len(good) + [False] * len(rest))
         vectors = _vectorizer().transform([text for _, text in good + rest])
         held_out = np.arange(len(is_good)) % GOOD_HELD_OUT == 0
@@ -127,7 +129,8 @@ class LearnGood(WorkStep):
         model.fit(vectors[~held_out], is_good[~held_out])
         auc = float(roc_auc_score(is_good[held_out], model.decision_function(vectors[held_out])))
         save_array(self.folder / "good" / "weights.npy", np.append(model.coef_[0], model.intercept_).astype(np.float64))
-        save_json(self.folder / "good" / "good.json", {"good": len(good), "rest": len(rest), "auc": round(auc, DECIMALS)})
+        learned = {"good": len(good), "rest": len(rest), "auc": round(auc, DECIMALS)}
+        save_json(self.folder / "good" / "good.json", learned)
 
     def _good_texts(self):
         for file in self.files:
@@ -228,8 +231,10 @@ class KeepBest(WorkStep):
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
         """Writes quality/000000.npy (REMOVED, whose overlap is the place, 0 the best), score/bpb.npy, the sorted scores
         of the documents that stay, and score/summary.json."""
-        scored = np.concatenate([np.empty(0, SCORED), *(load_scores(self.folder, shard) for shard in range(self.n_shards))])
-        parts = [places(sign * scored[name]) for name, sign in (("bpb", 1), ("good", -1)) if not np.isnan(scored[name]).all()]
+        parts = (load_scores(self.folder, shard) for shard in range(self.n_shards))
+        scored = np.concatenate([np.empty(0, SCORED), *parts])
+        parts = [places(sign * scored[name]) for name, sign in (("bpb", 1), ("good", -1))
+                 if not np.isnan(scored[name]).all()]
         place = np.mean(parts, axis=0) if parts else np.zeros(len(scored))
         order = np.lexsort((scored["number"], place))
         goes = np.sort(order[round(len(order) * self.keep):])

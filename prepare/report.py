@@ -1,4 +1,4 @@
-"""The report of a run of prepare_data.py: data_report.md and three charts, made from its manifest alone.
+"""The report of a run of prepare_data.py: data_report.md and charts, made from its manifest alone.
 
 Equal manifests give equal bytes, and so do manifests that differ only under "run": no times, no names of the machine.
 """
@@ -23,7 +23,8 @@ MARKUP = re.compile(r"[\\`*{}\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")  # an unders
 
 
 def write_report(folder: Path, manifest: dict) -> None:
-    """Write charts/{lengths,sources,steps}.png and then data_report.md in `folder`, each atomically.
+    """Write charts/{lengths,sources,steps}.png, where there are categories also categories.png, and then data_report.md
+    in `folder`, each atomically.
 
     Raises UserError when a file cannot be written.
     """
@@ -37,7 +38,9 @@ def report_lines(manifest: dict) -> list[str]:
     sections = [
         ["# Data report"], _summary(manifest, account), ["## Warnings"], _warnings(manifest, account),
         ["## What came in"], _inputs(manifest), ["## What the steps did"], _steps(manifest),
-        ["## What came out"], _outputs(manifest, account), ["## The account"], _account(manifest, account),
+        ["## What came out"], _outputs(manifest, account),
+        *([["## Categories"], _categories(manifest)] if manifest.get("categories") else []),
+        ["## The account"], _account(manifest, account),
         ["## Where to look"], _where_to_look(manifest), ["## What to run next"], _next_commands(manifest, account),
         ["## The rules"], _rules(manifest), ["## Settings"], _settings(manifest)]
     return [line for section in sections for line in [*section, ""]][:-1]
@@ -287,9 +290,9 @@ def _quality(manifest: dict) -> list[str]:
         return []
     lines = ["", f"Scores: {_count(quality['scored'], 'document')}, of which {quality['kept']:,} were kept."]
     if learned := quality.get("learned"):
-        lines.append(f"What is good was learned from {learned['good']:,} texts of `--good` and {learned['rest']:,} others; of the "
-                     f"tenth that was held out it puts a good one first in {_share(round(1000 * learned['auc']), 1000)} of all "
-                     "pairs.")
+        lines.append(f"What is good was learned from {learned['good']:,} texts of `--good` and {learned['rest']:,} "
+                     "others; of the tenth that was held out it puts a good one before another in "
+                     f"{_share(round(1000 * learned['auc']), 1000)} of all pairs.")
     names = {"bpb": "bits per byte, less is better", "good": "log-odds of good, more is better"}
     rows = [[names[score], which, *(f"{value:.4g}" for value in quality[score][which])]
             for score in names if score in quality for which in ("all", "kept")]
@@ -318,6 +321,20 @@ def _outputs(manifest: dict, account: Account) -> list[str]:
     lines += ["", "Records by source:", "",
               *_table(["#", "source", *(plain(output["name"]) for output in outputs)], by_source, right=len(outputs))]
     return [*lines, "", f"![Lengths of the records of each output]({CHARTS}/lengths.png)"]
+
+
+def _categories(manifest: dict) -> list[str]:
+    outputs = manifest["outputs"]
+    rows = [[str(item["category"]), " · ".join(map(plain, item["keywords"])) or "–",
+             *(f"{_in_category(output, item):,}" for output in outputs)] for item in manifest["categories"]]
+    return ["Clusters of the records by their words; each record has the number of its own as `category`. The largest "
+            "in the sample that they were made from is first.", "",
+            *_table(["#", "keywords", *(plain(output["name"]) for output in outputs)], rows, right=len(outputs)),
+            "", f"![Records of each category]({CHARTS}/categories.png)"]
+
+
+def _in_category(output: dict, item: dict) -> int:
+    return output.get("by_category", {}).get(str(item["category"]), 0)
 
 
 def _account(manifest: dict, account: Account) -> list[str]:
@@ -373,7 +390,8 @@ def _next_commands(manifest: dict, account: Account) -> list[str]:
             commands[-1] += " --init_from out/SFT.pth"  # there are no weights of SFT_long
         if manifest["settings"].get("balance"):
             commands[-1] += f" --data_path $(cat data/shares/{name}.txt)"
-        if manifest["settings"].get("sort_by") == "length" or manifest["settings"].get("sort_by") and name == "pretrain":
+        sorted_by = manifest["settings"].get("sort_by")
+        if sorted_by == "length" or sorted_by and name == "pretrain":  # chats have no score
             commands[-1] += " --order file"
     if not commands:
         return ["Nothing was written, so there is nothing to train on."]
@@ -413,7 +431,10 @@ def _draw_charts(folder: Path, manifest: dict, account: Account) -> None:
 
     # a font that comes with matplotlib, and no formulas in the names of files: the same bytes on every machine
     with matplotlib.rc_context({"font.family": ["DejaVu Sans"], "text.parse_math": False, "text.usetex": False}):
-        for name, draw in (("sources", _draw_sources), ("steps", _draw_steps), ("lengths", _draw_lengths)):
+        charts = {"sources": _draw_sources, "steps": _draw_steps, "lengths": _draw_lengths}
+        if manifest.get("categories"):
+            charts["categories"] = _draw_categories
+        for name, draw in charts.items():
             figure = draw(manifest, account)
             write_whole(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=110,
                                                         metadata={"Software": None}))
@@ -516,3 +537,29 @@ def _draw_lengths(manifest: dict, account: Account):
 
 def _edge(edge: float | None) -> str:
     return "∞" if edge is None or edge == float("inf") else f"{edge:,.0f}"
+
+
+def _draw_categories(manifest: dict, account: Account):
+    """Records of each category, by output."""
+    items = manifest["categories"][:MOST_ROWS]
+    outputs = [output for output in manifest["outputs"] if output["name"] not in SAMPLES]
+    figure = _figure(1.8 + 0.17 * max(len(items), 3), "records of each category, by output")
+    axes = figure.subplots()
+    left = [0] * len(items)
+    for color, output in enumerate(outputs):
+        widths = [_in_category(output, item) for item in items]
+        if any(widths):
+            axes.barh(range(len(items)), widths, left=left, color=f"C{color}", label=_shown(output["name"]))
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+    if not any(left):
+        _nothing(axes, "nothing was written")
+        return figure
+    for row, total in enumerate(left):
+        axes.annotate(f"{total:,}", (total, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_xlim(0, 1.12 * max(left))
+    _bars(axes, [str(item["category"]) for item in items], "records")
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_ylabel(f"category, the first {MOST_ROWS}" if len(manifest["categories"]) > MOST_ROWS else "category")
+    axes.margins(y=0.01)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure

@@ -114,7 +114,7 @@ def argv(corpus) -> list:
     blocklist = corpus.folder / "blocked.words"
     blocklist.write_text("\n".join(corpus.blocklist), encoding="utf-8")
     return ["--data_path", *corpus.train, "--val_path", *corpus.val, "--tokenizer_path", TOKENIZER, "--rename_field",
-            *corpus.rename, "--blocklist", blocklist, "--max_bad_ratio", 0.2, "--task_mb", 1]
+            *corpus.rename, "--blocklist", blocklist, "--max_bad_ratio", 0.2, "--task_mb", 1, "--categories", 0]
 
 
 @pytest.fixture(scope="module")
