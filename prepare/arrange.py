@@ -72,17 +72,30 @@ class Arrange(WorkStep):
             keys = [rows["number"]]
             values = {"length": rows["chars"], "score": rows["bpb"]}.get(self.sort_by)
             if values is not None and not np.isnan(values).any():  # chats have no score
-                keys += [rows["draw"], np.minimum(BANDS - 1, places(values) * BANDS).astype(int)]
+                groups = rows["kind"] + 4 * rows["category"].astype(int) * bool(self.balance)
+                keys += [rows["draw"], bands_of(values, groups)]
             if self.balance:
                 keys.append(rows["category"])
             save_array(self.folder / "arranged" / f"{phase}.npy", rows[np.lexsort(keys)])
 
 
+def bands_of(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The band of each record, from 0 to BANDS - 1, by the place of its value among those of its group: records of
+    other kinds or categories stand in other files."""
+    bands = np.zeros(len(values), int)
+    for group in np.unique(groups):
+        mine = groups == group
+        bands[mine] = np.minimum(BANDS - 1, places(values[mine]) * BANDS)
+    return bands
+
+
 def weight_of(bpb: float, all_bpb: np.ndarray) -> float:
     """The weight of a document whose bits per byte are `bpb`: LEAST_WEIGHT and its place among the sorted scores of
     all, from 0 (easiest) to 1. The mean weight is 1."""
+    if len(all_bpb) == 1:
+        return 1.0
     first, last = np.searchsorted(all_bpb, bpb, "left"), np.searchsorted(all_bpb, bpb, "right")
-    return round(LEAST_WEIGHT + float(first + last - 1) / 2 / max(1, len(all_bpb) - 1), 4)
+    return round(LEAST_WEIGHT + float(first + last - 1) / 2 / (len(all_bpb) - 1), 4)
 
 
 def balanced_shares(sizes: dict[int, int]) -> dict[int, float]:

@@ -6,11 +6,13 @@ On several machines all paths, that of the repository included, must lead to the
 import contextlib
 import os
 import pickle
+import platform
 import re
 import secrets
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -75,6 +77,20 @@ def run_tasks(kind: str, pipeline: list[PipelineStep], tasks: int, workers: int,
         SlurmExecutor(pipeline, tasks, workers, log, slurm or {}).submit_and_wait()
 
 
+@contextlib.contextmanager
+def stderr_to(stream):
+    """Send to a file what C++ and child processes, too, write to stderr."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    os.dup2(stream.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 class LocalExecutor(LocalPipelineExecutor):
     """datatrove's local executor, whose workers write to their log files alone and leave Ctrl-C to the main process."""
 
@@ -90,7 +106,7 @@ class LocalExecutor(LocalPipelineExecutor):
 
 KILLED_MOST = 3  # times that a task is begun again after its process was killed
 OBJECT_STORE_BYTES = 100_000_000  # tasks exchange files, not objects
-RAY_END_SECONDS = 10
+RAY_END_SECONDS, CONNECT_SECONDS = 10, 5
 
 
 def connect_ray(workers: int) -> None:
@@ -108,12 +124,16 @@ def connect_ray(workers: int) -> None:
     python_path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with contextlib.redirect_stderr(NOWHERE):
+        if address and "//" not in address and ":" in address:  # Ray itself would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        with stderr_to(NOWHERE):
             ray.init(**where, runtime_env={"env_vars": WORKER_ENV | {"PYTHONPATH": python_path}}, log_to_driver=False,
                      logging_level="error")
-    except (OSError, RuntimeError, ValueError) as error:
-        place = f"RAY_ADDRESS={address}" if address else "--executor ray: Ray does not start"
-        raise UserError(f"{place}: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise UserError(f"RAY_ADDRESS={address}: {said}; ray start must have RAY_AUTH_MODE as it is set here" if address
+                        else f"--executor ray: Ray does not start: {said}") from None
     except SystemExit:  # by Ray's handler of SIGTERM, with a code of its own
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
@@ -177,8 +197,12 @@ class RayExecutor(RayPipelineExecutor):
 
 
 def _run_rank(executor: RayExecutor, rank: int) -> None:
-    """Run one task, in a process of Ray."""
-    os.chdir(executor.cwd)
+    """Run one task, in a process of Ray. Raises UserError on a machine that lacks the main process's folder."""
+    try:
+        os.chdir(executor.cwd)
+    except OSError as error:
+        raise UserError(f"{platform.node()}: {error}; all machines need the same folders under the same names") from (
+            None)
     executor._run_for_rank(rank)
 
 
@@ -242,17 +266,13 @@ class SlurmExecutor(SlurmPipelineExecutor):
 
     def _submit(self) -> None:
         with tempfile.TemporaryFile() as errors:
-            saved = os.dup(2)
-            os.dup2(errors.fileno(), 2)  # sbatch's: datatrove leaves them on the terminal
             try:
-                self.launch_job()
+                with stderr_to(errors):  # datatrove leaves sbatch's on the terminal
+                    self.launch_job()
             except subprocess.CalledProcessError:
                 errors.seek(0)
                 said = " ".join(errors.read().decode("utf-8", "replace").split())
                 raise UserError(f"sbatch refused the jobs of the phase {self.phase}: {said}; see --slurm") from None
-            finally:
-                os.dup2(saved, 2)
-                os.close(saved)
 
     def launch_merge_stats(self) -> None:
         """Nothing: datatrove would submit one more job."""

@@ -46,25 +46,32 @@ class BitsPerByte:
 
     def __init__(self, checkpoint: str):
         import torch
+        from tokenizers.pre_tokenizers import ByteLevel
 
         from common.weights import check_tokenizer_fits, load_model
         from text.tokenizer import TextEncoder, choose_tokenizer
 
+        self.checkpoint = checkpoint
         torch.set_num_threads(1)
         self.model, meta = load_model(Path(checkpoint), hint="--score_with")
         tokenizer = choose_tokenizer(None, checkpoint, meta.get("tokenizer"), meta.get("tokenizer_sha256"))
         self.encoder = TextEncoder.of(tokenizer)
         check_tokenizer_fits(self.encoder, self.model, Path(checkpoint))
-        if '"ByteLevel"' not in json.dumps(json.loads(self.encoder.plain.to_str())["decoder"]):
+        decoder = json.dumps(json.loads(self.encoder.plain.to_str())["decoder"])
+        if '"ByteLevel"' not in decoder or not set(ByteLevel.alphabet()) <= set(self.encoder.plain.get_vocab()):
             raise UserError(f"--score_with {checkpoint}: its tokenizer is not one of bytes, which are to be counted")
         self.size = [len(self.encoder.plain.id_to_token(token) or "") for token in range(self.encoder.vocab_size)]
         self.tokens = min(SCORE_TOKENS, self.model.config.max_seq_len)
 
     def of(self, texts: list[str]) -> list[float]:
-        """Bits per byte of the beginning of each text; infinite where it has no token."""
+        """Bits per byte of the beginning of each text; infinite where it has no token. Raises UserError where the model
+        computes NaN."""
         ids = [found[:self.tokens] for found in self.encoder.encode([text[:SCORE_CHARS] for text in texts])]
         batches = (ids[begin:begin + SCORE_BATCH] for begin in range(0, len(ids), SCORE_BATCH))
-        return [bits for batch in batches for bits in self._batch(batch)]
+        scores = [bits for batch in batches for bits in self._batch(batch)]
+        if any(map(math.isnan, scores)):
+            raise UserError(f"--score_with {self.checkpoint}: its model computes NaN: take other weights")
+        return scores
 
     def _batch(self, ids: list[list[int]]) -> list[float]:
         import torch

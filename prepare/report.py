@@ -389,7 +389,8 @@ def _next_commands(manifest: dict, account: Account) -> list[str]:
         if stage == "distill.py" and "sft_1024" not in written:
             commands[-1] += " --init_from out/SFT.pth"  # there are no weights of SFT_long
         if manifest["settings"].get("balance"):
-            commands[-1] += f" --data_path $(cat data/shares/{name}.txt)"
+            text = " pretrain=0.1" if name != "pretrain" and "pretrain" in written else ""  # against forgetting
+            commands[-1] += f" --data_path $(cat data/shares/{name}.txt){text}"
         sorted_by = manifest["settings"].get("sort_by")
         if sorted_by == "length" or sorted_by and name == "pretrain":  # chats have no score
             commands[-1] += " --order file"

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+import prepare.categories
 import prepare.outputs  # noqa: F401  and with it all other phases
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -26,6 +26,7 @@ TOPICS = {
 }
 FILLER = "可以 然后 我们 这样 一些 比较 非常 需要 因此 而且 大家 现在".split()
 NONE = 65535
+extra = pytest.mark.extra  # needs requirements-extra.txt
 
 
 def text_of(rng: random.Random, topic: str, n_words: int = 60) -> str:
@@ -102,6 +103,7 @@ def described(folder: Path) -> list[dict]:
 # clusters
 
 
+@extra
 def test_planted_topics_come_apart_with_their_words(tmp_path):
     records, topics = planted(40)
     found = categories_of(tmp_path, make_corpus(tmp_path, records, in_shard=100), 6)
@@ -117,6 +119,7 @@ def test_planted_topics_come_apart_with_their_words(tmp_path):
         assert set(item["keywords"]) <= set(TOPICS[topic_of[item["category"]]].split())
 
 
+@extra
 def test_categories_are_numbered_by_their_size_in_the_sample(tmp_path):
     rng = random.Random(3)
     sizes = dict(zip(TOPICS, (20, 70, 40, 25, 60, 50), strict=True))
@@ -140,11 +143,13 @@ def counted(record: dict) -> Counter:
     return +counts
 
 
+@extra
 def test_each_record_has_the_nearest_centroid(tmp_path):
     records, _ = planted(30, n_words=12)
     rng = random.Random(5)
-    for number in range(0, len(records), 7):  # of two topics
-        records[number] = {"text": text_of(rng, "stars", 6) + text_of(rng, "court", 8)}
+    for number in range(0, len(records), 2):  # of two topics, frequent and rare words
+        words = [word for topic in rng.sample(list(TOPICS), 2) for word in TOPICS[topic].split()]
+        records[number] = {"text": "，".join(rng.choices(words, [1 / (i % 12 + 1) ** 2 for i in range(24)], k=20))}
     records[11] = {"text": (text_of(rng, "stars", 300) + "\n" * 1000)[:1000] + text_of(rng, "court", 900)}
     found = categories_of(tmp_path, make_corpus(tmp_path, records, in_shard=50), 8, seed=4)
     vocabulary = json.loads((tmp_path / "categories" / "vocabulary.json").read_text(encoding="utf-8"))
@@ -153,7 +158,7 @@ def test_each_record_has_the_nearest_centroid(tmp_path):
     in_texts = Counter(gram for record in records for gram in counted(record))
     assert set(vocabulary) == {gram for gram, n in in_texts.items() if 3 <= n <= len(records) / 2}
     assert idf == pytest.approx([math.log((1 + len(records)) / (1 + in_texts[gram])) + 1 for gram in vocabulary])
-    plain = 0
+    plain, by_counts = 0, 0
     for record, category in zip(records, found, strict=True):
         weights = np.zeros(len(vocabulary))
         for gram, n in counted(record).items():
@@ -163,12 +168,14 @@ def test_each_record_has_the_nearest_centroid(tmp_path):
         second, first = np.sort(scores)[-2:]
         assert scores[category] == pytest.approx(first, abs=1e-5)
         plain += first - second > 1e-5
-    assert plain > 0.95 * len(records)
+        by_counts += category == np.argmax(centroids @ (weights / idf))
+    assert plain > 0.95 * len(records) and by_counts < len(records)  # else the weights would not be put to the test
     assert len(set(found.tolist())) == 8
     lone = [number for number, record in enumerate(records) if "行星" in str(record) and "法院" not in str(record)]
     assert found[11] in found[lone]  # the words behind its first 1,000 characters do not count
 
 
+@extra
 def test_the_same_seed_gives_the_same_bytes_however_the_records_are_sharded(tmp_path, monkeypatch):
     pytest.importorskip("datatrove")
     monkeypatch.setattr("prepare.categories.SAMPLE", 50)
@@ -180,8 +187,13 @@ def test_the_same_seed_gives_the_same_bytes_however_the_records_are_sharded(tmp_
         made.append(clusters_in(folder))
     assert made[0] == made[1] != made[2]
     assert found[0].tolist() == found[1].tolist()
+    from prepare.categories import fit
+
+    texts = [record["text"] for record in records if "text" in record]
+    assert [(fit(texts, 4, 1)[2] == fit(texts, 4, seed)[2]).all() for seed in (1, 2)] == [True, False]
 
 
+@extra
 def test_the_sample_is_of_documents_and_of_chats_that_stay(tmp_path, monkeypatch):
     pytest.importorskip("datatrove")
     from prepare.categories import FitCategories
@@ -200,6 +212,7 @@ def test_the_sample_is_of_documents_and_of_chats_that_stay(tmp_path, monkeypatch
     assert any(number < 100 for number in samples[0]) and any(number > 200 for number in samples[0])
 
 
+@extra
 def test_what_does_not_stay_has_no_category_and_no_part_in_them(tmp_path):
     records, topics = planted(30)
     gone = tuple(number for number, topic in enumerate(topics) if topic == "court" or number % 10 == 0)
@@ -209,6 +222,7 @@ def test_what_does_not_stay_has_no_category_and_no_part_in_them(tmp_path):
     assert not {"法院", "诉讼"} & set(json.loads((tmp_path / "categories" / "vocabulary.json").read_text()))
 
 
+@extra
 @pytest.mark.parametrize("n_records, n_categories", [(0, 1), (1, 1), (19, 1), (40, 2), (119, 5), (120, 6)])
 def test_few_records_have_few_categories(tmp_path, n_records, n_categories):
     records = planted(20)[0][:n_records]
@@ -218,6 +232,7 @@ def test_few_records_have_few_categories(tmp_path, n_records, n_categories):
     assert bool(described(tmp_path)[0]["keywords"]) == bool(n_records)
 
 
+@extra
 def test_texts_without_a_known_ngram_have_a_category(tmp_path):
     records, _ = planted(20)
     strange = ["", "12345 67.8% !!!", "x y z", "zyxwv utsrq", "ひらがな", "鱻", "𠮷野"]
@@ -229,11 +244,19 @@ def test_texts_without_a_known_ngram_have_a_category(tmp_path):
     assert found.tolist() == [0] * 60 and described(alone) == [{"category": 0, "keywords": []}]
 
 
-def test_records_that_are_all_alike(tmp_path):
-    found = categories_of(tmp_path, make_corpus(tmp_path, [{"text": "春天来了，花开了"}] * 100), 5)
-    assert found.tolist() == [0] * 100 and len(described(tmp_path)) == 1
+@extra
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+@pytest.mark.parametrize("texts", [["春天来了，花开了"], ["春天来了，花开了", "a 机器人 b"], ["春雨", "夏日", "秋风"]])
+def test_fewer_texts_than_categories(tmp_path, texts):
+    found = categories_of(tmp_path, make_corpus(tmp_path, [{"text": text} for text in texts] * 60), 3 * len(texts))
+    assert [item["category"] for item in described(tmp_path)] == list(range(len(texts)))
+    assert len(set(found[:len(texts)].tolist())) == len(texts)
+    assert found.tolist() == found[:len(texts)].tolist() * 60
+    for text, category in zip(texts, found, strict=False):
+        assert all(word in text for word in described(tmp_path)[category]["keywords"])  # none of the other categories
 
 
+@extra
 def test_the_first_of_equal_centroids():
     pytest.importorskip("datatrove")
     from prepare.categories import nearest
@@ -242,6 +265,7 @@ def test_the_first_of_equal_centroids():
     assert nearest(np.array([[2, 1], [1, 2], [1, 1], [0, 0]], np.float32), centroids).tolist() == [1, 0, 0, 0]
 
 
+@extra
 def test_without_scikit_learn_the_error_says_what_to_do(tmp_path, monkeypatch):
     corpus = make_corpus(tmp_path, planted(2)[0])
     from prepare.categories import FitCategories
@@ -255,13 +279,14 @@ def test_without_scikit_learn_the_error_says_what_to_do(tmp_path, monkeypatch):
 # keywords
 
 
+@extra
 @pytest.mark.parametrize("texts, candidates, keywords", [
     (["根据人民法院的判决", "人民法院认为", "向人民法院起诉，人民"], "民法 人民 法院", ["人民法院"]),  # the longest
     (["人民法院", "人民生活", "人民币", "人民"], "人民 民法 法院", ["人民"]),  # few that hold 人民 hold 人民法院
     (["本的方法", "的方法", "方法的"], "的方 方法 法的", ["方法"]),  # without 的 at the ends
     (["学习 python", "python学习"], "python 学习", ["python", "学习"]),
     (["函数，数组。数数"], "函数 数组 数数", ["函数", "数组", "数数"]),  # words do not reach over marks
-    (["某甲乙丙丁", "甲乙丙丁戊"], "甲乙 丁戊 丙丁 乙丙", ["甲乙丙丁"]),  # of words that share three one stays
+    (["甲乙丙丁", "乙丙丁戊"] * 2, "甲乙 丁戊 丙丁 乙丙", ["甲乙丙丁"]),  # of words that share three one stays
     (["甲 乙", "。"], "", [])])
 def test_keywords_are_words(texts, candidates, keywords):
     pytest.importorskip("datatrove")
