@@ -69,6 +69,7 @@ def run_tasks(kind: str, pipeline: list[PipelineStep], tasks: int, workers: int,
               slurm: dict[str, str] | None = None) -> None:
     """Run what is not done of the tasks, `workers` at a time, with datatrove's notes in the folder `log`. Raises what a
     task raises, and UserError where tasks were killed; but "local" waits without end for a worker that was killed."""
+    log = log.absolute()  # fsspec keeps what a relative path once was
     if kind == "local":
         LocalExecutor(pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=str(log)).run()
     elif kind == "ray":
@@ -231,7 +232,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
             job_name=f"prepare-{log.name}-{secrets.token_hex(4)}", mem_per_cpu_gb=2, sbatch_args=dict(options),
             tasks_per_job=max(1, -(-left // (JOBS_A_WORKER * workers))))
         self.without = {"mem-per-cpu"} if {"mem", "mem-per-gpu"} & set(options) else set()  # sbatch takes one of them
-        self.phase, self.folder, self.cwd = log.name, log.resolve(), os.getcwd()
+        self.phase, self.folder, self.cwd = log.name, log, os.getcwd()
 
     # -- in the main process
     def submit_and_wait(self) -> None:
@@ -249,7 +250,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
             while (left := len(self.get_incomplete_ranks())):
                 time.sleep(POLL_SECONDS)
                 for note in sorted(failed.glob("*.pickle")):
-                    raise pickle.loads(note.read_bytes())
+                    raise unpickled(note.read_bytes())
                 now = time.monotonic()
                 if now - asked >= QUEUE_SECONDS:
                     asked, states = now, _queue(self.job_name)
@@ -300,7 +301,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
             # each task with a pipeline of its own, whose steps have counted nothing: a job may run several
             return SlurmPipelineExecutor._run_for_rank(deepcopy(self), rank, local_rank, node_rank)
         except Exception as error:
-            note = _pickled(error)
+            note = pickled(error)
             write_whole(self.folder / "failed" / f"{rank:06d}.pickle", lambda stream: stream.write(note))
             raise
 
@@ -359,12 +360,18 @@ def _quoted(value) -> str:
     return re.sub(r'(["\\])', r"\\\1", str(value)).join('""') if re.search(r"[\s\"'\\#]", str(value)) else str(value)
 
 
-def _pickled(error: Exception) -> bytes:
-    """The error with its traceback as a note, as bytes."""
+def pickled(error: Exception) -> bytes:
+    """An error and its traceback as bytes; a RuntimeError where the error would not be read again."""
     trace = "".join(traceback.format_exception(error))
     try:
-        error.add_note(trace)
-        pickle.loads(note := pickle.dumps(error))
+        pickle.loads(note := pickle.dumps((error, trace)))
         return note
     except Exception:  # one whose arguments are not those of its class
-        return pickle.dumps(RuntimeError(trace))
+        return pickle.dumps((RuntimeError(str(error)), trace))
+
+
+def unpickled(note: bytes) -> Exception:
+    """The opposite of `pickled`: the error, with the traceback as a note."""
+    error, trace = pickle.loads(note)
+    error.add_note(trace)
+    return error

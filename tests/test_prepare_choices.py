@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, train, write_jsonl
+from conftest import ROOT, paragraph, train, write_jsonl
 
 from common.weights import save_weights
 from Config import LLMConfig, UserError
@@ -117,7 +117,7 @@ def odd_texts() -> list[str]:
     hanzi = "".join(chr(rng.randrange(0x4E00, 0x9FA0)) for _ in range(9000))
     texts = ["水", "。", "a", "\n", "🌊", "水比石头弱。", "小明在学校看见了苹果，共3个。", "The cat sat on the mat.",
              "x = 3\nif x > 1:\n    x -= 1\n", "他写下<s>和</s>，又写<think>。", "天地玄黄，" * 400, hanzi,
-             "\u3000\u3000段首", "é ü ж"]
+             paragraph(rng, 1000), paragraph(rng, 9000), "\u3000\u3000段首", "é ü ж"]
     texts += [hanzi[place:place + rng.randint(1, 300)] for place in range(0, 400, 10)]
     rng.shuffle(texts)
     return texts
@@ -267,11 +267,12 @@ class Made:
         leak, copy = {"text": make_text(rng, 0, 100)}, {"text": self.texts[5]["text"]}
         self.chats = []
         for number in range(N_CHATS):
-            reply = make_text(rng, number % KINDS, rng.randint(5, 270))
+            kind = number % 4 % KINDS  # half of them of one kind: its records do not end where those of a task do
+            reply = make_text(rng, kind, rng.randint(5, 270))
             if number % 6 == 0:
-                thought = make_text(rng, number % KINDS, rng.randint(5, 80))
+                thought = make_text(rng, kind, rng.randint(5, 80))
                 reply = f"<think>\n{thought}\n</think>\n<answer>\n{reply}\n</answer>"
-            self.chats.append({"conversations": [{"role": "user", "content": make_text(rng, number % KINDS, 20)},
+            self.chats.append({"conversations": [{"role": "user", "content": make_text(rng, kind, 20)},
                                                  {"role": "assistant", "content": reply}]})
         files = [write_jsonl(folder / f"texts{part}.jsonl", self.texts[part::4] + [[leak], [copy], [], []][part])
                  for part in range(4)]
@@ -280,7 +281,7 @@ class Made:
         write_jsonl(self.good, [{"text": text} for text in self.good_texts])
         write_jsonl(folder / "val.jsonl", [leak])
         self.argv = ["--data_path", *files, "--val_path", folder / "val.jsonl", "--tokenizer_path", tokenizer_dir,
-                     "--task_mb", 1]
+                     "--task_mb", 1, "--mini_share", 0.5]
         self.scores = ["--score_with", self.weights, "--good", self.good, "--keep", 0.8]
         self.all = [*self.argv, *self.scores, "--categories", 3, "--balance", "category", "--sort_by", "length",
                     "--weight_by", "score"]
@@ -533,7 +534,7 @@ def test_sorted_and_weighted_by_score(made, tmp_path, tokenizer):
 
 
 @extra
-def test_a_file_a_category_and_shares(made, everything, tmp_path, monkeypatch):
+def test_a_file_a_category_and_shares(made, scored, everything, tmp_path, monkeypatch):
     kept = {}
     for name in ("pretrain", "sft_512", "sft_1024", "r1_1024"):
         sizes = defaultdict(int)
@@ -559,7 +560,8 @@ def test_a_file_a_category_and_shares(made, everything, tmp_path, monkeypatch):
     assert len(together) == KINDS and len({category for _, category in together}) == KINDS  # one category a kind
 
     sample, whole = read(everything, "sft_mini_512-*"), read(everything, "sft_512-*")
-    assert 0 < len(sample) < len(whole) / 2 and all(record in whole for record in sample)
+    assert len(whole) / 3 < len(sample) < len(whole) and all(record in whole for record in sample)
+    assert {record["id"] for record in sample} == {record["id"] for record in read(scored, "sft_mini_512-*")}
     assert [file.name for file in everything.glob("sft_mini_512*")] == ["sft_mini_512-00000.jsonl.zst"]
 
     (tmp_path / "data").symlink_to(everything)
