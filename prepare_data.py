@@ -101,7 +101,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--weight_by", choices=WEIGHT_BY, help='give easy documents a smaller "weight", by --score_with')
     add("--shard_mb", type=number(int, 1), default=default.shard_mb, help="size of an output file (default: %(default)s)")
     add("--task_mb", type=number(int, 1), default=16, help="size of a task, a part of the records, before compression (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=default.seed, help="seed of the sample (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=default.seed,
+        help="seed of the sample, the categories and the order inside a band (default: %(default)s)")
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "prepare_data.py", *(sys.argv[1:] if argv is None else argv)])
     args.rename_field = tuple(tuple(pair.split("=", 1)) for pair in args.rename_field)
@@ -132,6 +133,8 @@ def make_options(args: argparse.Namespace, names: set[str]) -> Options:
     """The options of the steps. Raises UserError on an unknown step and on a blocklist that cannot be read."""
     if "too_long" in args.skip:
         raise UserError("--skip too_long: no stage has rows for longer chats")
+    if "quality" in args.skip and args.keep < 1:
+        raise UserError(f"--skip quality: leave out --keep {args.keep} instead")
     if unknown := sorted(set(args.skip) - names):
         raise UserError(f"--skip {unknown[0]}: no such step; the steps are {', '.join(sorted(names))}")
     words = ()
@@ -253,6 +256,8 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
         print("no --val_path: nothing keeps your validation and test texts out of the training files")
     choices = dataclasses.asdict(options) | {"task_mb": args.task_mb, "max_bad_ratio": args.max_bad_ratio}
     good_files = find_raw_files(args.good, "--good")[0] if args.good else []
+    if good_files:
+        quality.check_good(good_files, options.rename_field)
     settings = {"options": choices, "files": [list(file) for file in files],
                 "scoring": {"weights": quality.fingerprint(args.score_with), "good": [list(file) for file in good_files]}}
     finished = out_dir is not None and is_finished(args, out_dir, work, settings, outputs.OUTPUTS)

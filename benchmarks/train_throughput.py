@@ -21,7 +21,7 @@ a step in fp32 and in its own precision: losses and gradient norms must agree, e
 sheet. "s to first step" and "peak MiB" come from the first two steps of each process, with one process started at a
 time. "pretrain.py" is the time from the start of the script to the log line of its first step, with a warm token cache.
 On CUDA the loops of transformers are also timed compiled, and ours with --compile. --sweep varies preset, row length
-and rows. --quick skips fp32 if the machine has bf16 or fp16, and skips first steps, peaks and "pretrain.py".
+and rows, or with a name one of them. --quick skips fp32 if the machine has bf16 or fp16, and skips first steps, peaks and "pretrain.py".
 """
 
 import argparse
@@ -481,11 +481,12 @@ def config_of(args) -> LLMConfig:
 
 def sweep(args, device: torch.device, dtype: str, result: dict) -> None:
     """Time ours and transformers on full rows, with one setting changed at a time: preset (up to --preset), row
-    length, or rows."""
+    length, or rows; or only the one that --sweep names."""
     theirs = f"transformers {dtype}"
-    cases = [dict(preset=preset) for preset in list(PRESETS)[:list(PRESETS).index(args.preset) + 1]]
-    cases += [dict(max_seq_len=max(2, args.max_seq_len * n // 4)) for n in (1, 2, 8)]
-    cases += [dict(rows=max(1, args.rows * n // 4)) for n in (1, 2, 8)]
+    settings = {"preset": list(PRESETS)[:list(PRESETS).index(args.preset) + 1],
+                "max_seq_len": [max(2, args.max_seq_len * n // 4) for n in (1, 2, 8)],
+                "rows": [max(1, args.rows * n // 4) for n in (1, 2, 8)]}
+    cases = [{name: value} for name, values in settings.items() if args.sweep in (name, "all") for value in values]
     print(f"\nfull rows, ours and then {theirs}")
     head = ["tokens/s", "MFU", "s to first step", "peak MiB"]
     head = ["preset", "row length", "rows", *head, *head, "ratio"]
@@ -539,7 +540,8 @@ def main() -> int:
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the documents (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also time ours compiled, and use it in the ratios")
-    parser.add_argument("--sweep", action="store_true", help="also vary preset, row length and rows")
+    parser.add_argument("--sweep", nargs="?", const="all", choices=("all", "preset", "max_seq_len", "rows"),
+                        help="also vary preset, row length and rows, or one of them")
     parser.add_argument("--plain", action="store_true", help="ours computes as in model.py, without fastpath/")
     parser.add_argument("--quick", action="store_true", help="skip fp32 beside bf16 or fp16, first steps and peaks")
     args = parser.parse_args()

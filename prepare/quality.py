@@ -14,6 +14,7 @@ good    log-odds that a document is one of --good rather than one of the rest, b
 import hashlib
 import json
 import math
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,20 @@ def _opening(text: str) -> str:
     return " ".join(text[:2 * GOOD_CHARS].split())[:GOOD_CHARS]
 
 
+def check_good(files: list[RawFile], rename_field) -> None:
+    """Read the files of --good once, and print how many texts they hold and how many records are malformed. Raises
+    UserError where there are too few."""
+    readers = [RawReader(file, rename_field) for file in files]
+    for reader in readers:
+        deque(reader.read(), maxlen=0)
+    records, malformed = (sum(getattr(reader, name) for reader in readers) for name in ("records", "malformed"))
+    example = next((example for reader in readers for example in reader.examples), None)
+    counted = f"--good: {records:,} texts" + (f", {malformed:,} malformed ({example})" if malformed else "")
+    if records < GOOD_LEAST:
+        raise UserError(f"{counted}: at least {GOOD_LEAST} are needed to learn from")
+    print(counted, flush=True)
+
+
 class LearnGood(WorkStep):
     """Learns to tell the texts of --good from the others. One task.
 
@@ -120,17 +135,19 @@ class LearnGood(WorkStep):
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
         """Writes good/weights.npy (GOOD_FEATURES + 1,), the last one the intercept, and good/good.json. Raises
         UserError where there are too few texts."""
+        vectorizer = _vectorizer()
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import roc_auc_score
 
-        good = self._draw(self._good_texts(), set())
-        rest = self._draw(self._texts(), {key for key, _ in good})
+        good_keys: set[int] = set()
+        good = self._draw(self._good_texts(), seen=good_keys)
+        rest = self._draw(self._texts(), without=good_keys)
         for name, texts in (("--good", good), ("--data_path, besides those of --good,", rest)):
             if len(texts) < GOOD_LEAST:
                 raise UserError(f"--good: {len(texts)} texts in {name} are too few to learn from, at least "
                                 f"{GOOD_LEAST} are needed")
         is_good = np.array([True] * len(good) + [False] * len(rest))
-        vectors = _vectorizer().transform([text for _, text in good + rest])
+        vectors = vectorizer.transform([text for _, text in good + rest])
         held_out = np.arange(len(is_good)) % GOOD_HELD_OUT == 0
         model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=200)
         model.fit(vectors[~held_out], is_good[~held_out])
@@ -151,14 +168,16 @@ class LearnGood(WorkStep):
             stays = staying(self.folder, begin, begin + len(meta)) & (meta["kind"] == TEXT)
             yield from (self.corpus.record(begin + place)["text"] for place in np.flatnonzero(stays).tolist())
 
-    def _draw(self, texts, without: set[int]) -> list[tuple[int, str]]:
-        """(key, beginning) of the texts with the smallest draws, each text once."""
+    def _draw(self, texts, without: set[int] = frozenset(), seen: set[int] | None = None) -> list[tuple[int, str]]:
+        """(key, beginning) of the texts with the smallest draws, each text once; the keys of all are put in `seen`."""
         drawn: dict[int, tuple[int, str]] = {}
         bound = 1 << 64
         for text in texts:
             opening = _opening(text)
             key = text_key("good", normalize(opening))[0]
             draw = text_key(f"draw {self.seed}", str(key))[0]
+            if seen is not None:
+                seen.add(key)
             if draw < bound and key not in without:
                 drawn[draw] = key, opening
                 if len(drawn) >= 2 * GOOD_MOST:

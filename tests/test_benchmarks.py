@@ -28,7 +28,7 @@ from text.sources import kind_of
 CPU = torch.device("cpu")
 
 RATIOS = {
-    "train_throughput.py --device cpu --rows 2 --max_seq_len 64 --sweep": {
+    "train_throughput.py --device cpu --rows 8 --max_seq_len 64 --sweep rows": {
         "useful_vs_padded_fp32", "positions_vs_fp32"},
     "train_throughput.py --device cpu --rows 1 --max_seq_len 400 --data_path {chats}": {"useful_vs_padded_fp32"},
     "train_throughput.py --device cpu --rows 1 --max_seq_len 64 --quick": set(),
@@ -58,7 +58,8 @@ def test_a_benchmark_ends_with_its_ratios(command, data_dir):
     elif script == "train_throughput.py":
         assert len(result["script_to_first_step"]) == 2
         if "--sweep" in flags:
-            assert len(result["sweep"]) == 7 and all(case["ours"]["peak_mebibytes"] > 100 for case in result["sweep"])
+            assert [case["rows"] for case in result["sweep"]] == [2, 4, 16]
+            assert all(case["ours"]["peak_mebibytes"] > 100 for case in result["sweep"])
 
 
 class InProcess:

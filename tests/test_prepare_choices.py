@@ -268,9 +268,9 @@ class Made:
         self.chats = []
         for number in range(N_CHATS):
             kind = number % 4 % KINDS  # half of them of one kind: its records do not end where those of a task do
-            reply = make_text(rng, kind, rng.randint(5, 270))
+            reply = make_text(rng, kind, rng.randint(5, 240))
             if number % 6 == 0:
-                thought = make_text(rng, kind, rng.randint(5, 80))
+                thought = make_text(rng, kind, rng.randint(5, 60))
                 reply = f"<think>\n{thought}\n</think>\n<answer>\n{reply}\n</answer>"
             self.chats.append({"conversations": [{"role": "user", "content": make_text(rng, kind, 20)},
                                                  {"role": "assistant", "content": reply}]})
