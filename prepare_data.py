@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import zip_longest
@@ -203,6 +204,8 @@ def is_finished(args: argparse.Namespace, out_dir: Path, work: Path, settings: d
     if not before.exists():
         raise UserError(f"{before} is missing: remove {manifest} and the files it names, or choose another --out_dir")
     begun, now = json.loads(before.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    if set(begun["options"]) != set(now["options"]):
+        raise UserError(f"--out_dir {out_dir}: its run was begun by another version of prepare_data.py; choose another")
     for name in sorted({*begun["options"], *now["options"]}):
         if begun["options"].get(name) != now["options"].get(name):
             value = "other words" if name == "blocklist" else begun["options"].get(name)
@@ -254,7 +257,9 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
         print(f"ignored (no data file name): {len(others):,} ({', '.join(others[:3])}{', …' * (len(others) > 3)})")
     if not val_files:
         print("no --val_path: nothing keeps your validation and test texts out of the training files")
-    choices = dataclasses.asdict(options) | {"task_mb": args.task_mb, "max_bad_ratio": args.max_bad_ratio}
+    choices = dataclasses.asdict(options) | {"task_mb": args.task_mb, "max_bad_ratio": args.max_bad_ratio,
+        "good": [os.path.basename(path) for path in args.good],  # which files they are, `scoring` says
+        "score_with": os.path.basename(args.score_with) if args.score_with else None}
     good_files = find_raw_files(args.good, "--good")[0] if args.good else []
     if good_files:
         quality.check_good(good_files, options.rename_field)
@@ -272,6 +277,7 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     started = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else started
     save_json(noted, started)
     save_json(work / "settings.json", settings)
+    weights_file = quality.keep_weights(args.score_with, work) if args.score_with else None
     is_scored, is_arranged = bool(args.score_with or good_files), bool(options.sort_by or options.balance)
     asked = {"good": good_files, "score": is_scored, "keep": is_scored, "clusters": options.categories,
              "categorize": options.categories, "arrange": is_arranged}
@@ -293,7 +299,11 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
     for shard in shards:  # they are half of what the work folder takes
         shard.path.unlink(missing_ok=True)
     corpus, validation = duplicates.corpora(work, shards)
-    kinds = {int(kind) for shard in range(len(corpus.tasks)) for kind in set(corpus.meta(shard)["kind"])}
+    n_of = sum((Counter(corpus.meta(shard)["kind"].tolist()) for shard in range(len(corpus.tasks))), Counter())
+    if good_files and n_of[pipeline.TEXT] < quality.GOOD_LEAST:
+        shutil.rmtree(work)  # without --good it is another run
+        raise UserError(f"--good: {n_of[pipeline.TEXT]} documents in --data_path are too few to learn from, at least "
+                        f"{quality.GOOD_LEAST} are needed")
 
     # -- duplicates and leaks
     n_shards = len(corpus.tasks)
@@ -310,9 +320,9 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
 
     # -- quality, categories, order
     if good_files:
-        phases.run("good", 1, [quality.LearnGood(work, corpus, good_files, options.rename_field, options.seed)])
+        phases.run("good", 1, [quality.LearnGood(work, corpus, good_files, options)])
     if is_scored:
-        phases.run("score", n_shards, [quality.Score(work, corpus, args.score_with, bool(good_files))])
+        phases.run("score", n_shards, [quality.Score(work, corpus, weights_file, bool(good_files))])
         phases.run("keep", 1, [quality.KeepBest(work, n_shards, options.keep)])
     if options.categories:
         phases.run("clusters", 1, [categories.FitCategories(work, corpus, options.categories, options.seed)])
@@ -321,7 +331,7 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
         phases.run("arrange", 1, [arrange.Arrange(work, corpus, options.sort_by, options.balance, options.seed)])
 
     # -- write
-    has_chats = bool(kinds - {pipeline.TEXT})
+    has_chats = bool(set(n_of) - {pipeline.TEXT})
     phases.run("write_text", n_shards, [outputs.WriteStage(work, "write_text", corpus, validation, options, None)])
     if has_chats and tokenizer:
         save_json(work / "tokenizer.json", tokenizer)
@@ -340,7 +350,7 @@ def run(args: argparse.Namespace, work: Path, out_dir: Path | None) -> int:
                 "workers": args.workers, "executor": executor, "versions": {"python": platform.python_version()} | {
                     name: version(name) for name in ("datatrove", "numpy", "zstandard", "tokenizers", "pyarrow")} | {
                     "unicode": unicodedata.unidata_version}},
-        "settings": choices, "inputs": inputs, "left_alone": others, "outputs": [],
+        "settings": choices, "scoring": settings["scoring"], "inputs": inputs, "left_alone": others, "outputs": [],
         "steps": [summary.describe_step(step, tally) for step in steps], "near": duplicates.describe_near(work, n_pairs),
         "quality": quality.describe_quality(work) if is_scored else None,
         "categories": categories.describe_categories(work) if options.categories else [],

@@ -21,7 +21,8 @@ a step in fp32 and in its own precision: losses and gradient norms must agree, e
 sheet. "s to first step" and "peak MiB" come from the first two steps of each process, with one process started at a
 time. "pretrain.py" is the time from the start of the script to the log line of its first step, with a warm token cache.
 On CUDA the loops of transformers are also timed compiled, and ours with --compile. --sweep varies preset, row length
-and rows, or with a name one of them. --quick skips fp32 if the machine has bf16 or fp16, and skips first steps, peaks and "pretrain.py".
+and rows, or the one that it names. --quick skips fp32 if the machine has bf16 or fp16, and skips first steps, peaks and
+"pretrain.py".
 """
 
 import argparse

@@ -5,7 +5,7 @@
 #   DATA="raw/*.jsonl" ORDER_DATA=raw/part.jsonl GOOD=good.jsonl VAL="val/text.jsonl val/replies.jsonl" \
 #       bash experiments/data_choices.sh
 #   SEEDS=3 ARMS="all both" ... bash experiments/data_choices.sh       another seed, some of the arms
-#   flags on the command line go to every run: bash experiments/data_choices.sh --device cpu
+#   flags on the command line go to every training run: bash experiments/data_choices.sh --device cpu
 #
 # The arms of quality train on TOKENS tokens of DATA, which holds more: all of it, or the best of it by KEEP. Those of order
 # and weight train on one pass over ORDER_DATA. The scoring model is a run of half of TOKENS on DATA with seed 0. A run that
@@ -27,7 +27,11 @@ fail() { echo "data_choices.sh: $1" >&2; exit 2; }
 for number in "$TOKENS" "$JOBS" $SEEDS; do
     case $number in *[!0-9]*) fail "$number: TOKENS, SEEDS and JOBS are whole numbers" ;; esac
 done
+[ "$JOBS" -gt 0 ] || fail "JOBS=$JOBS: at least 1"
 mkdir -p "$OUT"
+settings="DATA=$DATA ORDER_DATA=$ORDER_DATA GOOD=$GOOD VAL=$VAL KEEP=$KEEP TOKENS=$TOKENS PRESET=$PRESET $*"
+[ -f "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
+[ "$(cat "$OUT/settings")" = "$settings" ] || fail "OUT=$OUT was begun with $(cat "$OUT/settings"): choose another OUT"
 steps=$((TOKENS / (8 * 512)))
 
 # ---- the arms: NAME, DATA or ORDER, flags of prepare_data.py, flags of pretrain.py after the bar ----
@@ -68,9 +72,8 @@ prepare() {  # NAME DATA|ORDER FLAGS…
     [ "$2" = DATA ] || source=$ORDER_DATA
     shift 2
     # shellcheck disable=SC2086
-    [ -f "$OUT/data_$name/manifest.json" ] || "$PYTHON" prepare_data.py --data_path $source --val_path $VAL \
-        --out_dir "$OUT/data_$name" --categories 0 "$@" $([ ! -d "$OUT/data_$name/.prepare" ] || echo --resume) \
-        > "$OUT/data_$name.log" || fail "see $OUT/data_$name.log"
+    "$PYTHON" prepare_data.py --data_path $source --val_path $VAL --out_dir "$OUT/data_$name" --categories 0 "$@" \
+        --resume >> "$OUT/data_$name.log" || fail "see $OUT/data_$name.log"
 }
 train() {  # NAME SEED DATA_FOLDER FLAGS…
     local name=$1 seed=$2 data=$3
@@ -88,7 +91,8 @@ if [ ! -f "$OUT/scoring/pretrain.pth" ]; then
     train scoring 0 "$OUT/data_all" --max_steps $((steps / 2)) "$@"
     finish
     mkdir -p "$OUT/scoring"
-    cp "$OUT/runs/scoring_0/pretrain.pth" "$OUT/scoring/pretrain.pth"
+    cp "$OUT/runs/scoring_0/pretrain.pth" "$OUT/scoring/copy.pth"
+    mv "$OUT/scoring/copy.pth" "$OUT/scoring/pretrain.pth"
 fi
 while read -r name source flags; do
     case " $ARMS " in *" $name "*) ;; *) continue ;; esac

@@ -17,6 +17,7 @@ from prepare.work import WorkStep, numbered, save_array
 KINDS = {"write_text": (TEXT,), "write_chats": (CHAT, R1)}  # by the phase that writes them
 BANDS = 20  # of as many records each: simple → complex from band to band, in random order inside
 LEAST_WEIGHT = 0.5  # of the easiest document; the hardest has 1.5
+LEAST_RECORDS, LEAST_BYTES = 20, 0.001  # of a category with a share of its own: the stages hold some out, repeat others
 BALANCE_POWER = 0.5  # shares grow with the square root of a category's bytes
 NO_CATEGORY = 65535
 # a record that stays, and what is known of it
@@ -53,8 +54,8 @@ def _mix(numbers: np.ndarray) -> np.ndarray:
 
 
 class Arrange(WorkStep):
-    """Sorts what stays: by category with --balance, by length or score in bands with --sort_by. One task, which keeps
-    45 bytes a record in memory."""
+    """Sorts what stays: by category with --balance, by length or score in bands with --sort_by. One task, which takes
+    181 bytes a record in memory."""
 
     def __init__(self, folder: Path, corpus: Corpus, sort_by: str | None, balance: str | None, seed: int):
         super().__init__(folder, "arrange")
@@ -98,7 +99,18 @@ def weight_of(bpb: float, all_bpb: np.ndarray) -> float:
     return round(LEAST_WEIGHT + float(first + last - 1) / 2 / (len(all_bpb) - 1), 4)
 
 
-def balanced_shares(sizes: dict[int, int]) -> dict[int, float]:
-    """The share of each category with this many bytes."""
-    powers = {category: size**BALANCE_POWER for category, size in sorted(sizes.items()) if size}
-    return {category: power / sum(powers.values()) for category, power in powers.items()}
+def balanced_shares(sizes: dict[int, tuple[int, int]]) -> dict[tuple[int, ...], float]:
+    """The shares of categories with so many (records, bytes). Small ones are one group, the last: those with fewer than
+    LEAST_RECORDS or a smaller part of the bytes than LEAST_BYTES, and the next larger until the group is large enough.
+    """
+    def is_small(group: list[int]) -> bool:
+        records, size = (sum(sizes[category][i] for category in group) for i in (0, 1))
+        return records < LEAST_RECORDS or size < LEAST_BYTES * total
+
+    total, rest = sum(size for _, size in sizes.values()), []
+    for category in sorted(sizes, key=lambda category: (not is_small([category]), sizes[category][1], category)):
+        if is_small([category]) or rest and is_small(rest):
+            rest.append(category)
+    groups = [(category,) for category in sorted(sizes) if category not in rest] + [tuple(sorted(rest))] * bool(rest)
+    powers = {group: sum(sizes[category][1] for category in group)**BALANCE_POWER for group in groups}
+    return {group: power / sum(powers.values()) for group, power in powers.items()}

@@ -133,14 +133,14 @@ def fit(texts: list[str], n_categories: int, seed: int, tick=lambda: None) -> tu
             return [], np.empty(0, np.float32), np.zeros((1, 0), np.float32), [[]]
         tick()
         centroids = _cluster(weights, n_categories, seed)
-    labels = nearest(weights, centroids)
-    sizes = np.bincount(labels, minlength=len(centroids))
+    labels, known = nearest(weights, centroids), weights.getnnz(axis=1) > 0
+    sizes = np.bincount(labels[known], minlength=len(centroids))
     order = np.argsort(-sizes, kind="stable")[:np.count_nonzero(sizes)]
     vocabulary = vectorizer.get_feature_names_out().tolist()
     mean, keywords = np.asarray(weights.mean(axis=0)).ravel(), []
     for number in order:
         tick()
-        mine = np.flatnonzero(labels == number)
+        mine = np.flatnonzero((labels == number) & known)
         gain = np.asarray(weights[mine].mean(axis=0)).ravel() - (mean if len(order) > 1 else 0)
         best = np.argsort(-gain, kind="stable")[:CANDIDATES]
         keywords.append(choose_keywords([texts[i] for i in mine], [vocabulary[i] for i in best if gain[i] > 0]))

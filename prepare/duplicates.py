@@ -13,6 +13,7 @@ A record is known by its number: its place among all cleaned training records, i
 import json
 import mmap
 from collections import Counter, OrderedDict, defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ WHOLE = -1
 PAIRS_IN_TASK = 20_000
 PAIRS_AT_ONCE = 50_000  # whose signatures are compared at once: 40 MB
 SETS_BYTES = 64_000_000  # of shingle sets that a task keeps
-MAPS_OPEN = 64  # files mapped at once
+MAPS_OPEN = 256  # files mapped at once
 
 
 class Corpus:
@@ -77,10 +78,11 @@ class Corpus:
         shard = int(np.searchsorted(self.starts, number, "right")) - 1
         if shard not in self._open:
             if len(self._open) >= MAPS_OPEN:
-                self._open.clear()
+                del self._open[next(iter(self._open))]
             with open(numbered(self.folder / "clean", self.tasks[shard], ".jsonl"), "rb") as file:
                 lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._open[shard] = lines, self.meta(shard)
+            meta = numbered(self.folder / "clean", self.tasks[shard], ".npy")
+            self._open[shard] = lines, np.load(meta, mmap_mode="r")
         lines, meta = self._open[shard]
         offset, size = (int(meta[number - self.starts[shard]][name]) for name in ("offset", "size"))
         return json.loads(lines[offset:offset + size])
@@ -133,8 +135,18 @@ class FindExact(WorkStep):
         save_array(numbered(self.folder / "exact", rank, ".npy"), np.sort(removed, order="number"))
 
 
+@lru_cache(maxsize=1)
+def _all_leaks(folder: Path, changed: int) -> np.ndarray:
+    """REMOVED of all leaks, which are few and in a file for each shard. `changed`: when the folder last was."""
+    return np.concatenate([np.empty(0, REMOVED), *(np.load(file) for file in sorted(folder.glob("*.npy")))])
+
+
 def load_removed(folder: Path, name: str, begin: int, end: int) -> np.ndarray:
     """REMOVED of the records with numbers begin ≤ n < end, of one of the phases, sorted."""
+    if name == "leak" and (folder / name).exists():
+        leaks = _all_leaks(folder / name, (folder / name).stat().st_mtime_ns)
+        a, b = np.searchsorted(leaks["number"], [begin, end])
+        return leaks[a:b]
     parts = [np.empty(0, REMOVED)]
     for file in sorted((folder / name).glob("*.npy")):
         removed = np.load(file, mmap_mode="r")

@@ -242,7 +242,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
         shutil.rmtree(failed, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         name_file = self.folder / NAME_FILE
-        name_file.write_text(self.job_name)
+        write_whole(name_file, lambda stream: stream.write(self.job_name.encode()))
         with _jobs_end(name_file):
             self._submit()
             queued, reason, seen = True, "", time.monotonic()
@@ -296,8 +296,8 @@ class SlurmExecutor(SlurmPipelineExecutor):
 
     # -- in a job
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-        os.chdir(self.cwd)
         try:
+            os.chdir(self.cwd)
             # each task with a pipeline of its own, whose steps have counted nothing: a job may run several
             return SlurmPipelineExecutor._run_for_rank(deepcopy(self), rank, local_rank, node_rank)
         except Exception as error:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ MINI_EDGES = (65, 129, 257)  # tokens: the sample keeps the shares of short and 
 CHATS_AT_ONCE = 256
 SAMPLES = {"sft_mini_512": "sft_512"}  # holds records that are in the other output too
 OUTPUTS = ("pretrain", "sft_512", "sft_mini_512", "sft_1024", "r1_1024")
+REST = "rest-"  # in the names of files that hold several small categories
 CHATS = "-chats"  # in the names of what the phase write_chats writes
 SAMPLED = np.dtype([("stratum", "<u8"), ("draw", "<u8"), ("index", "<u4"), ("tokens", "<u4")])
 
@@ -256,19 +257,20 @@ def sum_counts(folder: Path) -> tuple[Tally, Written]:
     return tally, written
 
 
-def join_pieces(folder: Path, target: Path, name: str, limit: int = 1 << 60, part: str = "") -> list[Path]:
-    """Join the pieces of all tasks in folder/name whose names begin with `part`, in their order, to files in `target`:
-    NAME-PART00000.jsonl.zst and so on, each of at most `limit` bytes where its pieces are smaller; without a limit
-    NAME.jsonl.zst. (zstd frames one after another are one file.) Returns the files. Raises UserError when the disk is
-    full."""
+def join_pieces(folder: Path, target: Path, name: str, limit: int = 1 << 60, parts: Iterable[str] = ("",),
+                label: str = "") -> list[Path]:
+    """Join the pieces of all tasks in folder/name whose names begin with one of `parts`, in their order, to files in
+    `target`: NAME-LABEL00000.jsonl.zst and so on, each of at most `limit` bytes where its pieces are smaller; without a
+    limit NAME.jsonl.zst. (zstd frames one after another are one file.) Returns the files. Raises UserError when the
+    disk is full."""
     groups, size = [], limit
-    for piece in sorted((folder / name).glob(f"{part}*.jsonl.zst")):
+    for piece in (piece for part in parts for piece in sorted((folder / name).glob(f"{part}*.jsonl.zst"))):
         size += piece.stat().st_size
         if size > limit or not groups:
             groups.append([])
             size = piece.stat().st_size
         groups[-1].append(piece)
-    paths = [target / (f"{name}-{part}{number:05d}.jsonl.zst" if limit < 1 << 60 else f"{name}.jsonl.zst")
+    paths = [target / (f"{name}-{label}{number:05d}.jsonl.zst" if limit < 1 << 60 else f"{name}.jsonl.zst")
              for number in range(len(groups))]
     for group, path in zip(groups, paths, strict=True):
         _join(group, path)
@@ -281,11 +283,17 @@ def join_output(folder: Path, target: Path, name: str, counts: dict, options: Op
     limit = options.shard_mb * 1_000_000
     if not options.balance or name in SAMPLES:
         return join_pieces(folder / "out", target, name, limit)
-    sizes = {int(category): size for category, size in counts["category_bytes"].items()}
-    shares = balanced_shares(sizes)
+    sizes = {int(category): (counts["by_category"][category], size)
+             for category, size in counts["category_bytes"].items()}
+    shares, paths = balanced_shares(sizes), []
+    for categories in shares:
+        label = part_of(categories[0]) if len(categories) == 1 else REST
+        parts = [part_of(category) for category in categories]
+        paths += join_pieces(folder / "out", target, name, limit, parts, label)
+    labels = [path.name.removesuffix(".jsonl.zst").rpartition("-")[0] for path in paths]
     write_lines(target / "shares" / f"{name}.txt", [
-        f"{name}-{part_of(category)[:-1]}={share:.6f}" for category, share in shares.items()])
-    return [path for category in shares for path in join_pieces(folder / "out", target, name, limit, part_of(category))]
+        f"{label}={share:.6f}" for label, share in zip(dict.fromkeys(labels), shares.values(), strict=True)])
+    return paths
 
 
 def _join(pieces: list[Path], path: Path) -> None:

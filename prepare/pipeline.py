@@ -262,6 +262,17 @@ class WriteClean(WorkStep):
         return kind, n_visible(text), text_key("chat", f"{turns}\0\0{numbers}"), text_key("numbers", numbers)[0]
 
 
+def clean_text(text: str, options: Options) -> str | None:
+    """A document as the clean phase would leave it; None where a step drops it."""
+    for step in STEPS:
+        if step.on != "chat" and step.name not in options.skip and step.when(options):
+            after = step.apply(text, options, Counter())
+            if isinstance(after, Drop):
+                return None
+            text = after
+    return text
+
+
 def clean_pipeline(folder: Path, shards: list[Shard], options: Options) -> list[WorkStep]:
     """The steps of the clean phase that the options ask for."""
     tally = Tally()

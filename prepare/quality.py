@@ -14,16 +14,19 @@ good    log-odds that a document is one of --good rather than one of the rest, b
 import hashlib
 import json
 import math
+import shutil
 from collections import deque
 from pathlib import Path
 
 import numpy as np
 
+from common.files import write_whole
 from Config import UserError
 from prepare.duplicates import REMOVED, Corpus, staying
 from prepare.inputs import RawFile, RawReader
-from prepare.pipeline import TEXT, content_of
+from prepare.pipeline import TEXT, clean_text, content_of
 from prepare.similarity import normalize, text_key
+from prepare.step import Options
 from prepare.work import WorkStep, load_json, numbered, save_array, save_json
 
 SCORE_TOKENS = 128
@@ -128,9 +131,9 @@ class LearnGood(WorkStep):
     to measure how often the model puts a good text before another (area under the ROC curve).
     """
 
-    def __init__(self, folder: Path, corpus: Corpus, files: list[RawFile], rename_field, seed: int):
+    def __init__(self, folder: Path, corpus: Corpus, files: list[RawFile], options: Options):
         super().__init__(folder, "learn what is good")
-        self.corpus, self.files, self.rename_field, self.seed = corpus, files, rename_field, seed
+        self.corpus, self.files, self.options, self.seed = corpus, files, options, options.seed
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> None:
         """Writes good/weights.npy (GOOD_FEATURES + 1,), the last one the intercept, and good/good.json. Raises
@@ -158,8 +161,11 @@ class LearnGood(WorkStep):
 
     def _good_texts(self):
         for file in self.files:
-            reader = RawReader(file, self.rename_field)
-            yield from (content_of(record) for _, record in reader.read())
+            reader = RawReader(file, self.options.rename_field)
+            for _, record in reader.read():  # cleaned as the others are, which else would differ by that
+                text = clean_text(content_of(record), self.options)
+                if text is not None:
+                    yield text
 
     def _texts(self):
         for shard, begin in enumerate(self.corpus.starts[:-1].tolist()):
@@ -227,6 +233,15 @@ def fingerprint(checkpoint: str | None) -> str | None:
     BitsPerByte(checkpoint)
     with open(checkpoint, "rb") as weights:
         return hashlib.file_digest(weights, "sha256").hexdigest()
+
+
+def keep_weights(checkpoint: str, work: Path) -> str:
+    """Copy the weights into the work folder, so that all tasks score by the same. Returns the copy's path."""
+    copy = work / "weights.pth"
+    if not copy.exists():
+        with open(checkpoint, "rb") as weights:
+            write_whole(copy, lambda stream: shutil.copyfileobj(weights, stream, 1 << 20))
+    return str(copy)
 
 
 def load_scores(folder: Path, rank: int) -> np.ndarray:

@@ -25,7 +25,8 @@ prepare() {
 if [ ! -d "$OUT/run/tokenizer" ]; then
     code=0
     prepare || code=$?
-    [ $code = 0 ] || [ $code = 2 ] || exit $code # 2: the text is written, the chats wait for a tokenizer
+    # 2 is also that of a wrong flag
+    [ $code = 0 ] || grep -qs '"complete": false' "$data/manifest.json" || exit $code # the chats wait for a tokenizer
     "$PYTHON" train_tokenizer.py --data_path "$data/pretrain-*.jsonl.zst" --val_path "$val" \
         --tokenizer_path "$OUT/run/tokenizer"
 fi

@@ -22,10 +22,13 @@ from conftest import ROOT, paragraph, train, write_jsonl
 from common.weights import save_weights
 from Config import LLMConfig, UserError
 from model import WeakWater
+from prepare.step import Options
+from prepare.steps import STEPS
 from text.tokenizer import TextEncoder, tokenizer_files
 
 extra = pytest.mark.extra
 TOKENS, BANDS = 128, 20
+NAMES = tuple(step.name for step in STEPS)
 # GPT-2's characters for bytes, by value: those that can be seen stand for themselves
 SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(value): value for value in SEEN} | {
@@ -192,7 +195,7 @@ def test_good_is_learned_from_a_hundred_texts_of_each_side(quality, tmp_path, n_
     files = find_raw_files([str(tmp_path / "good.jsonl")], "--good")[0]
     corpus = FakeCorpus(rest + [text.replace("，", " , ") for text in good[:n_shared]])
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        quality.LearnGood(tmp_path, corpus, files, (), 42).run(None)
+        quality.LearnGood(tmp_path, corpus, files, Options(skip=NAMES)).run(None)
         learned = json.loads((tmp_path / "good" / "good.json").read_text(encoding="utf-8"))
         assert learned == {"good": n_good, "rest": n_rest, "auc": 1.0}
 
@@ -214,10 +217,19 @@ def test_places_and_weights(quality, arrange, values):
 
 
 def test_shares_grow_with_the_square_root(arrange):
-    shares = arrange.balanced_shares({3: 400, 0: 100, 7: 0, 1: 900})
-    assert list(shares) == [0, 1, 3]
+    shares = arrange.balanced_shares({3: (50, 400), 0: (20, 100), 1: (99, 900)})
+    assert list(shares) == [(0,), (1,), (3,)]
     assert list(shares.values()) == pytest.approx([1 / 6, 3 / 6, 2 / 6])
     assert arrange.balanced_shares({}) == {}
+
+
+def test_small_categories_share_a_file(arrange):
+    """Those with fewer than 20 records or a thousandth of the bytes, and more until they are as many together."""
+    large = {0: (500, 90_000), 1: (400, 9_000)}
+    assert list(arrange.balanced_shares(large | {2: (19, 2_000), 3: (30, 99)})) == [(0,), (1,), (2, 3)]
+    assert list(arrange.balanced_shares(large | {2: (1, 500), 3: (25, 700)})) == [(0,), (1,), (2, 3)]
+    assert list(arrange.balanced_shares({0: (500, 900), 1: (1, 5)})) == [(0, 1)]
+    assert list(arrange.balanced_shares({5: (3, 900)})) == [(5,)]
 
 
 def test_bands(arrange):
@@ -540,13 +552,16 @@ def test_a_file_a_category_and_shares(made, scored, everything, tmp_path, monkey
         sizes = defaultdict(int)
         for file in sorted(everything.glob(f"{name}-*")):
             records = read(everything, file.name)
-            (category,) = {record["category"] for record in records}
-            assert file.name == f"{name}-c{category:03d}-00000.jsonl.zst"
-            bands = bands_in_order([visible(record) for record in records]) if name in ("pretrain", "r1_1024") else []
+            source, here = file.name.removesuffix("-00000.jsonl.zst"), {record["category"] for record in records}
+            assert source in (f"{name}-rest", f"{name}-c{min(here):03d}") and source.endswith("rest") == (len(here) > 1)
+            bands = bands_in_order([visible(record) for record in records]) if (
+                name in ("pretrain", "r1_1024") and len(here) == 1) else []
             assert sum(map(len, bands)) in (0, len(records))
+            assert len(here) == 1 and len(records) >= 20 or source.endswith("rest") or len(list(everything.glob(
+                f"{name}-*"))) == 1
             for record in records:
                 text = record.get("text") or "\n".join(message["content"] for message in record["conversations"])
-                sizes[f"{name}-c{category:03d}"] += len(text.encode())
+                sizes[source] += len(text.encode())
                 kept[record["id"]] = record
         lines = (everything / "shares" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
         shares = {source: float(share) for source, _, share in (line.partition("=") for line in lines)}
