@@ -50,23 +50,8 @@ for arm in $ARMS; do
     grep -q "^$arm " <<< "$arms" || fail "ARMS: $arm is not one of all, model, good, both, shuffled, length, score, weight"
 done
 
-jobs=()
-trap 'kill $(jobs -pr) 2> /dev/null || true; wait' EXIT # a stage that gets SIGTERM saves its state first
-start() {  # LOG COMMAND…: in the background, at most JOBS at a time
-    local log=$1
-    shift
-    while [ "$(jobs -pr | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
-    "$@" > "$log" 2>&1 < /dev/null &
-    jobs+=("$! $log")
-}
-finish() {  # waits for all; where one failed, shows the end of its log
-    local job failed=0
-    for job in "${jobs[@]}"; do
-        wait "${job%% *}" || { failed=1 && tail -n 3 "${job#* }" >&2; }
-    done
-    jobs=()
-    [ $failed = 0 ] || fail "a run failed: see $OUT/*.log"
-}
+LOGS=$OUT
+source experiments/jobs.sh
 prepare() {  # NAME DATA|ORDER FLAGS…
     local name=$1 source=$DATA
     [ "$2" = DATA ] || source=$ORDER_DATA

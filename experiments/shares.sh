@@ -36,23 +36,8 @@ while IFS= read -r -d ';' mixture; do
 done <<< "${MIXTURES//$'\n'/ };"
 mkdir -p "$OUT/$STAGE"
 
-jobs=()
-trap 'kill $(jobs -pr) 2> /dev/null || true; wait' EXIT # a stage that gets SIGTERM saves its state first
-start() {  # LOG COMMAND…: in the background, at most JOBS at a time
-    local log=$1
-    shift
-    while [ "$(jobs -pr | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
-    "$@" > "$log" 2>&1 < /dev/null &
-    jobs+=("$! $log")
-}
-finish() {  # waits for all; where one failed, shows the end of its log
-    local job failed=0
-    for job in "${jobs[@]}"; do
-        wait "${job%% *}" || { failed=1 && tail -n 3 "${job#* }" >&2; }
-    done
-    jobs=()
-    [ $failed = 0 ] || fail "a run failed: see $OUT/$STAGE/*.log"
-}
+LOGS=$OUT/$STAGE
+source experiments/jobs.sh
 score() {  # NAME WEIGHTS
     # shellcheck disable=SC2086
     start "$OUT/$STAGE/$1.score.log" "$PYTHON" evaluate.py --checkpoint "$2" --data_path $VAL --out_dir "$OUT/$STAGE" \
