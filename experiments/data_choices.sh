@@ -111,7 +111,8 @@ names = [pathlib.Path(file["file"]).name for file in files(arms[0], seeds[0])]
 print("| arm | tokens |", " | ".join(f"{name}, seed {seed}" for name in names for seed in seeds), "|")
 print("|---|---:|" + "---:|" * len(names) * len(seeds))
 for arm in arms:
-    done = next(line for line in (folder / f"{arm}_{seeds[0]}.log").read_text().splitlines()[::-1] if line.startswith("done: "))
+    metrics = (folder / "runs" / f"{arm}_{seeds[0]}" / "log" / "pretrain.jsonl").read_text().splitlines()
+    tokens = max(json.loads(line).get("tokens", 0) for line in metrics)
     scores = [files(arm, seed)[place]["bpb"] for place in range(len(names)) for seed in seeds]
-    print(f"| {arm} | {done.split(', ')[1].split()[0].replace(',', ' ')} |", " | ".join(f"{bpb:.4f}" for bpb in scores), "|")
+    print(f"| {arm} | {tokens:,} |", " | ".join(f"{bpb:.4f}" for bpb in scores), "|")
 EOP

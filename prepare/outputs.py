@@ -20,6 +20,7 @@ from prepare.arrange import KINDS, NO_CATEGORY, balanced_shares, rows_of, weight
 from prepare.duplicates import REMOVING, Corpus, have_other_numbers, load_removed
 from prepare.pipeline import R1, TEXT, content_of, read_jsonl
 from prepare.quality import SCORED, load_scores
+from prepare.report import SAMPLES
 from prepare.similarity import text_key
 from prepare.step import Options
 from prepare.work import LineWriter, Tally, WorkStep, Writers, load_json, numbered, save_array, save_json
@@ -33,7 +34,6 @@ CHARACTER_EDGES = (0, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, float
 TOKEN_EDGES = (0, 33, 65, 129, 257, 513, 769, 1025)
 MINI_EDGES = (65, 129, 257)  # tokens: the sample keeps the shares of short and long chats
 CHATS_AT_ONCE = 256
-SAMPLES = {"sft_mini_512": "sft_512"}  # holds records that are in the other output too
 OUTPUTS = ("pretrain", "sft_512", "sft_mini_512", "sft_1024", "r1_1024")
 REST = "rest-"  # in the names of files that hold several small categories
 CHATS = "-chats"  # in the names of what the phase write_chats writes
